@@ -1,0 +1,25 @@
+"""What a user can do something about.
+
+An `InputError` is raised for anything a user gave that cannot be used: the message says what was wrong, what
+came, and what to do. The command line prints it without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used."""
+
+
+def unknown(kind: str, name: object, known: Iterable[object]) -> InputError:
+    """The error for a name that is not among the known ones, with the nearest of them as a suggestion."""
+    names = sorted(str(k) for k in known)
+    typed = str(name).lower()
+    near = difflib.get_close_matches(typed, [n.lower() for n in names], n=4, cutoff=0.5)
+    # two letters swapped are likelier than one mistaken for another: ddmi is ddim, not ddpm
+    near.sort(key=lambda n: sorted(n) != sorted(typed))
+    hint = next((f"; did you mean {n!r}?" for n in names if near and n.lower() == near[0]), ".")
+    return InputError(f"unknown {kind} {str(name)!r}{hint} Known: {', '.join(names)}")

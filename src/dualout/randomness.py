@@ -1,0 +1,88 @@
+"""Random numbers that depend on what they are for and on nothing else.
+
+Image i is made from seed i: not from the batch it is in, the process that makes it, or what was made before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Draw = Callable[[int], Tensor]
+"""The fresh noise of step k, (B, C, H, W)."""
+
+
+def mix(seed: int, *values: int | np.ndarray) -> np.ndarray:
+    """Hash a seed with further integers (or arrays of them) into seeds of 64 bits, by splitmix64's finalizer.
+
+    Neighbouring inputs give unrelated outputs, so that (seed, step, index) can be numbers counted from 0.
+    """
+    with np.errstate(over="ignore"):
+        state = _finalize(np.asarray(int(seed) % 2**64, dtype=np.uint64))
+        for value in values:
+            state = _finalize(state + np.asarray(value).astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
+    return state
+
+
+def _finalize(z: np.ndarray) -> np.ndarray:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def noise(
+    seeds: Sequence[int] | np.ndarray | Tensor,
+    shape: Sequence[int],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise, one seed an image.
+
+    Args:
+        seeds: B integers.
+        shape: the shape of one image, (C, H, W).
+        device: where the result goes; it is drawn on the CPU, so that every device gets the same numbers.
+        dtype: of the result; it is drawn in float32 (float64 when that is asked for).
+
+    Returns:
+        noise of shape (B, C, H, W).
+    """
+    drawn = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.empty((len(seeds), *shape), dtype=drawn)
+    generator = torch.Generator()
+    for row, seed in zip(out, seeds, strict=True):
+        generator.manual_seed(int(seed) % 2**64)
+        torch.randn(row.shape, generator=generator, out=row, dtype=drawn)
+    return out.to(device=device, dtype=dtype)
+
+
+class SeededDraw:
+    """The fresh noise of every step of a stochastic sampler, one seed an image.
+
+    Args:
+        seeds: B integers, those that made the first noise.
+        shape: the shape of one image, (C, H, W).
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.seeds, self.shape, self.device, self.dtype = seeds, tuple(shape), device, dtype
+
+    def at(self, k: int) -> np.ndarray:
+        """The B seeds of step k."""
+        return np.array([mix(int(seed), k + 1) for seed in self.seeds], dtype=np.uint64)
+
+    def __call__(self, k: int) -> Tensor:
+        """The fresh noise of step k, (B, C, H, W)."""
+        return noise(self.at(k), self.shape, device=self.device, dtype=self.dtype)

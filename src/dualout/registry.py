@@ -1,0 +1,207 @@
+"""Classes found by name.
+
+A kind of thing (schedule, parameterization, sampler, data source …) is an abstract class that derives from
+`Registered`. Every concrete class below it is then known by its name: to the command line, to checkpoints and to
+the contract tests. Adding one is writing the class; nothing else is edited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from abc import ABC
+from collections.abc import Callable, Iterable, Sequence
+from types import UnionType
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from dualout.errors import InputError, unknown
+
+
+def discover(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package, so that the classes in it are known."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
+
+
+class Registered:
+    """A dataclass that can be named, written down and rebuilt.
+
+    Its written form, the *spec*, is the name followed by the fields that differ from their defaults:
+    ``ddim``, ``ddim:eta=0.5``, ``dual:ratio=channel:gate=balanced``. A field may be such a thing itself:
+    ``learned:base=dual``, ``learned:base=(dual:ratio=channel)``.
+    """
+
+    kind: ClassVar[str] = "thing"
+    """What the family is called in messages."""
+    name: ClassVar[str]
+    """How the class is called in specs; the lower-case class name unless it says otherwise."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names that specs may use, besides the lower-case class name."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__.lower()
+
+    @classmethod
+    def kinds(cls) -> dict[str, type[Self]]:
+        """Every concrete class of this family, by name."""
+        found: dict[str, type[Self]] = {}
+        for sub in cls.__subclasses__():
+            if not _abstract(sub) and dataclasses.is_dataclass(sub):
+                found[sub.name] = sub
+            found.update(sub.kinds())
+        return found
+
+    @classmethod
+    def named(cls, name: str, **fields: Any) -> Self:
+        """Build the class called `name` from its fields.
+
+        Raises:
+            InputError: for an unknown name, an unknown field, a missing one, or a value of another type.
+        """
+        kinds = cls.kinds()
+        others = {alias: sub for sub in kinds.values() for alias in (sub.__name__.lower(), *sub.aliases)}
+        sub = kinds.get(name) or others.get(name.lower())
+        if sub is None:
+            raise unknown(cls.kind, name, kinds)
+        known = {f.name: f for f in dataclasses.fields(sub) if f.init}  # type: ignore[arg-type]
+        types = get_type_hints(sub)
+        for key in fields:
+            if key not in known:
+                raise unknown(f"field of {cls.kind} {name!r}:", key, known)
+        fields = {key: _member(value, types[key]) for key, value in fields.items()}
+        for key, value in fields.items():
+            if not _fits(value, types[key]):
+                raise InputError(f"{key} of {cls.kind} {name!r} is {_described(types[key])}; got {value!r}")
+        for key, f in known.items():
+            if f.default is f.default_factory is dataclasses.MISSING and key not in fields:
+                raise InputError(f"{cls.kind} {name!r} needs a value for {key!r}: write {name}:{key}=…")
+        return sub(**fields)
+
+    @classmethod
+    def parse(cls, spec: str, **defaults: Any) -> Self:
+        """Build from a spec such as ``ddim:eta=0.5``; `defaults` fill the fields that it does not name."""
+        # what is in parentheses is another spec
+        name, *options = re.split(r":(?![^()]*\))", spec.strip())
+        fields: dict[str, Any] = {}
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not (equals and value):
+                raise InputError(f"cannot read {option!r} in {cls.kind} {spec!r}: options are written key=value")
+            fields[key.strip()] = value_of(value.strip())
+        return cls.named(name, **(defaults | fields))
+
+    @property
+    def spec(self) -> str:
+        """The short written form, which `parse` reads back."""
+        changed = [f"{k}={_text(v)}" for k, v in self.fields().items() if v != self._default(k)]
+        return ":".join([self.name, *changed])
+
+    def fields(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+
+    def config(self) -> dict[str, Any]:
+        """The long written form: the name and every field, as plain JSON values."""
+        return {"name": self.name} | {k: _plain(v) for k, v in self.fields().items()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Rebuild from `config()`.
+
+        Raises:
+            InputError: for anything that is not such a dictionary.
+        """
+        if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+            raise InputError(f"a {cls.kind} is written {{'name': …, field: value}}, got {config!r}")
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "name"}
+        return cls.named(config["name"], **fields)
+
+    def _default(self, key: str) -> Any:
+        f = next(f for f in dataclasses.fields(self) if f.name == key)  # type: ignore[arg-type]
+        return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _abstract(cls: type) -> bool:
+    # also a class that has no abstract method left, but says that it is only a base
+    return inspect.isabstract(cls) or ABC in cls.__bases__
+
+
+def _plain(value: Any) -> Any:
+    """A field as a JSON value; functions and objects of other libraries are named."""
+    if isinstance(value, Registered):
+        return value.config()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def _member(value: Any, hint: Any) -> Any:
+    """A field that is a registered thing itself, from its spec or its config."""
+    if not (isinstance(hint, type) and issubclass(hint, Registered)):
+        return value
+    if isinstance(value, str):
+        return hint.parse(value.removeprefix("(").removesuffix(")"))
+    return hint.from_config(value) if isinstance(value, dict) else value
+
+
+def value_of(text: str) -> Any:
+    """The value that a text in a spec stands for: a number, true, false, null, a list ``[1+2]``, or a word."""
+    if text.startswith("[") and text.endswith("]"):
+        # the + of an exponent separates nothing
+        return tuple(value_of(item) for item in re.split(r"(?<![eE])\+|,", text[1:-1]) if item)
+    try:
+        value = yaml.safe_load(text)
+        # YAML 1.1 takes 1e-05 for a word
+        return float(value) if isinstance(value, str) else value
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Registered):
+        return f"({value.spec})" if ":" in value.spec else value.spec
+    value = _plain(value)
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{'+'.join(map(_text, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that was read from text is of the type that a field declares."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin in (tuple, Sequence):
+        items = [a for a in arguments if a is not Ellipsis]
+        return isinstance(value, tuple | list) and all(any(_fits(v, item) for item in items) for v in value)
+    if origin is Callable:
+        return callable(value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a name", bool: "true or false", type(None): "null"}
+
+
+def _described(hint: Any) -> str:
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    words = ["a list of numbers" if get_origin(o) in (tuple, Sequence) else _word(o) for o in options]
+    return " or ".join(word for word in words if word)
+
+
+def _word(hint: Any) -> str | None:
+    return f"a {hint.kind}" if isinstance(hint, type) and issubclass(hint, Registered) else _WORDS.get(hint)
