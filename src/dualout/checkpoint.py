@@ -1,0 +1,367 @@
+"""The checkpoint directory: config.json, model.safetensors, README.md.
+
+Reading one never runs code from it. Weights are safetensors; the network's class comes from an allow-list: modules of
+`dualout.networks` and model classes of diffusers. Writing is whole or not at all: every file is written aside,
+flushed to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualout.card import render as card_text
+from dualout.errors import InputError
+from dualout.version import __version__
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FORMAT = 1
+
+
+def describe(network: Any) -> dict[str, Any]:
+    """The class and constructor arguments of a network, as plain JSON values.
+
+    Networks among the arguments (an adapter's) are described in turn, and so are layers that stand in for the class's
+    own (`dualout.networks.wide`).
+
+    Raises:
+        InputError: when a class is not on the allow-list, or the arguments do not make a network of the same weights,
+            and a checkpoint of it could not be rebuilt.
+    """
+    description = _described(network)
+    problems = _mismatch(_rebuilt(description).state_dict(), tensors_of(network))
+    if problems:
+        raise InputError(
+            f"this {type(network).__name__} was changed after it was made, and its configuration does not tell how: a "
+            f"checkpoint of it could not be loaded; {problems}"
+        )
+    return description
+
+
+def _rebuilt(description: dict[str, Any]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return construct(description)
+    except InputError:
+        # some constructors compute with their tensors, which have no values there
+        return construct(description)
+
+
+def _described(network: Any) -> dict[str, Any]:
+    network = getattr(network, "_orig_mod", network)
+    cls = type(network)
+    name = (
+        f"{cls.__module__.split('.')[0]}.{cls.__name__}" if _is_diffusers(cls) else f"{cls.__module__}.{cls.__name__}"
+    )
+    if _allowed_class(name) is not cls:
+        raise InputError(
+            f"a network of class {cls.__module__}.{cls.__qualname__} cannot be saved: a checkpoint names only classes "
+            "of diffusers and of dualout.networks, so that loading one never runs foreign code. Save its state_dict "
+            "with safetensors, and load that into a network that you build."
+        )
+    arguments = dict(network.config) if hasattr(network, "config") else {}
+    if _is_diffusers(cls):
+        # diffusers keeps more in its config than the constructor takes
+        known = inspect.signature(cls.__init__).parameters
+        arguments = {k: v for k, v in arguments.items() if k in known}
+    within = {inner for v in arguments.values() if isinstance(v, nn.Module) for inner in v.modules()}
+    layers = {
+        n: _described(m) for n, m in network.named_modules() if n and m not in within and getattr(m, "stands_in", False)
+    }
+    described = {"class": name, "arguments": {k: _plain(v) for k, v in arguments.items()}}
+    return described | ({"layers": layers} if layers else {})
+
+
+def construct(description: Any) -> nn.Module:
+    """Build the network that `describe` wrote down, with fresh weights.
+
+    Raises:
+        InputError: when a class is not on the allow-list or refuses its arguments.
+    """
+    if not isinstance(description, dict) or not isinstance(description.get("class"), str):
+        raise InputError(f"a network is written {{'class': …, 'arguments': {{…}}}}, got {description!r}")
+    cls, arguments, layers = (
+        allowed(description["class"]),
+        description.get("arguments", {}),
+        description.get("layers", {}),
+    )
+    if not isinstance(arguments, dict) or not isinstance(layers, dict):
+        raise InputError(f"a network is written {{'class': …, 'arguments': {{…}}}}, got {description!r}")
+    try:
+        inner = {k: construct(v) for k, v in arguments.items() if isinstance(v, dict) and "class" in v}
+        network = cls(**(arguments | inner))
+        for name, layer in layers.items():
+            network.set_submodule(name, construct(layer), strict=True)
+    except InputError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:
+        raise InputError(f"{description['class']} cannot be built: {error}. Its arguments: {arguments!r}") from error
+    return network
+
+
+def allowed(name: str) -> type[nn.Module]:
+    """The network class of that name.
+
+    Raises:
+        InputError: when it is not on the allow-list.
+    """
+    cls = _allowed_class(name)
+    if cls is None:
+        raise InputError(
+            f"the network class {name!r} is not on the allow-list: diffusers' model classes (diffusers.UNet2DModel …) "
+            "and those of dualout.networks. Build the network yourself, and pass it as network=…"
+        )
+    return cls
+
+
+def _is_diffusers(cls: type) -> bool:
+    return cls.__module__.startswith("diffusers.")
+
+
+def _is_own(cls: type) -> bool:
+    return cls.__module__.startswith("dualout.networks.")
+
+
+def _allowed_class(name: str) -> type[nn.Module] | None:
+    module, _, attribute = name.rpartition(".")
+    try:
+        if module == "diffusers":
+            diffusers = importlib.import_module("diffusers")
+            cls = getattr(diffusers, attribute, None)
+            return cls if isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin) else None
+        if module == "dualout.networks" or module.startswith("dualout.networks."):
+            cls = getattr(importlib.import_module(module), attribute, None)
+            return cls if isinstance(cls, type) and issubclass(cls, nn.Module) and _is_own(cls) else None
+    except ImportError:
+        return None
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if callable(value):
+        return _described(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def locate(path: str | Path) -> Path:
+    """The directory of a checkpoint: itself, or the download of a Hub repository.
+
+    Raises:
+        InputError: when there is neither.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    text = str(path)
+    if directory.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise InputError(f"no checkpoint directory at {text!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, CARD, "calibration/*.json"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{text!r} is no directory here, and the Hugging Face Hub did not give it: {reason}"
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json, checked for the entries that every checkpoint has."""
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        present = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
+        pipeline = (directory / "model_index.json").is_file()
+        hint = "; a pipeline of diffusers is read by DualOutputPipeline.from_pretrained(…).denoiser" if pipeline else ""
+        raise InputError(f"{directory} is no checkpoint: {CONFIG} is missing (it holds {present}){hint}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    missing = [
+        k for k in ("schedule", "parameterization", "network") if not isinstance(config, dict) or k not in config
+    ]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}: it is not a dualout checkpoint, or it is damaged")
+    if not isinstance(config.get("format", FORMAT), int) or config.get("format", FORMAT) > FORMAT:
+        raise InputError(f"{path} has format {config['format']}, this version reads up to {FORMAT}; update dualout")
+    return config
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state, by the names that it has where torch.compile wraps nothing."""
+    return {k.replace("_orig_mod.", ""): v for k, v in module.state_dict().items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        InputError: when it is missing, truncated or no such file.
+    """
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} is missing {path.name}") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or is no safetensors file: {error}") from error
+
+
+def load_weights(directory: Path, module: nn.Module, *, as_saved: bool = False) -> None:
+    """Load model.safetensors into a module, all of it or nothing; `as_saved` in the precision of the file."""
+    path = directory / WEIGHTS
+    tensors = read_tensors(path)
+    if as_saved:
+        _take_precision(module, tensors)
+    load_strictly(module, tensors, str(path))
+
+
+def _take_precision(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, own in [*module.named_parameters(), *module.named_buffers()]:
+        if name in tensors and own.is_floating_point() and tensors[name].is_floating_point():
+            own.data = own.data.to(tensors[name].dtype)
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy tensors into a module whose names and shapes they must match; nothing is copied when they do not."""
+    problems = _mismatch(module.state_dict(), tensors)
+    if problems:
+        raise InputError(f"{source} does not fit this architecture, nothing was loaded; {problems}")
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise InputError(f"{source} holds NaN or infinite weights, nothing was loaded; in {_some(bad)}")
+    module.load_state_dict(tensors)
+
+
+def _mismatch(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What keeps tensors from being loaded in the place of one's own, in words; nothing when they fit."""
+    names = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": [
+            f"{k} {tuple(tensors[k].shape)} for {tuple(v.shape)}"
+            for k, v in own.items()
+            if k in tensors and tensors[k].shape != v.shape
+        ],
+    }
+    return "; ".join(f"{what}: {_some(which)}" for what, which in names.items() if which)
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def read_card(config: dict[str, Any]) -> dict[str, Any]:
+    """What the model card says, from the configuration it was made from."""
+    card = config.get("card", {})
+    return card if isinstance(card, dict) else {}
+
+
+def write(path: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Write a checkpoint directory."""
+    directory = Path(path).expanduser()
+    with explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    config = {"format": FORMAT, "dualout": __version__, **config, "card": card}
+    # the configuration comes last: a directory that has one has all
+    write_tensors(directory / WEIGHTS, tensors)
+    write_text(directory / CARD, card_text(config))
+    write_text(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically."""
+    import safetensors.torch
+
+    # clones: tied weights share memory, which safetensors refuses
+    plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    with atomically(path) as aside:
+        safetensors.torch.save_file(plain, aside)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomically(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and is removed when it does not."""
+    with explained(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        aside = Path(name)
+        try:
+            yield aside
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            aside.chmod(0o666 & ~_umask())
+            aside.replace(path)
+            _sync_directory(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an error that says what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(_explain(path, error)) from error
+    except Exception as error:
+        # safetensors wraps the system's error in its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise InputError(_explain(path, OSError(errno.ENOSPC, "No space left on device"))) from error
+        raise
+
+
+def _explain(path: Path, error: OSError) -> str:
+    place = path if path.is_dir() else path.parent
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with_room = next((p for p in [place, *place.parents] if p.exists()), Path("/"))
+        free = shutil.disk_usage(with_room).free // 2**20
+        return (
+            f"the disk is full: cannot write {path} ({free} MiB free); nothing was overwritten. Make room and run again"
+        )
+    return f"cannot write {path}: {error.strerror or error}"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,229 @@
+"""A network, the way to read it, and the noise schedule: from (x_t, t) to a Prediction."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dualout import checkpoint, hub
+from dualout.errors import InputError
+from dualout.parameterizations.base import Parameterization, Route, check_channels
+from dualout.prediction import Prediction
+from dualout.schedules import Level, Schedule
+
+Network = nn.Module | Callable[..., Any]
+
+
+class Loss(NamedTuple):
+    """What training minimizes."""
+
+    total: Tensor
+    """The weighted sum of the parts' means: a scalar."""
+    parts: dict[str, Tensor]
+    """Every part by name, one number an image, (B,)."""
+
+
+class Denoiser(nn.Module):
+    """Maps noisy images to a belief about the clean ones.
+
+    Args:
+        network: a module or callable ``(x_t, t, **conditions)`` that returns a tensor, a tuple that begins with one, or
+            an object with one in `.sample`; t is a LongTensor (B,). `dualout.networks` adapts other conventions.
+        parameterization: what the network's output means.
+        schedule: the noise levels that t counts.
+    """
+
+    times: Tensor
+
+    def __init__(self, network: Network, parameterization: Parameterization, schedule: Schedule) -> None:
+        super().__init__()
+        if not isinstance(parameterization, Parameterization):
+            raise InputError(f"parameterization is, say, dualout.Dual(); got {parameterization!r}")
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"schedule is, say, dualout.schedules.Linear(); got {schedule!r}")
+        self.network = network
+        self.parameterization = parameterization
+        self.schedule = schedule
+        self.head = parameterization.head(schedule)
+        self.card: dict[str, Any] = {}
+        """What is written on the model card: how it was trained, and its metrics with their protocols."""
+        self.register_buffer("times", torch.arange(schedule.steps), persistent=False)
+        self._rows: tuple[Any, Sequence[Tensor]] = None, ()
+        self._follow_network()
+
+    def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
+        """Look at noisy images.
+
+        Args:
+            x_t: noisy images, (B, C, H, W); half precision is read in float32.
+            t: their time step, 0 … T−1: one int for all, or a LongTensor (B,).
+            conditions: passed on to the network.
+        """
+        if x_t.dtype in (torch.float16, torch.bfloat16):
+            x_t = x_t.float()
+        if isinstance(t, int):
+            level, time = self.schedule.scalars(t), self._time(t, x_t)
+        else:
+            time = t.expand(len(x_t)) if t.ndim == 0 else t
+            level = self.schedule.level(time).like(x_t)
+        return self.parameterization.read(self.raw(x_t, time, level, **conditions), x_t, level)
+
+    def raw(self, x_t: Tensor, time: Tensor, level: Level, **conditions: Any) -> Tensor:
+        """What the network says, before it is read: (B, channels, H, W).
+
+        Args:
+            x_t: noisy images, (B, C, H, W).
+            time: what the network is told of their time step, (B,).
+            level: their noise level, floats or tensors shaped to broadcast.
+            conditions: passed on to the network.
+        """
+        scale = self.parameterization.input_scale(level)
+        x_in = x_t if scale is None else x_t * scale
+        if self._dtype not in (None, x_t.dtype):
+            x_in = x_in.to(self._dtype)
+        raw = _tensor(self.network(x_in, time, **conditions))
+        if raw.dtype != x_t.dtype:
+            raw = raw.to(x_t.dtype)
+        if self.head is not None:
+            check_channels(raw, x_t, (self.parameterization.channels(x_t.shape[1]),), self.parameterization.name)
+            raw = self.head(raw, time)
+        return raw
+
+    def loss(self, x0: Tensor, t: Tensor, noise: Tensor, **conditions: Any) -> Loss:
+        """The training loss for clean images with given noise.
+
+        Args:
+            x0: clean images, (B, C, H, W).
+            t: a LongTensor (B,).
+            noise: standard normal, (B, C, H, W).
+        """
+        alpha, sigma, _ = self.schedule.level(t).like(x0)
+        prediction = self(alpha * x0 + sigma * noise, t, **conditions)
+        parts = self.parameterization.losses(prediction, x0, noise)
+        weights = self.parameterization.weights(self.schedule)
+        total = torch.stack([weights.get(name, 1.0) * part.mean() for name, part in parts.items()]).sum()
+        return Loss(total, parts)
+
+    def route(self, route: Route) -> Denoiser:
+        """The same network with only one of its outputs believed; the weights are shared, not copied.
+
+        Args:
+            route: "mix" (all, as trained), "eps", "x0", "velocity", or a fixed ratio from 0 to 1.
+        """
+        view = Denoiser(self.network, self.parameterization.route(route), self.schedule)
+        view.head = self.head if view.head is not None else None
+        view.card = self.card
+        return view.to(self.times.device).train(self.training)
+
+    def save_pretrained(self, path: str | Path, **extra: Any) -> None:
+        """Write a checkpoint directory: config.json, model.safetensors and README.md, whole or not at all.
+
+        Args:
+            path: the directory, made if it is missing.
+            extra: further JSON values for config.json.
+
+        Raises:
+            InputError: when the network's class is not one that can be rebuilt from its configuration, or the
+                directory cannot be written.
+        """
+        self._write(path, self.card, extra)
+
+    def _write(self, path: str | Path, card: dict[str, Any], extra: dict[str, Any]) -> None:
+        config = {
+            "schedule": self.schedule.config(),
+            "parameterization": self.parameterization.config(),
+            "network": checkpoint.describe(self.network),
+            **extra,
+        }
+        checkpoint.write(path, config, checkpoint.tensors_of(self), card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a dualout denoiser",
+        **extra: Any,
+    ) -> str:
+        """Put the checkpoint into a repository of the Hugging Face Hub, which is made if it is missing.
+
+        Args:
+            repo_id: "name/repository".
+            private: whether a new repository is seen by its owner only; None is the account's default.
+            token: of an account that may write to it; None is that of ``hf auth login`` or HF_TOKEN.
+            revision: a branch, made if it is missing; None is the main one.
+            commit_message: what the repository's history says.
+            extra: further JSON values for config.json.
+
+        Returns:
+            the commit's address.
+
+        Raises:
+            InputError: when the network cannot be saved, or the Hub does not take it; nothing is left behind.
+        """
+        hub.check(repo_id)
+        with tempfile.TemporaryDirectory() as directory:
+            self._write(directory, self.card | {"path": repo_id}, extra)
+            return hub.upload(
+                directory, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+            )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, network: nn.Module | None = None) -> Denoiser:
+        """Read a checkpoint directory, or one of the Hugging Face Hub ("name/repository").
+
+        Nothing in it is run: the network's class comes from an allow-list, the weights from safetensors.
+
+        Args:
+            path: directory or Hub id.
+            network: a network of the right architecture, where the checkpoint's own class is not on the list.
+
+        Raises:
+            InputError: for anything missing, damaged, of another architecture or not allowed.
+        """
+        directory = checkpoint.locate(path)
+        config = checkpoint.read_config(directory)
+        denoiser = cls(
+            checkpoint.construct(config["network"]) if network is None else network,
+            Parameterization.from_config(config["parameterization"]),
+            Schedule.from_config(config["schedule"]),
+        )
+        checkpoint.load_weights(directory, denoiser, as_saved=network is None)
+        denoiser._follow_network()
+        denoiser.card = checkpoint.read_card(config)
+        return denoiser.eval()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Denoiser:
+        super()._apply(fn, recurse)
+        self._follow_network()
+        return self
+
+    def _follow_network(self) -> None:
+        parameters = self.network.parameters() if isinstance(self.network, nn.Module) else iter(())
+        self._dtype = next((p.dtype for p in parameters if p.dtype.is_floating_point), None)
+
+    def _time(self, t: int, x_t: Tensor) -> Tensor:
+        """`t` for each image, where the images are."""
+        there, rows = self._rows
+        if there != (here := (x_t.shape[0], x_t.device)):
+            rows = self.times.to(x_t.device)[:, None].expand(-1, x_t.shape[0]).unbind()
+            self._rows = here, rows
+        return rows[t]
+
+
+def _tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    sample = next(iter(output), None) if isinstance(output, tuple) else getattr(output, "sample", None)
+    if not isinstance(sample, Tensor):
+        raise InputError(
+            f"a network returns a tensor, a tuple that begins with one, or an object with .sample; got {type(output)}"
+        )
+    return sample

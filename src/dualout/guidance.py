@@ -1,0 +1,57 @@
+"""Guidance: a denoiser that wraps a denoiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualout.errors import InputError
+from dualout.prediction import Prediction
+from dualout.schedules import Schedule
+
+
+class ClassifierFree(nn.Module):
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, equation 6).
+
+    x0 = x0(∅) + scale · (x0(condition) − x0(∅)), which at fixed x_t is the same as guiding eps. Both beliefs come
+    from one call of the network, on a batch of 2B.
+
+    Args:
+        denoiser: trained with its condition left out at times.
+        scale: 0 is unconditional, 1 is plain conditional, above 1 is guided.
+        null: the conditions that stand for "none", by name: tensors of one row, or numbers.
+    """
+
+    def __init__(self, denoiser: nn.Module, scale: float, **null: Tensor | float) -> None:
+        super().__init__()
+        if not null:
+            raise InputError("guidance needs to know what stands for no condition, say class_labels=10")
+        schedule = getattr(denoiser, "schedule", None)
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"guidance wraps a denoiser, which has a schedule; got {type(denoiser).__name__}")
+        self.denoiser = denoiser
+        self.schedule = schedule
+        self.scale = float(scale)
+        self.null = null
+
+    def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
+        """Look at noisy images under `conditions`, guided away from the unconditional belief."""
+        missing = self.null.keys() - conditions.keys()
+        if missing:
+            raise InputError(f"guidance needs the condition {', '.join(sorted(missing))}; pass it to sample()")
+        both = {name: self._beside(name, value) for name, value in conditions.items()}
+        twice = t if isinstance(t, int) or t.ndim == 0 else torch.cat([t, t])
+        p = self.denoiser(torch.cat([x_t, x_t]), twice, **both)
+        b = len(x_t)
+        given, none = p.x0[:b], p.x0[b:]
+        level = p.level.map(lambda v: v[:b] if isinstance(v, Tensor) and v.ndim else v)
+        return Prediction(p.x_t[:b], level, torch.lerp(none, given, self.scale), {k: v[:b] for k, v in p.parts.items()})
+
+    def _beside(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        null = self.null.get(name, value)
+        null = torch.as_tensor(null, dtype=value.dtype, device=value.device).expand_as(value)
+        return torch.cat([value, null])

@@ -1,0 +1,116 @@
+"""The interface of every way to read a network."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dualout.errors import InputError
+from dualout.prediction import Prediction
+from dualout.registry import Registered
+from dualout.schedules import Level, Scalar, Schedule, number
+
+Route = str | float
+"""Which output to believe: "mix" (all, as trained), "eps", "x0", "velocity", or a fixed ratio in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Parameterization(Registered, ABC):
+    """What a network's raw output means.
+
+    Letters: B images, C image channels, H×W pixels.
+    """
+
+    kind: ClassVar[str] = "parameterization"
+
+    @property
+    def learns_ratio(self) -> bool:
+        """Whether two routes are blended by a learned ratio."""
+        return False
+
+    @abstractmethod
+    def channels(self, image_channels: int) -> int:
+        """How many channels the network must output for images of `image_channels` channels."""
+
+    @abstractmethod
+    def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
+        """The belief behind a raw output.
+
+        Args:
+            raw: the network's output, (B, channels(C), H, W).
+            x_t: the noisy images it was given, (B, C, H, W).
+            level: their noise level, floats or tensors shaped to broadcast.
+        """
+
+    @abstractmethod
+    def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """What training minimizes: by name, one mean over pixels and channels an image, (B,).
+
+        Args:
+            prediction: what `read` gave for x_t = alpha·x0 + sigma·eps.
+            x0: the clean images, (B, C, H, W).
+            eps: the noise that was applied, (B, C, H, W).
+        """
+
+    def accepts(self, image_channels: int) -> tuple[int, ...]:
+        """The numbers of channels that `read` takes: `channels`, and more where some may be left unread."""
+        return (self.channels(image_channels),)
+
+    def weights(self, schedule: Schedule) -> Mapping[str, float]:
+        """The weight of each of the losses in their sum; 1 where it is not named."""
+        return {}
+
+    def input_scale(self, level: Level) -> Tensor | float | None:
+        """What `x_t` is multiplied with before the network sees it; None leaves it alone."""
+        return None
+
+    def head(self, schedule: Schedule) -> nn.Module | None:
+        """Weights that the parameterization itself learns: a module called as ``raw = head(raw, t)``, or None."""
+        return None
+
+    def route(self, route: Route) -> Parameterization:
+        """The same network read another way.
+
+        Raises:
+            InputError: when this parameterization has no such output.
+        """
+        if route in ("mix", self.name):
+            return self
+        raise InputError(
+            f"a network trained with {self.name!r} has one output and one route, 'mix'; got route {route!r}. "
+            "Only dual-output networks have the routes 'eps', 'x0', 'velocity' and fixed ratios."
+        )
+
+
+def subtract(eps: Tensor, x_t: Tensor, level: Level) -> Tensor:
+    """The clean image that a believed noise leaves: (x_t − sigma·eps) / alpha."""
+    if isinstance(level.alpha, float) and isinstance(level.sigma, float):
+        return torch.add(x_t, eps, alpha=-level.sigma).mul_(number(1 / level.alpha, x_t))
+    return (x_t - level.sigma * eps) / level.alpha
+
+
+def log(value: Scalar) -> Scalar:
+    """The natural logarithm of a number or a tensor."""
+    return value.log() if isinstance(value, Tensor) else math.log(value)
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """(B, …) -> (B,): the mean square of each image."""
+    return difference.square().flatten(1).mean(1)
+
+
+def check_channels(raw: Tensor, x_t: Tensor, allowed: tuple[int, ...], name: str) -> None:
+    """Refuse an output that has another number of channels than the parameterization needs."""
+    (count, channels, *size), (b, _, *wanted) = raw.shape, x_t.shape
+    if channels not in allowed or size != wanted or count != b:
+        need = " or ".join(f"({', '.join(map(str, (b, c, *wanted)))})" for c in allowed)
+        raise InputError(
+            f"parameterization {name!r} of {x_t.shape[1]}-channel images needs a network output of shape {need}, "
+            f"got {tuple(raw.shape)}; dualout.widen gives a network more output channels"
+        )

@@ -1,0 +1,191 @@
+"""Noise and clean image are both predicted, and blended pixel by pixel.
+
+Benny & Wolf, Dynamic Dual-Output Diffusion Models, CVPR 2022, arXiv 2203.04304:
+
+    x0_eps = (x_t − sigma·eps_θ) / alpha                     the subtractive route
+    ratio  = sigmoid(logit)
+    x0_mix = ratio·x0_θ + (1 − ratio)·x0_eps
+
+    loss = (|eps − eps_θ|² + |x0 − x0_θ|² + |mu(x0, x_t) − mu(sg[x0_mix], x_t)|²) / 3
+
+where sg stops the gradient of both routes, so that the last term teaches the ratio only. mu, the mean of
+q(x_{t−1} | x_t, x0), is affine in x0 at fixed x_t: mixing the means is mixing x0, and the last term is
+gain_t²·|x0 − x0_mix|².
+
+| here | paper |
+|---|---|
+| `eps`, `x0`, `ratio` | ε_θ, x_θ, r_θ |
+| `gain` | √ᾱ_{t−1}·β_t / (1 − ᾱ_t) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dualout.errors import InputError, unknown
+from dualout.parameterizations.base import Parameterization, Route, check_channels, log, mean_square, subtract
+from dualout.prediction import Prediction
+from dualout.schedules import Level, Scalar, Schedule
+
+LEARNED = ("pixel", "channel", "image", "step")
+RATIOS = (*LEARNED, "velocity", "flow")
+GATES = ("posterior", "balanced")
+
+
+@dataclass(frozen=True)
+class Dual(Parameterization):
+    """Two outputs and the weight that blends them; channels [eps (C), x0 (C), ratio logit (1)].
+
+    Attributes:
+        ratio: where the ratio comes from. "pixel": one logit a pixel (the paper). "channel": one a pixel and
+            channel. "image": the mean of the logit over the pixels. "step": a learned table, one number a time step.
+            "velocity": sigma² / (alpha² + sigma²), with which dual output is v-prediction; "flow": sigma / (alpha +
+            sigma), with which it is rectified flow's velocity; or a fixed number from 0 (eps only) to 1 (x0 only).
+        gate: what teaches the ratio. "posterior": the paper's L_mu, whose weight falls from 1 at t = 0 to 1.7e-8 at
+            t = 999 of the linear schedule. "balanced": a zero logit is the ratio "velocity", and each image's squared
+            error is divided by its own mean |x0_θ − x0_eps|², so that every t teaches alike.
+        detach: whether the routes are detached in the gate's loss (the paper).
+        gate_weight: weight of the gate's loss; None is 1 for "posterior" and 0.05 for "balanced".
+    """
+
+    ratio: str | float = "pixel"
+    gate: str = "posterior"
+    detach: bool = True
+    gate_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, str) and self.ratio not in RATIOS:
+            raise unknown("ratio", self.ratio, [*RATIOS, "a number from 0 to 1"])
+        if not isinstance(self.ratio, str) and not 0 <= self.ratio <= 1:
+            raise InputError(f"a fixed ratio is a number from 0 (eps only) to 1 (x0 only), got {self.ratio!r}")
+        if self.gate not in GATES:
+            raise unknown("gate", self.gate, GATES)
+
+    @property
+    def learns_ratio(self) -> bool:
+        """Whether the two routes are blended by a learned ratio."""
+        return self.ratio in LEARNED
+
+    def channels(self, image_channels: int) -> int:
+        """2C + 1; 3C with one ratio a channel; 2C where no output of the network is a ratio."""
+        ratios = {"pixel": 1, "image": 1, "channel": image_channels}
+        return 2 * image_channels + (ratios.get(self.ratio, 0) if isinstance(self.ratio, str) else 0)
+
+    def head(self, schedule: Schedule) -> nn.Module | None:
+        """The learned table of the ratio "step"."""
+        return StepRatio(schedule.steps) if self.ratio == "step" else None
+
+    def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
+        """Blend the two routes."""
+        channels = x_t.shape[1]
+        check_channels(raw, x_t, self.accepts(channels), self.name)
+        eps, x0, logit = raw.split_with_sizes((channels, channels, raw.shape[1] - 2 * channels), 1)
+        ratio = self._ratio(logit, level)
+        # what needs no gradient may be written over: nobody else holds the subtractive route
+        mix = blend(ratio, x0, subtract(eps, x_t, level), inplace=not raw.requires_grad)
+        direct = eps if isinstance(ratio, float) and ratio == 0 else None
+        if not isinstance(ratio, Tensor) or ratio.ndim != x_t.ndim:
+            ratio = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0], 1, *x_t.shape[2:])
+        return Prediction(x_t, level, mix, {"eps": eps, "x0": x0, "ratio": ratio}, direct)
+
+    def accepts(self, image_channels: int) -> tuple[int, ...]:
+        """What the head leaves, where the ratio is learned; a network that learned one may be read without it."""
+        c = image_channels
+        if self.ratio in LEARNED:
+            return (3 * c if self.ratio == "channel" else 2 * c + 1,)
+        return (2 * c, 2 * c + 1, 3 * c)
+
+    def _ratio(self, logit: Tensor, level: Level) -> Scalar:
+        alpha, sigma = level.alpha, level.sigma
+        match self.ratio:
+            case "velocity":
+                return sigma**2 / (alpha**2 + sigma**2)
+            case "flow":
+                return sigma / (alpha + sigma)
+            case "image":
+                logit = logit.mean(tuple(range(1, logit.ndim)), keepdim=True)
+            case str():
+                pass
+            case fixed:
+                return float(fixed)
+        if self.gate == "balanced":
+            logit = logit + 2 * log(sigma / alpha)
+        return logit.sigmoid()
+
+    def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """|eps − eps_θ|², |x0 − x0_θ|² and, where the ratio is learned, the gate's loss."""
+        parts = prediction.parts
+        losses = {"eps": mean_square(eps - parts["eps"]), "x0": mean_square(x0 - parts["x0"])}
+        if self.ratio in LEARNED or not self.detach:
+            losses["mu"] = self._gate_loss(prediction, x0)
+        return losses
+
+    def _gate_loss(self, prediction: Prediction, x0: Tensor) -> Tensor:
+        x_t, level, parts = prediction.x_t, prediction.level, prediction.parts
+        direct, subtractive = parts["x0"], subtract(parts["eps"], x_t, level)
+        if self.detach:
+            direct, subtractive = direct.detach(), subtractive.detach()
+        error = mean_square(x0 - blend(parts["ratio"], direct, subtractive))
+        if self.gate == "posterior":
+            if level.gain is None:
+                raise InputError("the gate 'posterior' needs levels from Schedule.level, which know their step's gain")
+            gain = level.gain.flatten() if isinstance(level.gain, Tensor) else level.gain
+            return gain**2 * error
+        # where the routes agree to the last digit there is nothing to choose: the floor keeps 0 / 0 at 0
+        apart = mean_square((direct - subtractive).detach())
+        return error / apart.clamp(min=torch.finfo(apart.dtype).eps)
+
+    def weights(self, schedule: Schedule) -> Mapping[str, float]:
+        """A third each; the gate's times `gate_weight`."""
+        gate = self.gate_weight
+        if gate is None:
+            gate = 1.0 if self.gate == "posterior" else 0.05
+        return {"eps": 1 / 3, "x0": 1 / 3, "mu": gate / 3}
+
+    def route(self, route: Route) -> Parameterization:
+        """Read with another ratio: "eps" is 0, "x0" is 1, "velocity" and "flow" the blends of those names."""
+        if route == "mix":
+            return self
+        if isinstance(route, str) and route not in ("eps", "x0", "velocity", "flow"):
+            raise unknown("route", route, ["mix", "eps", "x0", "velocity", "flow", "a number from 0 to 1"])
+        return replace(self, ratio={"eps": 0.0, "x0": 1.0}.get(route, route) if isinstance(route, str) else route)
+
+
+class StepRatio(nn.Module):
+    """One ratio logit a time step, put where the network's would be."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.zeros(steps))
+
+    def forward(self, raw: Tensor, t: Tensor) -> Tensor:
+        """(B, 2C, H, W), (B,) -> (B, 2C + 1, H, W)."""
+        logit = self.logit[t].to(raw.dtype).view(-1, *[1] * (raw.ndim - 1))
+        return torch.cat([raw, logit.expand(raw.shape[0], 1, *raw.shape[2:])], 1)
+
+
+def blend(ratio: Scalar, x0: Tensor, x0_eps: Tensor, *, inplace: bool = False) -> Tensor:
+    """ratio·x0 + (1 − ratio)·x0_eps; a ratio of 0 or 1 is exact, whatever the other route holds.
+
+    `inplace` may write it into `x0_eps`.
+    """
+    if isinstance(ratio, float):
+        return x0_eps if ratio == 0 else x0 if ratio == 1 else torch.lerp(x0_eps, x0, ratio)
+    return x0_eps.lerp_(x0, ratio) if inplace else torch.lerp(x0_eps, x0, ratio)
+
+
+def optimal_ratio(level: Level, variance_x0: Scalar, variance_eps: Scalar, correlation: Scalar = 0.0) -> Scalar:
+    """The ratio of least error, when the errors of the two heads are known (closed form).
+
+    With a = x0_θ − x0 of variance `variance_x0`, e = eps_θ − eps of variance `variance_eps` and their correlation
+    ρ, the subtractive route errs by −(sigma/alpha)·e, and
+
+        r* = (s² + ρ·s·s_x) / (s² + s_x² + 2ρ·s·s_x),    s = (sigma/alpha)·√variance_eps, s_x = √variance_x0
+    """
+    s, s_x = level.sigma / level.alpha * variance_eps**0.5, variance_x0**0.5
+    cross = correlation * s * s_x
+    return (s**2 + cross) / (s**2 + s_x**2 + 2 * cross)

@@ -1,0 +1,166 @@
+"""A trained output, and a second one that a gate lets in where it was found to help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from dualout.errors import InputError, unknown
+from dualout.parameterizations.base import Parameterization, Route, check_channels, mean_square, subtract
+from dualout.parameterizations.clean import CleanImage
+from dualout.parameterizations.dual import Dual, blend
+from dualout.parameterizations.epsilon import Epsilon
+from dualout.prediction import Prediction
+from dualout.schedules import Level, Scalar, Schedule
+
+RATIOS = ("closed", "pixel", "velocity", "flow")
+SHUT = 120.0
+"""A logit whose ratio is 0 or 1 in float32, to the last bit."""
+
+_GATE = Dual(gate="balanced")
+
+
+@dataclass(frozen=True)
+class Upgraded(Parameterization):
+    """Dual output on top of a network that was trained with one; channels as `Dual`'s, [eps (C), x0 (C), logit (1)].
+
+    The trained output keeps its meaning: that of eps is in the place of `eps`, of a clean image in that of `x0`, and of
+    a velocity in that of `eps`, whose route to x0 is then the velocity's own. The ratio is a logit a pixel plus a table
+    of one number a time step, which is measured (`dualout.training.upgrade`), not learned:
+
+        ratio = sigmoid(logit + table[t])
+
+    Attributes:
+        base: how the trained output is read.
+        ratio: "closed": the trained output alone is believed, bit for bit as before; "pixel": the gate is open where
+            the table opens it; "velocity" and "flow": as in `Dual`; or a fixed number from 0 to 1 (x0 only).
+        gate_weight: weight of the gate's loss, which is that of ``Dual(gate="balanced")``.
+    """
+
+    base: Parameterization = field(default_factory=Epsilon)
+    ratio: str | float = "closed"
+    gate_weight: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Parameterization) or self.base.channels(3) != 3:
+            raise InputError(
+                f"an upgrade starts from a parameterization of one output, say Epsilon(); got {self.base!r}"
+            )
+        if isinstance(self.ratio, str) and self.ratio not in RATIOS:
+            raise unknown("ratio", self.ratio, [*RATIOS, "a number from 0 to 1"])
+        if not isinstance(self.ratio, str) and not 0 <= self.ratio <= 1:
+            raise InputError(f"a fixed ratio is a number from 0 (eps only) to 1 (x0 only), got {self.ratio!r}")
+
+    @property
+    def trained(self) -> str:
+        """Which of the two outputs is the trained one: "eps" (also where it is a velocity) or "x0"."""
+        return "x0" if isinstance(self.base, CleanImage) else "eps"
+
+    @property
+    def closed(self) -> float:
+        """The ratio that believes the trained output alone."""
+        return 1.0 if self.trained == "x0" else 0.0
+
+    @property
+    def learns_ratio(self) -> bool:
+        """Whether the gate is open."""
+        return self.ratio == "pixel"
+
+    def channels(self, image_channels: int) -> int:
+        """2C + 1."""
+        return 2 * image_channels + 1
+
+    def input_scale(self, level: Level) -> Tensor | float | None:
+        """That of `base`."""
+        return self.base.input_scale(level)
+
+    def head(self, schedule: Schedule) -> nn.Module | None:
+        """The table of the gate, where it is open; one that nothing was measured for starts at the ratio "velocity"."""
+        return GateTable(-schedule.log_snr.float()) if self.ratio == "pixel" else None
+
+    def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
+        """Blend the trained route and the new one."""
+        channels = x_t.shape[1]
+        check_channels(raw, x_t, (2 * channels + 1,), self.name)
+        first, x0, logit = raw.split_with_sizes((channels, channels, 1), 1)
+        p = self.base.read(x0 if self.trained == "x0" else first, x_t, level)
+        eps = first if self.trained == "x0" else p.eps if p.direct is None else p.direct
+        ratio = self._ratio(logit, level)
+        one = ratio if isinstance(ratio, Tensor) and ratio.ndim == x_t.ndim else _spread(ratio, x_t)
+        parts = {**p.parts, "eps": eps, "x0": x0, "ratio": one}
+        if isinstance(ratio, float) and ratio == self.closed:
+            return replace(p, parts=parts)
+        direct, subtractive = (p.x0, subtract(eps, x_t, level)) if self.trained == "x0" else (x0, p.x0)
+        return Prediction(x_t, level, blend(ratio, direct, subtractive), parts)
+
+    def _ratio(self, logit: Tensor, level: Level) -> Scalar:
+        alpha, sigma = level.alpha, level.sigma
+        match self.ratio:
+            case "closed":
+                return self.closed
+            case "velocity":
+                return sigma**2 / (alpha**2 + sigma**2)
+            case "flow":
+                return sigma / (alpha + sigma)
+            case "pixel":
+                return logit.sigmoid()
+            case fixed:
+                return float(fixed)
+
+    def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """That of `base`, the new output's, and where the gate is open the gate's."""
+        losses = self.base.losses(prediction, x0, eps)
+        if self.trained == "x0":
+            losses["eps"] = mean_square(eps - prediction.parts["eps"])
+        else:
+            losses["x0"] = mean_square(x0 - prediction.parts["x0"])
+        if self.ratio == "pixel":
+            losses["mu"] = _GATE.losses(prediction, x0, eps)["mu"]
+        return losses
+
+    def weights(self, schedule: Schedule) -> Mapping[str, float]:
+        """1 for either output, `gate_weight` for the gate."""
+        return {**self.base.weights(schedule), "mu": self.gate_weight}
+
+    def route(self, route: Route) -> Parameterization:
+        """Read with another ratio: "eps" is 0, "x0" is 1, "velocity" and "flow" the blends of those names."""
+        if route == "mix":
+            return self
+        if isinstance(route, str) and route not in ("eps", "x0", "velocity", "flow"):
+            raise unknown("route", route, ["mix", "eps", "x0", "velocity", "flow", "a number from 0 to 1"])
+        return replace(self, ratio={"eps": 0.0, "x0": 1.0}.get(route, route) if isinstance(route, str) else route)
+
+
+class GateTable(nn.Module):
+    """Adds one number a time step to the ratio's logit, the last channel.
+
+    Args:
+        logits: (T,).
+    """
+
+    logits: Tensor
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> GateTable:
+        kept = self.logits
+        super()._apply(fn, recurse)
+        if self.logits.dtype in (torch.float16, torch.bfloat16):
+            # as the noise levels: the network's precision is its own affair
+            self.logits = kept.to(self.logits.device)
+        return self
+
+    def forward(self, raw: Tensor, t: Tensor) -> Tensor:
+        """(B, 2C + 1, H, W), (B,) -> the same shape."""
+        shift = self.logits[t].to(raw.dtype).view(-1, *[1] * (raw.ndim - 1))
+        return torch.cat([raw[:, :-1], raw[:, -1:] + shift], 1)
+
+
+def _spread(ratio: Scalar, x_t: Tensor) -> Tensor:
+    ratio = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device)
+    return ratio.expand(x_t.shape[0], 1, *x_t.shape[2:])

@@ -1,0 +1,35 @@
+"""What a network said, whatever it was trained to say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dualout.schedules import Level
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """A belief about the clean image, at one noise level.
+
+    Invariant: ``level.alpha · x0 + level.sigma · eps == x_t``.
+    """
+
+    x_t: Tensor
+    """The noisy image that was looked at, (B, C, H, W)."""
+    level: Level
+    """Its noise level: floats, or tensors shaped to broadcast against `x_t`."""
+    x0: Tensor
+    """The clean image that is believed to be behind it, (B, C, H, W), not clipped."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the network gave, by name: `eps` and `x0` (B, C, H, W), `ratio` in (0, 1), broadcastable to them;
+    `variance`, the place between β̃ and β of a learned variance (see `parameterizations.LearnedVariance`)."""
+    direct: Tensor | None = None
+    """The noise as the network gave it, where `x0` follows from it alone: `eps`, but for rounding."""
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise that `x0` implies, (B, C, H, W)."""
+        return (self.x_t - self.level.alpha * self.x0) / self.level.sigma

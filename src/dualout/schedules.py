@@ -1,0 +1,311 @@
+"""Noise schedules: how much signal and how much noise an image holds at each step.
+
+    x_t = alpha_t · x0 + sigma_t · eps,   t = 0 … T−1,   "clean" is alpha 1, sigma 0
+
+| here | DDPM (Ho et al. 2020, arXiv 2006.11239) |
+|---|---|
+| `alpha` | √ᾱ_t |
+| `sigma` | √(1 − ᾱ_t) |
+
+Tables are float64 and are cast on use.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from dualout.errors import InputError
+from dualout.registry import Registered
+
+Scalar = Tensor | float
+Number = TypeVar("Number", bound=Tensor | float)
+
+
+_numbers: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def number(value: float, like: Tensor) -> Tensor:
+    """A number to multiply `like` with, as a tensor without dimensions.
+
+    torch makes one of a Python number too, and casts it, each time: at the size of one image that is half of the time
+    of the product. These are kept.
+    """
+    key = value, like.dtype
+    found = _numbers.get(key)
+    if found is None:
+        # on the CPU, from where a kernel on any device takes it as an argument
+        with torch.inference_mode(False):
+            found = torch.tensor(value, dtype=like.dtype, device="cpu")
+        if type(found) is Tensor:  # and not a tracer's
+            if len(_numbers) >= 10_000:
+                _numbers.clear()
+            _numbers[key] = found
+    return found
+
+
+class Posterior(NamedTuple, Generic[Number]):
+    """q(x_{t−1} | x_t, x0) over one of the T steps (DDPM, Ho et al. 2020, equations 6 and 7)."""
+
+    gain: Number
+    """Of x0 in its mean: √ᾱ_{t−1}·β_t/(1−ᾱ_t). It is 1 at t = 0, and less elsewhere."""
+    large: Number
+    """β_t: the variance that the step adds."""
+    small: Number
+    """β̃_t = β_t·(1−ᾱ_{t−1})/(1−ᾱ_t): its variance; at t = 0, where there is none, that of t = 1."""
+
+
+class Level(NamedTuple, Generic[Number]):
+    """A noise level: ``x_t = alpha · x0 + sigma · eps``.
+
+    Each entry is one number for the whole batch (a float or a 0-d tensor) or a tensor with one number an image.
+    """
+
+    alpha: Number
+    sigma: Number
+    posterior: Posterior[Number] | None = None
+    """The step to the level before; levels that are none of a schedule's know of none."""
+
+    @property
+    def gain(self) -> Number | None:
+        """Of x0 in the posterior's mean."""
+        return None if self.posterior is None else self.posterior.gain
+
+    def map(self, change: Callable[[Any], Any]) -> Level:
+        """The level with each of its numbers changed."""
+        posterior = None if self.posterior is None else Posterior(*map(change, self.posterior))
+        return Level(change(self.alpha), change(self.sigma), posterior)
+
+    def like(self, x: Tensor) -> Level:
+        """The same level, shaped to multiply a batch `x` of shape (B, …), in its dtype and on its device."""
+        return self.map(lambda value: _like(value, x))
+
+
+CLEAN = Level(1.0, 0.0)
+
+
+def _like(value: Scalar, x: Tensor) -> Scalar:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device=x.device, dtype=x.dtype)
+    return value if value.ndim in (0, x.ndim) else value.view(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Schedule(Registered, ABC):
+    """T noise levels, from nearly clean (t = 0) to nearly pure noise (t = T−1)."""
+
+    kind: ClassVar[str] = "schedule"
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise InputError(f"a schedule needs steps >= 1, got {self.steps!r}")
+
+    @abstractmethod
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """`alpha` and `sigma` of every t, each of shape (T,), float64."""
+
+    @cached_property
+    def _levels(self) -> Level[Tensor]:
+        """Every t at once: tables of shape (T,), float64."""
+        alpha, sigma = self.tables()
+        bad = ~((alpha > 0) & (sigma > 0) & alpha.isfinite() & sigma.isfinite())
+        if bad.any():
+            t = int(bad.nonzero()[0])
+            raise InputError(
+                f"schedule {self.name!r} has alpha {alpha[t]:.3g} and sigma {sigma[t]:.3g} at t = {t}; both are above "
+                "0 at every t, so that either can be divided by"
+            )
+        before_alpha = torch.cat([alpha.new_ones(1), alpha[:-1]])
+        before_sigma = torch.cat([sigma.new_zeros(1), sigma[:-1]])
+        step = alpha / before_alpha
+        large = sigma**2 - step**2 * before_sigma**2
+        small = large * before_sigma**2 / sigma**2
+        small[0] = small[1] if self.steps > 1 else large[0]
+        return Level(alpha, sigma, Posterior(before_alpha * large / sigma**2, large, small))
+
+    @cached_property
+    def _scalars(self) -> list[Level[float]]:
+        lists = self._levels.map(Tensor.tolist)
+        return [lists.map(lambda values, t=t: values[t]) for t in range(self.steps)]
+
+    @cached_property
+    def _on_device(self) -> dict[torch.device, Level[Tensor]]:
+        return {}
+
+    def level(self, t: int | Tensor) -> Level[Tensor]:
+        """The noise level at step `t`: an int gives 0-d tensors, a LongTensor (B,) gives tensors (B,), float64.
+
+        Raises:
+            InputError: when an int `t` is outside 0 … T−1, or a tensor is not of integers.
+        """
+        if isinstance(t, int):
+            self._check(t)
+            return self._levels.map(lambda table: table[t])
+        if t.dtype.is_floating_point:
+            raise InputError(f"a time step is an integer from 0 to {self.steps - 1}, got a tensor of {t.dtype}")
+        return self._tables_on(t.device).map(lambda table: table[t])
+
+    def scalars(self, t: int) -> Level[float]:
+        """The noise level at step `t` as Python floats, for coefficients that are computed once."""
+        self._check(t)
+        return self._scalars[t]
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(alpha² / sigma²) at every t, of shape (T,), float64."""
+        alpha, sigma, _ = self._levels
+        return 2 * (alpha.log() - sigma.log())
+
+    def _check(self, t: int) -> None:
+        if not 0 <= t < self.steps:
+            raise InputError(f"a time step is an integer from 0 to {self.steps - 1}, got {t}")
+
+    def _tables_on(self, device: torch.device) -> Level[Tensor]:
+        if device not in self._on_device:
+            # Apple's GPUs have no float64; elsewhere the tables keep it until they are used
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._on_device[device] = self._levels.map(lambda table: table.to(device=device, dtype=dtype))
+        return self._on_device[device]
+
+
+class _Betas(Schedule, ABC):
+    """A variance-preserving schedule given by the variance β_t that each step adds."""
+
+    @abstractmethod
+    def variances(self) -> Tensor:
+        """β_t, of shape (T,), float64."""
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """`alpha` and `sigma` of every t, each of shape (T,), float64."""
+        signal = torch.cumprod(1 - self.variances(), 0)
+        return signal.sqrt(), (1 - signal).sqrt()
+
+
+@dataclass(frozen=True)
+class Linear(_Betas):
+    """β rises linearly (DDPM, Ho et al. 2020, section 4)."""
+
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+
+    def variances(self) -> Tensor:
+        """β_t, of shape (T,), float64."""
+        return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self.beta_start, self.beta_end)
+
+
+@dataclass(frozen=True)
+class ScaledLinear(_Betas):
+    """√β rises linearly (latent diffusion, Rombach et al. 2022)."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    def variances(self) -> Tensor:
+        """β_t, of shape (T,), float64."""
+        return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64) ** 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self.beta_start, self.beta_end)
+
+
+@dataclass(frozen=True)
+class Cosine(_Betas):
+    """ᾱ follows a squared cosine (IDDPM, Nichol & Dhariwal 2021, equation 17)."""
+
+    offset: float = 0.008
+    beta_max: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.offset >= 0 and 0 < self.beta_max < 1):
+            raise InputError(f"needs offset >= 0 and 0 < beta_max < 1, got {self.offset} and {self.beta_max}")
+
+    def variances(self) -> Tensor:
+        """β_t, of shape (T,), float64."""
+        time = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        signal = torch.cos((time + self.offset) / (1 + self.offset) * math.pi / 2) ** 2
+        return (1 - signal[1:] / signal[:-1]).clamp(max=self.beta_max)
+
+
+@dataclass(frozen=True)
+class FromBetas(_Betas):
+    """A schedule given by its table of β."""
+
+    steps: int = field(default=0, init=False)
+    betas: Sequence[float] | Tensor
+
+    def __post_init__(self) -> None:
+        values = self.betas.tolist() if isinstance(self.betas, Tensor) else self.betas
+        betas = tuple(float(b) for b in values)
+        if not betas or not all(0 < b < 1 for b in betas):
+            raise InputError(f"betas are one or more numbers between 0 and 1, got {len(betas)}: {betas[:4]} …")
+        object.__setattr__(self, "betas", betas)
+        object.__setattr__(self, "steps", len(betas))
+
+    def variances(self) -> Tensor:
+        """β_t, of shape (T,), float64."""
+        return torch.tensor(self.betas, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """Straight lines between image and noise: alpha = 1 − s, sigma = s (Liu et al. 2022, arXiv 2209.03003).
+
+    s = (t + 1) / (T + 1) before shifting, so that neither end divides by zero; ``shift`` > 1 moves the steps
+    towards noise, s → shift·s / (1 + (shift − 1)·s) (Esser et al. 2024, arXiv 2403.03206, equation 23).
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.shift < math.inf:
+            raise InputError(f"shift is a number above 0, got {self.shift}")
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """`alpha` and `sigma` of every t, each of shape (T,), float64."""
+        s = torch.arange(1, self.steps + 1, dtype=torch.float64) / (self.steps + 1)
+        s = self.shift * s / (1 + (self.shift - 1) * s)
+        return 1 - s, s
+
+
+@dataclass(frozen=True)
+class EDM(Schedule):
+    """Noise is added and the image kept: alpha = 1 (Karras et al. 2022, arXiv 2206.00364, equation 5)."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.sigma_min < self.sigma_max < math.inf and self.rho > 0):
+            raise InputError(
+                f"needs 0 < sigma_min < sigma_max and rho > 0, got {self.sigma_min}, {self.sigma_max} and {self.rho}"
+            )
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """`alpha` and `sigma` of every t, each of shape (T,), float64."""
+        ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        sigma = (low + ramp * (high - low)) ** self.rho
+        return torch.ones_like(sigma), sigma
+
+
+def _check_range(start: float, end: float) -> None:
+    if not 0 < start <= end < 1:
+        raise InputError(f"needs 0 < beta_start <= beta_end < 1, got beta_start={start}, beta_end={end}")

@@ -1,0 +1,239 @@
+"""The denoiser: calling conventions, routes that share weights, loss, precision."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dualout
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError
+from dualout.parameterizations import CleanImage, Dual, Epsilon, Karras, Parameterization, Velocity
+from dualout.samplers import DDIM
+from dualout.schedules import Cosine, Linear
+from variants import parameterizations
+
+T = 50
+
+
+class Net(nn.Module):
+    def __init__(self, channels: int = 5) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.conv(x) * (1 + t.to(x.dtype).view(-1, 1, 1, 1) / T)
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 2, 4, 4)
+
+
+def test_public_names() -> None:
+    assert dualout.Denoiser is Denoiser
+    assert set(dualout.__all__) <= set(dir(dualout))
+    for name in dualout.__all__:
+        assert getattr(dualout, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dualout.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrap", [lambda y: y, lambda y: (y, "more"), lambda y: SimpleNamespace(sample=y)])
+def test_outputs_of_every_shape_are_taken(wrap) -> None:
+    x, net = images(), Net()
+    expected = Denoiser(net, Dual(), Cosine(T))(x, 7)
+    got = Denoiser(lambda x, t: wrap(net(x, t)), Dual(), Cosine(T))(x, 7)
+    assert torch.equal(got.x0, expected.x0)
+
+
+@pytest.mark.parametrize("output", [None, 3.0, "tensor", (), SimpleNamespace(images=torch.zeros(1))])
+def test_another_output_is_refused(output: object) -> None:
+    with pytest.raises(InputError, match="a network returns a tensor"):
+        Denoiser(lambda x, t: output, Dual(), Cosine(T))(images(), 7)
+
+
+def test_the_network_gets_steps_as_whole_numbers_one_an_image() -> None:
+    seen = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return x
+
+    denoiser = Denoiser(network, Epsilon(), Cosine(T))
+    denoiser(images(), 7)
+    denoiser(images(), torch.tensor(7))
+    denoiser(images(), torch.tensor([7, 7, 7]))
+    assert all(t.tolist() == [7, 7, 7] and t.dtype == torch.long for t in seen)
+
+
+def test_conditions_are_passed_on() -> None:
+    def network(x: Tensor, t: Tensor, *, scale: float, label: Tensor) -> Tensor:
+        return x * scale + label.view(-1, 1, 1, 1)
+
+    x, label = images(), torch.tensor([1.0, 2.0, 3.0])
+    p = Denoiser(network, CleanImage(), Cosine(T))(x, 3, scale=2.0, label=label)
+    assert torch.equal(p.x0, 2 * x + label.view(-1, 1, 1, 1))
+
+
+def test_karras_scales_what_the_network_sees() -> None:
+    seen = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x)
+        return 0 * x
+
+    # data of standard deviation sigma_data: what the network sees has unit variance at every level
+    schedule, sigma_data = Linear(), 0.5
+    x0, noise = sigma_data * torch.randn(2000, 1, 2, 2), torch.randn(2000, 1, 2, 2)
+    for t in (0, 400, 999):
+        level = schedule.scalars(t)
+        x_t = level.alpha * x0 + level.sigma * noise
+        p = Denoiser(network, Karras(sigma_data=sigma_data), schedule)(x_t, t)
+        assert seen[-1].std() == pytest.approx(1, abs=0.03)
+        # F = 0 believes what is best for Gaussian data
+        best = level.alpha * sigma_data**2 / (level.alpha**2 * sigma_data**2 + level.sigma**2) * x_t
+        torch.testing.assert_close(p.x0, best, rtol=1e-5, atol=1e-6)
+
+
+def test_karras_with_unit_data_is_velocity_but_for_the_sign() -> None:
+    raw, x = torch.randn(2, 3, 2, 4, 4)
+    a = Denoiser(lambda x, t: raw, Karras(sigma_data=1.0), Cosine(T))(x, 20)
+    b = Denoiser(lambda x, t: -raw, Velocity(), Cosine(T))(x, 20)
+    torch.testing.assert_close(a.x0, b.x0, rtol=1e-5, atol=1e-5)
+
+
+def test_routes_share_weights() -> None:
+    denoiser, x = Denoiser(Net(), Dual(), Cosine(T)), images()
+    view = denoiser.route("velocity")
+    assert view.network is denoiser.network
+    before = view(x, 7).x0
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.mul_(2)
+    assert not torch.equal(before, view(x, 7).x0)
+    assert next(view.parameters()) is next(denoiser.parameters())
+    assert denoiser.parameterization == Dual()  # itself unchanged
+
+
+def test_routes_are_fixed_ratios() -> None:
+    x, net = images(), Net()
+    denoiser = Denoiser(net, Dual(), Cosine(T))
+    raw = net(x, torch.full((3,), 7))
+    level = Cosine(T).scalars(7)
+    routes = {
+        "x0": raw[:, 2:4],
+        1.0: raw[:, 2:4],
+        "eps": (x - level.sigma * raw[:, :2]) / level.alpha,
+        0.0: (x - level.sigma * raw[:, :2]) / level.alpha,
+        "mix": denoiser(x, 7).x0,
+    }
+    for route, expected in routes.items():
+        torch.testing.assert_close(denoiser.route(route)(x, 7).x0, expected)
+    sigma2 = level.sigma**2
+    torch.testing.assert_close(denoiser.route("velocity")(x, 7).x0, denoiser.route(sigma2)(x, 7).x0)
+    assert denoiser.route(0.3).parameterization == Dual(ratio=0.3)
+
+
+def test_the_eps_route_is_an_eps_model() -> None:
+    net = Net()
+    denoiser = Denoiser(net, Dual(), Cosine(T))
+    single = Denoiser(lambda x, t: net(x, t)[:, :2], Epsilon(), Cosine(T))
+    noise = dualout.noise(range(3), (2, 4, 4))
+    a, b = (DDIM(steps=5).sample(d, noise) for d in (denoiser.route("eps"), single))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_velocity_route_is_a_velocity_model() -> None:
+    net = Net().double()
+    schedule = Cosine(T)
+
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = schedule.level(t).like(x)[:2]
+        eps, x0, _ = net(x, t).split([2, 2, 1], 1)
+        return alpha * eps - sigma * x0
+
+    noise = dualout.noise(range(3), (2, 4, 4), dtype=torch.float64)
+    a = DDIM(steps=7).sample(Denoiser(net, Dual(), schedule).route("velocity"), noise)
+    b = DDIM(steps=7).sample(Denoiser(v, Velocity(), schedule), noise)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_route_keeps_mode_card_and_table() -> None:
+    denoiser = Denoiser(Net(4), Dual(ratio="step"), Cosine(T)).eval()
+    denoiser.card["title"] = "a model"
+    assert not denoiser.route("eps").training
+    assert denoiser.route("eps").card is denoiser.card
+    assert denoiser.route("eps").head is None
+    assert denoiser.route("mix").head is denoiser.head
+    assert denoiser.route("eps")(images(), 3).x0.shape == (3, 2, 4, 4)
+
+
+@pytest.mark.parametrize("parameterization", parameterizations())
+def test_unknown_routes_are_refused(parameterization: Parameterization) -> None:
+    with pytest.raises(InputError, match="route"):
+        parameterization.route("velocty")
+    x, raw = images(1), torch.zeros(1, parameterization.channels(2), 4, 4)
+    if "ratio" not in Denoiser(lambda x, t: raw, parameterization, Cosine(T))(x, 3).parts:
+        with pytest.raises(InputError, match="Only dual-output networks"):
+            parameterization.route(0.5)
+
+
+def test_loss_noises_as_it_says() -> None:
+    seen = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    x0, noise, t = images(4), images(4), torch.tensor([0, 10, 30, 49])
+    loss = Denoiser(network, Epsilon(), Cosine(T)).loss(x0, t, noise)
+    (x_t, time), level = seen[0], Cosine(T).level(t)
+    for b in range(4):
+        torch.testing.assert_close(x_t[b], level.alpha[b].float() * x0[b] + level.sigma[b].float() * noise[b])
+    assert time is t
+    torch.testing.assert_close(loss.parts["eps"], noise.square().mean((1, 2, 3)))
+    torch.testing.assert_close(loss.total, noise.square().mean())
+
+
+def test_half_precision_networks_are_given_their_own() -> None:
+    seen = []
+
+    class Half(Net):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            seen.append(x.dtype)
+            return super().forward(x, t)
+
+    denoiser = Denoiser(Half(), Dual(), Cosine(T))
+    assert denoiser(images(), 3).x0.dtype == torch.float32
+    p = denoiser.to(torch.bfloat16)(images(), 3)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert p.x0.dtype == p.parts["eps"].dtype == torch.float32
+    assert denoiser.double()(images().double(), 3).x0.dtype == torch.float64
+    # float64 images through a float32 network: the network's precision, the images' steps
+    assert denoiser.float()(images().double(), 3).x0.dtype == torch.float64
+
+
+def test_images_of_any_size_and_colour() -> None:
+    for channels, height, width in ((1, 5, 7), (3, 8, 4), (4, 1, 1)):
+        x = torch.randn(2, channels, height, width)
+        denoiser = Denoiser(lambda x, t: x.repeat(1, 3, 1, 1)[:, : 2 * x.shape[1] + 1], Dual(), Cosine(T))
+        assert denoiser(x, 3).x0.shape == x.shape
+        assert DDIM(steps=2).sample(denoiser, x).shape == x.shape
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(InputError, match=r"dualout\.Dual\(\)"):
+        Denoiser(Net(), Dual, Cosine(T))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="Linear"):
+        Denoiser(Net(), Dual(), "linear")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="from 0 to 49"):
+        Denoiser(Net(), Dual(), Cosine(T))(images(), 50)
+
+
+def test_weights_move_with_the_denoiser() -> None:
+    denoiser = Denoiser(Net(4), Dual(ratio="step"), Cosine(T))
+    assert set(denoiser.state_dict()) == {"network.conv.weight", "network.conv.bias", "head.logit"}
+    assert denoiser.to("meta").times.is_meta

@@ -1,0 +1,105 @@
+"""Guidance by its formula, from one call of the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import dualout
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError
+from dualout.guidance import ClassifierFree
+from dualout.parameterizations import Dual, Epsilon, Karras, Parameterization
+from dualout.samplers import DDIM, Heun
+from dualout.schedules import Cosine
+
+T, NULL = 50, 10
+calls: list[int] = []
+
+
+def network(x: Tensor, t: Tensor, label: Tensor, strength: float = 1.0) -> Tensor:
+    calls.append(len(x))
+    pull = torch.sin(label.to(x.dtype)).view(-1, 1, 1, 1) * strength
+    return torch.cat([torch.tanh(x + pull), pull - x, x[:, :1] * pull], 1)
+
+
+def both(parameterization: Parameterization | None = None) -> tuple[Denoiser, Tensor, Tensor]:
+    denoiser = Denoiser(network, parameterization or Dual(), Cosine(T))
+    return denoiser, torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.tensor([0, 4, 7])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.5, -1.0])
+@pytest.mark.parametrize("t", [7, torch.tensor(7), torch.tensor([0, 7, 49])], ids=["int", "scalar", "batch"])
+def test_the_formula(scale: float, t: int | Tensor) -> None:
+    denoiser, x, label = both()
+    given, none = denoiser(x, t, label=label), denoiser(x, t, label=torch.full((3,), NULL))
+    calls.clear()
+    p = ClassifierFree(denoiser, scale, label=NULL)(x, t, label=label)
+    assert calls == [6]
+    torch.testing.assert_close(p.x0, none.x0 + scale * (given.x0 - none.x0), rtol=1e-10, atol=1e-10)
+    # at a fixed x_t, guiding x0 is guiding eps
+    torch.testing.assert_close(p.eps, none.eps + scale * (given.eps - none.eps), rtol=1e-9, atol=1e-9)
+    assert torch.equal(p.x_t, x)
+    for name, part in given.parts.items():
+        torch.testing.assert_close(p.parts[name], part)
+
+
+def test_scales_0_and_1_are_exact() -> None:
+    denoiser, x, label = both()
+    given, none = denoiser(x, 7, label=label), denoiser(x, 7, label=torch.full((3,), NULL))
+    assert torch.equal(ClassifierFree(denoiser, 1, label=NULL)(x, 7, label=label).x0, given.x0)
+    assert torch.equal(ClassifierFree(denoiser, 0, label=NULL)(x, 7, label=label).x0, none.x0)
+
+
+def test_it_is_a_denoiser_to_samplers_and_to_itself() -> None:
+    denoiser, x, label = both()
+    guided = ClassifierFree(denoiser, 2.0, label=NULL)
+    assert guided.schedule == denoiser.schedule
+    for sampler in (DDIM(steps=4), Heun(steps=3)):
+        calls.clear()
+        ends = sampler.sample(guided, x, label=label)
+        assert len(calls) == sampler.evaluations
+        for b in range(3):
+            one = sampler.sample(guided, x[b : b + 1], label=label[b : b + 1])
+            torch.testing.assert_close(one, ends[b : b + 1], rtol=1e-10, atol=1e-10)
+    # 1 + (2 − 1)·… twice over is the formula once more
+    twice = ClassifierFree(guided, 1.0, label=NULL)(x, 7, label=label)
+    torch.testing.assert_close(twice.x0, guided(x, 7, label=label).x0)
+
+
+def test_other_conditions_are_the_same_for_both() -> None:
+    denoiser, x, label = both()
+    guided = ClassifierFree(denoiser, 0.0, label=NULL)
+    expected = denoiser(x, 7, label=torch.full((3,), NULL), strength=3.0)
+    torch.testing.assert_close(guided(x, 7, label=label, strength=3.0).x0, expected.x0)
+
+
+def test_a_null_of_one_row_is_spread() -> None:
+    def embedded(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        return x * words.mean((1, 2)).view(-1, 1, 1, 1)
+
+    denoiser, x = Denoiser(embedded, Epsilon(), Cosine(T)), torch.randn(3, 2, 4, 4)
+    words, null = torch.randn(3, 5, 6), torch.zeros(1, 5, 6)
+    p = ClassifierFree(denoiser, 0.0, words=null)(x, 7, words=words)
+    torch.testing.assert_close(p.x0, denoiser(x, 7, words=null.expand(3, 5, 6)).x0)
+
+
+def test_levels_stay_right_for_every_parameterization() -> None:
+    label = torch.tensor([1, 2, 3])
+    for parameterization in (Epsilon(), Karras()):
+        denoiser = Denoiser(lambda x, t, label: network(x, t, label)[:, :2], parameterization, Cosine(T))
+        p = ClassifierFree(denoiser, 1.5, label=NULL)(torch.randn(3, 2, 4, 4), torch.tensor([3, 9, 40]), label=label)
+        torch.testing.assert_close(p.level.alpha * p.x0 + p.level.sigma * p.eps, p.x_t)
+        assert p.level.alpha.shape == (3, 1, 1, 1)  # type: ignore[union-attr]
+
+
+def test_what_is_missing_is_named() -> None:
+    denoiser, x, _ = both()
+    with pytest.raises(InputError, match="what stands for no condition"):
+        ClassifierFree(denoiser, 2.0)
+    with pytest.raises(InputError, match="needs the condition label"):
+        ClassifierFree(denoiser, 2.0, label=NULL)(x, 7)
+    with pytest.raises(InputError, match="wraps a denoiser, which has a schedule; got Conv2d"):
+        ClassifierFree(torch.nn.Conv2d(1, 1, 1), 2.0, label=NULL)
+    assert dualout.ClassifierFree is ClassifierFree

@@ -1,0 +1,128 @@
+"""Each schedule is the one that its paper writes down, and refuses what is none."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dualout.errors import InputError
+from dualout.schedules import CLEAN, EDM, Cosine, FromBetas, Level, Linear, RectifiedFlow, ScaledLinear
+
+
+def products(betas: np.ndarray) -> np.ndarray:
+    """ᾱ_t, one factor at a time."""
+    out, product = [], 1.0
+    for beta in betas:
+        product *= 1 - float(beta)
+        out.append(product)
+    return np.array(out)
+
+
+def test_linear_is_ddpm() -> None:
+    level = Linear(100, 1e-3, 0.2).level(torch.arange(100))
+    expected = products(np.linspace(1e-3, 0.2, 100))
+    np.testing.assert_allclose(level.alpha**2, expected, rtol=1e-12)
+    np.testing.assert_allclose(level.sigma**2, 1 - expected, rtol=1e-12)
+
+
+def test_defaults_are_the_papers() -> None:
+    assert Linear() == Linear(steps=1000, beta_start=1e-4, beta_end=2e-2)
+    assert Cosine() == Cosine(steps=1000, offset=0.008, beta_max=0.999)
+    # DDPM's last ᾱ, and where IDDPM's figure 5 has its cosine halfway
+    assert Linear().scalars(999).alpha ** 2 == pytest.approx(4.0358e-5, rel=1e-4)
+    assert Cosine().scalars(499).alpha ** 2 == pytest.approx(0.4938, abs=1e-4)
+
+
+def test_scaled_linear_is_latent_diffusions() -> None:
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    np.testing.assert_allclose(ScaledLinear().level(torch.arange(1000)).alpha ** 2, products(betas), rtol=1e-12)
+
+
+def test_cosine_follows_its_curve_until_beta_is_capped() -> None:
+    def f(t: int) -> float:
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    schedule = Cosine()
+    for t in (0, 10, 500, 990):
+        assert schedule.scalars(t).alpha ** 2 == pytest.approx(f(t + 1) / f(0), rel=1e-9)
+    assert schedule.variances().max() == 0.999
+
+
+def test_from_betas_repeats_another() -> None:
+    for betas in (Linear(50).variances(), Linear(50).variances().tolist(), tuple(Linear(50).variances().tolist())):
+        same = FromBetas(betas)
+        assert same.steps == 50
+        assert same == FromBetas(betas)
+        assert hash(same) == hash(FromBetas(betas))
+        torch.testing.assert_close(same.log_snr, Linear(50).log_snr)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_rectified_flow_is_straight(shift: float) -> None:
+    alpha, sigma = RectifiedFlow(99, shift=shift).level(torch.arange(99))[:2]
+    torch.testing.assert_close(alpha + sigma, torch.ones(99, dtype=torch.float64))
+    s = torch.arange(1, 100, dtype=torch.float64) / 100
+    # shifting multiplies the noise-to-signal ratio
+    torch.testing.assert_close(sigma / alpha, shift * s / (1 - s))
+
+
+def test_edm_keeps_the_image() -> None:
+    alpha, sigma = EDM(18).level(torch.arange(18))[:2]
+    assert (alpha == 1).all()
+    assert sigma[0] == pytest.approx(0.002)
+    assert sigma[-1] == pytest.approx(80)
+    # equation 5 of the paper counts from the noisy end
+    i = 5
+    expected = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert sigma[17 - i] == pytest.approx(expected)
+
+
+def test_gain_falls_as_the_design_says() -> None:
+    gain = Linear().level(torch.arange(1000)).gain
+    assert gain[0] == pytest.approx(1)
+    assert gain[999] ** 2 == pytest.approx(1.66e-8, rel=0.02)
+    assert 1 / Linear().scalars(999).alpha == pytest.approx(157, rel=0.01)
+
+
+def test_clean_has_no_noise() -> None:
+    assert (CLEAN.alpha, CLEAN.sigma, CLEAN.gain) == (1.0, 0.0, None)
+    x = torch.zeros(2, 1, 2, 2)
+    assert CLEAN.like(x) == CLEAN
+    assert Level(1, 0).like(x)[:2] == (1, 0)
+
+
+def test_tables_stay_float64_until_they_are_used() -> None:
+    level = Linear().level(torch.tensor([0, 999]))
+    assert level.alpha.dtype == torch.float64
+    assert level.like(torch.zeros(2, 1, 2, 2)).alpha.dtype == torch.float32
+    exact = level.like(torch.zeros(2, 1, 2, 2, dtype=torch.float64))
+    assert torch.equal(exact.alpha, level.alpha.view(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Linear(0), "steps >= 1, got 0"),
+        (lambda: Linear(2.5), "steps >= 1, got 2.5"),  # type: ignore[arg-type]
+        (lambda: Linear(True), "steps >= 1, got True"),
+        (lambda: Linear(beta_start=0.0), "beta_start=0.0"),
+        (lambda: Linear(beta_start=0.3, beta_end=0.2), "beta_start=0.3, beta_end=0.2"),
+        (lambda: ScaledLinear(beta_end=1.5), "beta_end=1.5"),
+        (lambda: Linear(beta_end=math.nan), "beta_end=nan"),
+        (lambda: Cosine(beta_max=2.0), "beta_max < 1"),
+        (lambda: Cosine(offset=-1.0), "offset >= 0"),
+        (lambda: RectifiedFlow(shift=0.0), "shift is a number above 0, got 0.0"),
+        (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
+        (lambda: FromBetas([]), "one or more numbers between 0 and 1"),
+        (lambda: FromBetas([0.1, 1.0]), "one or more numbers between 0 and 1"),
+        (lambda: FromBetas([0.1, -0.1]), "one or more numbers between 0 and 1"),
+        (lambda: FromBetas([0.9999] * 1000).level(0), "alpha 0 and sigma 1 at t = 80"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(make, says: str) -> None:
+    with pytest.raises(InputError) as error:
+        make()
+    assert says in str(error.value)
