@@ -1,0 +1,251 @@
+"""The loop that all samplers share.
+
+A sampler looks at K noise levels in turn. Everything it needs to know about them is computed before the first step,
+in float64, as plain numbers (`plan`); a step then is a few multiplications and additions of images (`advance`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dualout.errors import InputError, unknown
+from dualout.prediction import Prediction
+from dualout.randomness import Draw
+from dualout.registry import Registered
+from dualout.samplers.spacing import SPACINGS, Spacing, space
+from dualout.schedules import CLEAN, Level, Schedule, number
+
+
+class Denoises(Protocol):
+    """What a sampler asks of a denoiser, guided, calibrated or plain."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels."""
+        ...
+
+    def __call__(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
+        """Look at noisy images."""
+        ...
+
+
+class Moment(NamedTuple):
+    """One step of a trajectory."""
+
+    k: int
+    """Which step: 0 … K−1."""
+    t: int
+    """Its time step in the schedule."""
+    x_t: Tensor
+    """The noisy images before the step, (B, C, H, W)."""
+    prediction: Prediction
+    """What the denoiser made of them."""
+    x_next: Tensor
+    """The images after the step; after the last one, the result."""
+
+
+@dataclass(frozen=True)
+class Sampler(Registered, ABC):
+    """K steps from noise to images.
+
+    Attributes:
+        steps: K, from 1 to the schedule's T.
+        spacing: which time steps: a name of `dualout.samplers.SPACINGS`, the steps themselves, decreasing, or a
+            function of the schedule and K that gives them.
+        clip: the range that believed clean images are clipped to, or None. They are clipped once, after any blending.
+        order: the order of convergence, as K grows, to the solution of the sampler's equation.
+    """
+
+    kind: ClassVar[str] = "sampler"
+    plans_keep: ClassVar[bool] = True
+    """Whether a plan is numbers alone, and serves again; not so where it holds what changes on the way."""
+    steps: int = 20
+    _: KW_ONLY
+    spacing: Spacing = "trailing"
+    clip: tuple[float, float] | None = (-1.0, 1.0)
+    order: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise InputError(f"steps is a whole number, 1 or more; got {self.steps!r}")
+        for key in ("spacing", "clip"):
+            if isinstance(value := getattr(self, key), list):
+                object.__setattr__(self, key, tuple(value))
+        if isinstance(self.spacing, str) and self.spacing not in SPACINGS:
+            raise unknown("spacing", self.spacing, SPACINGS)
+        if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] < self.clip[1]):
+            raise InputError(f"clip is a pair (low, high) with low < high, or None; got {self.clip!r}")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps add fresh noise."""
+        return False
+
+    @property
+    def reads_variance(self) -> bool:
+        """Whether steps use the variance that a network learned (`parameterizations.LearnedVariance`)."""
+        return False
+
+    @property
+    def evaluations(self) -> int:
+        """How many times the network is called (NFE)."""
+        return self.steps
+
+    def timesteps(self, schedule: Schedule) -> list[int]:
+        """The K time steps that are visited, decreasing."""
+        return space(self.spacing, schedule, self.steps)
+
+    @abstractmethod
+    def plan(self, schedule: Schedule, times: Sequence[int]) -> Sequence[Any]:
+        """What each of the K steps needs to know about the levels it goes between, computed once."""
+
+    @abstractmethod
+    def advance(self, step: Step) -> Tensor:
+        """The images after a step."""
+
+    @torch.no_grad()
+    def sample(self, denoiser: Denoises, noise: Tensor, draw: Draw | None = None, **conditions: Any) -> Tensor:
+        """Make images.
+
+        Args:
+            denoiser: what believes.
+            noise: standard normal, (B, C, H, W); `dualout.noise` makes it, one seed an image.
+            draw: gives the fresh noise of step k, for stochastic samplers; `dualout.SeededDraw` makes it one seed an
+                image. None draws from torch's global generator.
+            conditions: passed on to the network.
+
+        Returns:
+            images (B, C, H, W), in the dtype of `noise`.
+
+        Raises:
+            InputError: when K exceeds the schedule's T.
+        """
+        x = noise
+        # nothing holds a moment while the next is made: its memory, still in the cache, serves again
+        for x in map(attrgetter("x_next"), self.trajectory(denoiser, noise, draw, **conditions)):  # noqa: B007
+            pass
+        return x.to(noise.dtype)
+
+    def trajectory(
+        self,
+        denoiser: Denoises,
+        noise: Tensor,
+        draw: Draw | None = None,
+        *,
+        differentiable: bool = False,
+        **conditions: Any,
+    ) -> Generator[Moment, None, None]:
+        """The K steps, one at a time.
+
+        Arguments are those of `sample`; `differentiable` keeps the graph of gradients through all steps.
+        """
+        schedule = denoiser.schedule
+        times, plan = _planned(self, schedule)
+        x = _start(noise, schedule.scalars(times[0]))
+        past: list[Tensor] = []
+
+        def look(x: Tensor, k: int) -> Prediction:
+            return denoiser(x, times[k], **conditions)
+
+        for k, t in enumerate(times):
+            with nullcontext() if differentiable or not torch.is_grad_enabled() else torch.no_grad():
+                prediction = denoiser(x, t, **conditions)
+                if k == 0 and "variance" in prediction.parts and not self.reads_variance:
+                    warnings.warn(_IGNORED.format(self.spec), stacklevel=2)
+                x_next = self.advance(Step(k, plan[k], prediction, past, draw, look))
+            yield Moment(k, t, x, prediction, x_next)
+            x = x_next
+            del prediction, x_next
+
+    def clipped(self, x0: Tensor) -> Tensor:
+        """Believed clean images, within the range."""
+        return x0 if self.clip is None else x0.clamp(*self.clip)
+
+    def scaled(self, factor: float, x0: Tensor) -> Tensor:
+        """factor · clip(x0), in a tensor that may be added to."""
+        scale = number(factor, x0)
+        return x0 * scale if self.clip is None else x0.clamp(*self.clip).mul_(scale)
+
+
+def _planned(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[Any]]:
+    """The time steps and the plan; those of numbers alone are kept."""
+    try:
+        return (_plan_kept if sampler.plans_keep else _plan)(sampler, schedule)
+    except TypeError:  # cannot be hashed: a spacing that is an array
+        return _plan(sampler, schedule)
+
+
+def _plan(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[Any]]:
+    times = sampler.timesteps(schedule)
+    return times, sampler.plan(schedule, times)
+
+
+_plan_kept = lru_cache(maxsize=32)(_plan)
+
+
+_IGNORED = (
+    "this network learned a variance, which the sampler {} does not use; DDPM with variance=learned does "
+    "(ddpm:variance=learned)"
+)
+
+
+class Step(NamedTuple):
+    """What one step is given."""
+
+    k: int
+    plan: Any
+    """This step's entry of `Sampler.plan`."""
+    prediction: Prediction
+    past: list[Tensor]
+    """What the sampler keeps from earlier steps of this trajectory, latest first; empty at first."""
+    draw: Draw | None
+    look: Callable[[Tensor, int], Prediction]
+    """The denoiser at the k-th level, for samplers that look more than once a step."""
+
+    def fresh(self) -> Tensor:
+        """This step's fresh noise, (B, C, H, W)."""
+        return torch.randn_like(self.prediction.x_t) if self.draw is None else self.draw(self.k)
+
+
+def visited(schedule: Schedule, times: Sequence[int]) -> list[Level[float]]:
+    """The K levels of a trajectory and, after them, the clean one."""
+    return [*(schedule.scalars(t) for t in times), CLEAN]
+
+
+def _start(noise: Tensor, level: Level[float]) -> Tensor:
+    """x_T ~ N(0, alpha² + sigma²): what images of unit variance look like at the first level."""
+    x = noise.float() if noise.dtype in (torch.float16, torch.bfloat16) else noise
+    power = level.alpha**2 + level.sigma**2
+    return x if abs(power - 1) < 1e-9 else x * power**0.5
+
+
+def combine(*terms: tuple[float, Tensor | None]) -> Tensor:
+    """The sum of coefficient · tensor, without a temporary for each; a coefficient of 0 is not computed."""
+    for i, (coefficient, x) in enumerate(terms):
+        if coefficient != 0 and x is not None:
+            return add(x * number(coefficient, x), *terms[i + 1 :])
+    return torch.zeros_like(next(x for _, x in terms if x is not None))
+
+
+def add(total: Tensor, *terms: tuple[float, Tensor | None]) -> Tensor:
+    """`total`, with coefficient · tensor added in place."""
+    for coefficient, x in terms:
+        if coefficient != 0 and x is not None:
+            total.add_(x, alpha=coefficient)
+    return total
+
+
+def remember(past: list[Tensor], latest: Tensor, most: int) -> None:
+    """Put the latest first and forget what is older than `most`."""
+    past.insert(0, latest)
+    del past[most:]

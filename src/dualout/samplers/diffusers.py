@@ -1,0 +1,287 @@
+"""Any scheduler of diffusers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualout.errors import InputError, unknown
+from dualout.prediction import Prediction
+from dualout.randomness import SeededDraw
+from dualout.samplers.base import Sampler, Step
+from dualout.schedules import Schedule
+
+
+class _Stage(NamedTuple):
+    scheduler: Any
+    t: Any
+    scale: float
+    """What the scheduler's images are multiplied with to be x_t; 1 unless it counts noise in units of the image."""
+    scale_next: float
+    arguments: frozenset[str]
+    """Of the scheduler's `step`."""
+
+
+@dataclass(frozen=True)
+class FromDiffusers(Sampler):
+    """A scheduler of diffusers as a sampler.
+
+    A scheduler with a setting `clip_sample` clips by itself, as it is set; for the others x0 is clipped before it is
+    handed over, as eps, x0 or v, whichever its `prediction_type` asks for; with `variance_type="learned_range"`, a
+    learned variance goes with it. Schedulers that look twice a step (Heun,
+    KDPM2) or between the discrete time steps are refused.
+
+    Attributes:
+        scheduler: a scheduler, whose noise schedule must be the denoiser's; or the name of one of diffusers' classes,
+            which is built with the denoiser's schedule and its own defaults. It is copied, never changed.
+        spacing: None leaves the time steps to the scheduler; anything else is given to it, where its class takes them.
+    """
+
+    name = "diffusers"
+    plans_keep = False  # schedulers count their steps
+
+    scheduler: Any = "DDIMScheduler"
+    steps: int = field(default=20, kw_only=True)
+    spacing: Any = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.spacing is None:
+            object.__setattr__(self, "spacing", _OwnTimes(self.scheduler))
+        super().__post_init__()
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps may add fresh noise."""
+        return True
+
+    @property
+    def reads_variance(self) -> bool:
+        """Whether steps use the variance that a network learned."""
+        return not isinstance(self.scheduler, str) and reads_variance(self.scheduler)
+
+    def fields(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        own = isinstance(self.spacing, _OwnTimes)
+        return super().fields() | ({"spacing": None} if own else {})
+
+    def plan(self, schedule: Schedule, times: Sequence[int]) -> list[_Stage]:
+        """One scheduler, made ready, and what it is told at each step."""
+        scheduler = _ready(self.scheduler, schedule, self.steps, None if isinstance(self.spacing, _OwnTimes) else times)
+        clips = clips_itself(type(scheduler))
+        if isinstance(self.scheduler, str) and clips:
+            low, high = self.clip or (-1.0, 1.0)
+            if low != -high:
+                raise InputError(f"diffusers' schedulers clip to a symmetric range, got clip={self.clip}")
+            scheduler.register_to_config(clip_sample=self.clip is not None, clip_sample_range=high)
+        scales = [_scale(scheduler, schedule, t) for t in times]
+        arguments = frozenset(inspect.signature(scheduler.step).parameters)
+        return [
+            _Stage(scheduler, t, scale, scale_next, arguments)
+            for t, scale, scale_next in zip(scheduler.timesteps, scales, [*scales[1:], 1.0], strict=True)
+        ]
+
+    def advance(self, step: Step) -> Tensor:
+        """The images after a step."""
+        scheduler, t, scale, scale_next, arguments = step.plan
+        x_t = step.prediction.x_t
+        state = x_t if scale == 1 else x_t / scale
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(state, t)  # some count their steps here
+        answer = asked(step.prediction, scheduler, self.clip)
+        x_next = scheduler.step(answer, t, state, **_noise(step, arguments)).prev_sample
+        return x_next if scale_next == 1 else x_next * scale_next
+
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def asked(p: Prediction, scheduler: Any, clip: tuple[float, float] | None) -> Tensor:
+    """A prediction in the terms of a scheduler of diffusers.
+
+    Args:
+        p: the prediction.
+        scheduler: whose `prediction_type` says what it takes.
+        clip: the range of x0, for schedulers that have no setting `clip_sample` themselves.
+
+    Returns:
+        eps, x0 or v, (B, C, H, W); (B, 2C, H, W) with the learned variance, where the scheduler uses it.
+
+    Raises:
+        InputError: for another prediction type, or where there is no learned variance.
+    """
+    if clip is not None and not clips_itself(type(scheduler)):
+        p = Prediction(p.x_t, p.level, p.x0.clamp(*clip), p.parts)
+    match check_type(scheduler):
+        case "epsilon":
+            answer = p.eps
+        case "sample":
+            answer = p.x0
+        case _:
+            answer = p.level.alpha * p.eps - p.level.sigma * p.x0
+    if not reads_variance(scheduler):
+        return answer
+    if "variance" not in p.parts:
+        raise InputError(
+            f"{type(scheduler).__name__} has variance_type 'learned_range', which needs a network that learned its "
+            "variance (dualout.LearnedVariance), and this did not; take 'fixed_small' or 'fixed_large'"
+        )
+    return torch.cat([answer, 2 * p.parts["variance"] - 1], 1)
+
+
+@cache
+def clips_itself(scheduler: type) -> bool:
+    """Whether a class of schedulers has a setting `clip_sample`; from_config leaves others' in every config."""
+    return "clip_sample" in inspect.signature(scheduler).parameters
+
+
+def check_type(scheduler: Any) -> str:
+    """The prediction type of a scheduler of diffusers.
+
+    Raises:
+        InputError: when it is not one of `PREDICTION_TYPES`.
+    """
+    kind = getattr(scheduler.config, "prediction_type", None)
+    if kind not in PREDICTION_TYPES:
+        raise InputError(
+            f"{type(scheduler).__name__} has the prediction_type {kind!r}; a prediction can be given to schedulers as "
+            "noise ('epsilon'), clean image ('sample') or velocity ('v_prediction')"
+        )
+    return kind
+
+
+def reads_variance(scheduler: Any) -> bool:
+    """Whether a scheduler of diffusers uses a learned variance.
+
+    Raises:
+        InputError: when it wants the variance itself; networks here learn a place between β̃ and β.
+    """
+    kind = getattr(scheduler.config, "variance_type", None)
+    if kind not in ("learned", "learned_range"):
+        return False
+    # some only cut it off
+    uses = "predicted_variance" in inspect.signature(getattr(scheduler, "_get_variance", reads_variance)).parameters
+    if uses and kind == "learned":
+        raise InputError(
+            f"{type(scheduler).__name__} has variance_type 'learned': networks here learn a place between the smallest "
+            "and the largest variance, which is variance_type 'learned_range'"
+        )
+    return uses
+
+
+@dataclass(frozen=True)
+class _OwnTimes:
+    """The time steps that a scheduler chooses by itself."""
+
+    scheduler: Any
+
+    def __call__(self, schedule: Schedule, steps: int) -> list[int]:
+        scheduler = _ready(self.scheduler, schedule, steps, None)
+        times = scheduler.timesteps.tolist()
+        name = type(scheduler).__name__
+        if len(times) != steps:
+            raise InputError(
+                f"{name} looks {len(times)} times in {steps} steps; only those that look once a step can be used"
+            )
+        if any(abs(t - round(t)) > 1e-6 for t in times):
+            raise InputError(
+                f"{name} asks for time steps between the discrete ones, such as {times[1]}; set its timestep_spacing"
+            )
+        return [round(t) for t in times]
+
+
+def _ready(scheduler: Any, schedule: Schedule, steps: int, times: Sequence[int] | None) -> Any:
+    """A copy of the scheduler, or a new one of that name, with its time steps set."""
+    scheduler = (
+        named_scheduler(scheduler, schedule)
+        if isinstance(scheduler, str)
+        else check_schedule(copy.deepcopy(scheduler), schedule)
+    )
+    if times is None:
+        scheduler.set_timesteps(steps)
+    elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(timesteps=list(times))
+    else:
+        raise InputError(
+            f"{type(scheduler).__name__} cannot be told its time steps; leave spacing to it, or set its "
+            "timestep_spacing"
+        )
+    return scheduler
+
+
+def _class(name: str) -> Any:
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise unknown("scheduler of diffusers", name, [n for n in dir(diffusers) if n.endswith("Scheduler")])
+    return cls
+
+
+def named_scheduler(name: str, schedule: Schedule, **settings: Any) -> Any:
+    """A scheduler of diffusers by its class name, for a schedule.
+
+    Raises:
+        InputError: when there is no such class, or it cannot follow the schedule.
+    """
+    cls = _class(name)
+    known = inspect.signature(cls).parameters
+    if "trained_betas" not in known:
+        raise InputError(f"{name} takes no table of betas, so it cannot follow the denoiser's schedule")
+    alpha = schedule.level(torch.arange(schedule.steps)).alpha
+    betas = 1 - (alpha / torch.cat([alpha.new_ones(1), alpha[:-1]])) ** 2
+    return check_schedule(cls(num_train_timesteps=schedule.steps, trained_betas=betas.tolist(), **settings), schedule)
+
+
+def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
+    """The scheduler itself.
+
+    Raises:
+        InputError: when its noise schedule is not the given one.
+    """
+    table = getattr(scheduler, "alphas_cumprod", None)
+    name = type(scheduler).__name__
+    if table is None or not hasattr(scheduler, "set_timesteps"):
+        raise InputError(
+            f"{name} is no scheduler with a table of alphas_cumprod, which is needed to check its schedule"
+        )
+    alpha, sigma, _ = schedule.level(torch.arange(schedule.steps))
+    if not torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-6):
+        raise InputError(
+            f"diffusers' schedulers with a table of alphas_cumprod need alpha² + sigma² = 1, which the denoiser's "
+            f"schedule ({schedule.spec}) does not keep"
+        )
+    if len(table) != schedule.steps or not torch.allclose(table.double().cpu().sqrt(), alpha, atol=1e-4):
+        raise InputError(
+            f"{name} has another noise schedule than the denoiser ({schedule.spec}); build it with trained_betas, or "
+            "give its class name and it is built for you"
+        )
+    check_type(scheduler)
+    return scheduler
+
+
+def _scale(scheduler: Any, schedule: Schedule, t: int) -> float:
+    """x_t over the scheduler's images: alpha where they are x0 + (sigma/alpha)·eps."""
+    return float(schedule.scalars(t).alpha) if float(scheduler.init_noise_sigma) != 1 else 1.0
+
+
+def _noise(step: Step, arguments: frozenset[str]) -> dict[str, Any]:
+    """Fresh noise the way this scheduler takes it."""
+    if step.draw is None:
+        return {}
+    if "variance_noise" in arguments:
+        return {"variance_noise": step.fresh()}
+    if "generator" not in arguments:
+        return {}
+    if not isinstance(step.draw, SeededDraw):
+        raise InputError(
+            "this scheduler draws its own noise from generators: give draw=dualout.SeededDraw(seeds, shape)"
+        )
+    return {"generator": [torch.Generator().manual_seed(int(seed)) for seed in step.draw.at(step.k)]}

@@ -1,0 +1,253 @@
+"""One, two and three steps, each by the formula in its paper, written out."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dualout.errors import InputError
+from dualout.parameterizations import Dual
+from dualout.prediction import Prediction
+from dualout.samplers import DDIM, DDPM, IPNDM, DPMSolver, Heun, Sampler, UniPC
+from dualout.samplers.ipndm import adams_bashforth
+from dualout.schedules import EDM, Cosine, Level, Linear, RectifiedFlow, Schedule
+from oracles import toy_denoiser
+
+T = 50
+TIMES = (45, 30, 12)
+SCHEDULES = [Linear(T, 2e-3, 0.4), Cosine(T), RectifiedFlow(T), EDM(T)]
+ON_EACH = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
+CLIPS = pytest.mark.parametrize("clip", [None, (-0.3, 0.3)], ids=["unclipped", "clipped"])
+
+
+class Walk:
+    """A trajectory by hand: beliefs at any x and t, and the levels on the way."""
+
+    def __init__(self, schedule: Schedule, clip: tuple[float, float] | None, times: tuple[int, ...] = TIMES) -> None:
+        self.denoiser, self.clip, self.times = toy_denoiser(schedule, Dual()), clip, times
+        self.levels = [*(schedule.scalars(t) for t in times), Level(1.0, 0.0)]
+        noise = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+        first = self.levels[0]
+        self.noise, self.start = noise, noise * math.hypot(first.alpha, first.sigma)
+
+    def look(self, x: Tensor, k: int) -> Prediction:
+        return self.denoiser(x, self.times[k])
+
+    def clipped(self, x0: Tensor) -> Tensor:
+        return x0 if self.clip is None else x0.clamp(*self.clip)
+
+    def believed(self, x: Tensor, k: int) -> Tensor:
+        return self.clipped(self.look(x, k).x0)
+
+    def run(self, sampler: Sampler, draw=None) -> list[Tensor]:
+        moments = list(sampler.trajectory(self.denoiser, self.noise, draw))
+        torch.testing.assert_close(moments[0].x_t, self.start, rtol=1e-12, atol=1e-12)
+        return [m.x_next for m in moments]
+
+    def options(self) -> dict:
+        return {"steps": len(self.times), "spacing": self.times, "clip": self.clip}
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@ON_EACH
+@CLIPS
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim(schedule: Schedule, clip: tuple[float, float] | None, eta: float) -> None:
+    walk, z = Walk(schedule, clip), torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    x, states = walk.start, []
+    for k, (t, s) in enumerate(pairwise(walk.levels)):
+        p = walk.look(x, k)
+        # Song et al., equation 16, in variances: what the step adds and keeps
+        tau2 = eta**2 * s.sigma**2 / t.sigma**2 * (t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2)
+        x = s.alpha * walk.clipped(p.x0) + math.sqrt(max(s.sigma**2 - tau2, 0)) * p.eps + math.sqrt(max(tau2, 0)) * z[k]
+        states.append(x)
+    same(walk.run(DDIM(eta=eta, **walk.options()), z.__getitem__), states)
+
+
+@ON_EACH
+@CLIPS
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_ddpm(schedule: Schedule, clip: tuple[float, float] | None, variance: str) -> None:
+    walk, z = Walk(schedule, clip), torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    x, states = walk.start, []
+    for k, (t, s) in enumerate(pairwise(walk.levels)):
+        # q(x_s | x_t, x0): condition x_s = alpha_s·x0 + sigma_s·n on x_t = step·x_s + √β·n'
+        step = t.alpha / s.alpha
+        beta = t.sigma**2 - step**2 * s.sigma**2
+        if s.sigma == 0:
+            x = walk.believed(x, k)
+        else:
+            precision = 1 / s.sigma**2 + step**2 / beta
+            mean = (s.alpha * walk.believed(x, k) / s.sigma**2 + step * x / beta) / precision
+            x = mean + math.sqrt(beta if variance == "large" else 1 / precision) * z[k]
+        states.append(x)
+    same(walk.run(DDPM(variance=variance, **walk.options()), z.__getitem__), states)
+
+
+def test_eta_1_is_ddpm_with_small_variance() -> None:
+    walk, z = Walk(Cosine(T), None), torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    same(
+        walk.run(DDIM(eta=1.0, **walk.options()), z.__getitem__),
+        walk.run(DDPM(variance="small", **walk.options()), z.__getitem__),
+    )
+
+
+def half(level: Level[float]) -> float:
+    return math.log(level.alpha / level.sigma)
+
+
+@ON_EACH
+@CLIPS
+def test_dpmsolver_2m(schedule: Schedule, clip: tuple[float, float] | None) -> None:
+    walk = Walk(schedule, clip)
+    a, b, c, _ = walk.levels
+    first = walk.believed(walk.start, 0)
+    x1 = b.sigma / a.sigma * walk.start - b.alpha * math.expm1(half(a) - half(b)) * first
+    # Lu et al., algorithm 2: D = (1 + 1/2r)·x0 − 1/2r·x0 before, r = h before / h
+    second = walk.believed(x1, 1)
+    h = half(c) - half(b)
+    r = (half(b) - half(a)) / h
+    d = (1 + 1 / (2 * r)) * second - 1 / (2 * r) * first
+    x2 = c.sigma / b.sigma * x1 - c.alpha * math.expm1(-h) * d
+    same(walk.run(DPMSolver(order=2, **walk.options())), [x1, x2, walk.believed(x2, 2)])
+
+
+@ON_EACH
+def test_dpmsolver_3m_integrates_the_parabola(schedule: Schedule) -> None:
+    # four steps, of which the third is of order 3: the integral of e^(u−h)·x0(λ + u) by quadrature
+    walk = Walk(schedule, None, (45, 35, 22, 9))
+    moments = list(DPMSolver(order=3, **walk.options()).trajectory(walk.denoiser, walk.noise))
+    t, s = walk.levels[2], walk.levels[3]
+    h = half(s) - half(t)
+    nodes = torch.tensor([half(level) - half(t) for level in walk.levels[:3]], dtype=torch.float64)
+    places, weights = np.polynomial.legendre.leggauss(24)
+    powers = torch.arange(3, dtype=torch.float64)
+    interpolate = torch.linalg.inv(nodes[:, None] ** powers)
+    integral = torch.zeros_like(walk.noise)
+    for point, weight in zip(torch.tensor(places + 1) * h / 2, weights * h / 2, strict=True):
+        basis = point**powers @ interpolate
+        x0 = sum(c * m.prediction.x0 for c, m in zip(basis, moments[:3], strict=True))
+        integral = integral + weight * torch.exp(point - h) * x0
+    expected = s.sigma / t.sigma * moments[2].x_t + s.alpha * integral
+    torch.testing.assert_close(moments[2].x_next, expected, rtol=1e-9, atol=1e-9)
+
+
+@ON_EACH
+@CLIPS
+def test_unipc_2(schedule: Schedule, clip: tuple[float, float] | None) -> None:
+    # Zhao et al., algorithms 5 to 8, with B(h) = e^h − 1 of h = −(λ_s − λ_t)
+    walk = Walk(schedule, clip, (45, 30, 20, 9))
+    a, b, c, d, _ = walk.levels
+    first = walk.believed(walk.start, 0)
+    h = half(b) - half(a)
+    x1 = b.sigma / a.sigma * walk.start - b.alpha * math.expm1(-h) * first
+    # the corrector with p = 1: half of the difference, which the paper sets where there is one unknown
+    second = walk.believed(x1, 1)
+    x1_corrected = x1 - b.alpha * math.expm1(-h) * 0.5 * (second - first)
+    # the predictor with p = 2, likewise
+    h = half(c) - half(b)
+    r = (half(a) - half(b)) / h
+    base = c.sigma / b.sigma * x1_corrected - c.alpha * math.expm1(-h) * second
+    x2 = base - c.alpha * math.expm1(-h) * 0.5 * (first - second) / r
+    # the corrector with p = 2: both unknowns, from their order conditions Σ ρᵢ·rᵢ^(k−1) = k!·φ_(k+1)/B
+    third = walk.believed(x2, 2)
+    phi_2 = (math.expm1(-h) / -h - 1) / -h
+    phi_3 = (phi_2 - 0.5) / -h
+    conditions = torch.tensor([[1.0, 1.0], [r, 1.0]], dtype=torch.float64)
+    right = torch.tensor([phi_2 * -h, 2 * phi_3 * -h], dtype=torch.float64) / math.expm1(-h)
+    rho = torch.linalg.solve(conditions, right)
+    difference = rho[0] * (first - second) / r + rho[1] * (third - second)
+    x2_corrected = base - c.alpha * math.expm1(-h) * difference
+    # the predictor once more, and the step to the clean level, where x_t no longer counts
+    h = half(d) - half(c)
+    r = (half(b) - half(c)) / h
+    x3 = d.sigma / c.sigma * x2_corrected - d.alpha * math.expm1(-h) * (third + 0.5 * (second - third) / r)
+    same(walk.run(UniPC(order=2, **walk.options())), [x1, x2, x3, walk.believed(x3, 3)])
+
+
+@ON_EACH
+@CLIPS
+def test_ipndm_2(schedule: Schedule, clip: tuple[float, float] | None) -> None:
+    walk = Walk(schedule, clip)
+    x, states, before = walk.start, [], None
+    for k, (t, s) in enumerate(pairwise(walk.levels)):
+        eps = walk.look(x, k).eps
+        mean = eps
+        if before is not None:
+            # Adams–Bashforth for uneven steps of u = sigma/alpha
+            previous = walk.levels[k - 1]
+            h, h_before = s.sigma / s.alpha - t.sigma / t.alpha, t.sigma / t.alpha - previous.sigma / previous.alpha
+            mean = eps + h / (2 * h_before) * (eps - before)
+        x = s.alpha * walk.clipped((x - t.sigma * mean) / t.alpha) + s.sigma * mean
+        before = eps
+        states.append(x)
+    same(walk.run(IPNDM(order=2, **walk.options())), states)
+
+
+@ON_EACH
+@CLIPS
+def test_heun(schedule: Schedule, clip: tuple[float, float] | None) -> None:
+    walk = Walk(schedule, clip)
+    x, states = walk.start, []
+    for k, (t, s) in enumerate(pairwise(walk.levels)):
+        eps = walk.look(x, k).eps
+        euler = s.alpha * walk.clipped((x - t.sigma * eps) / t.alpha) + s.sigma * eps
+        if s.sigma == 0:
+            x = euler
+        else:
+            mean = (eps + walk.look(euler, k + 1).eps) / 2
+            x = s.alpha * walk.clipped((x - t.sigma * mean) / t.alpha) + s.sigma * mean
+        states.append(x)
+    same(walk.run(Heun(**walk.options())), states)
+
+
+def test_adams_bashforth_is_the_textbooks_for_even_steps() -> None:
+    u = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]
+    assert adams_bashforth(u, 1) == pytest.approx((1,))
+    assert adams_bashforth(u, 2) == pytest.approx((3 / 2, -1 / 2))
+    assert adams_bashforth(u, 3) == pytest.approx((23 / 12, -16 / 12, 5 / 12))
+    assert adams_bashforth(u, 4) == pytest.approx((55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    # and exact for cubics at any spacing
+    u = [9.0, 5.5, 5.0, 2.0, 0.7]
+    weights = adams_bashforth(u, 4)
+    for power in range(4):
+        exact = (u[-1] ** (power + 1) - u[-2] ** (power + 1)) / (power + 1) / (u[-1] - u[-2])
+        assert sum(w * v**power for w, v in zip(weights, u[-2::-1], strict=True)) == pytest.approx(exact)
+
+
+def test_order_1_of_every_solver_is_ddim() -> None:
+    for schedule in SCHEDULES:
+        walk = Walk(schedule, None)
+        ddim = walk.run(DDIM(**walk.options()))
+        same(walk.run(DPMSolver(order=1, **walk.options())), ddim)
+        same(walk.run(DPMSolver(order=1, published=True, **walk.options())), ddim)
+        same(walk.run(IPNDM(order=1, **walk.options())), ddim)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: DDIM(eta=1.5), "eta is from 0"),
+        (lambda: DDIM(eta=-0.1), "got -0.1"),
+        (lambda: DDPM(variance="medium"), "unknown variance 'medium'"),
+        (lambda: DPMSolver(order=4), "orders 1, 2 and 3; got 4"),
+        (lambda: UniPC(order=0), "orders 1, 2 and 3; got 0"),
+        (lambda: IPNDM(order=5), "orders 1 to 4; got 5"),
+        (lambda: DDIM(clip=(1.0, -1.0)), "low < high"),
+        (lambda: DDIM(clip=(1.0,)), "low < high"),  # type: ignore[arg-type]
+        (lambda: DDIM(spacing="training"), "did you mean 'trailing'"),
+    ],
+)
+def test_what_is_no_sampler_is_refused(make, says: str) -> None:
+    with pytest.raises(InputError) as error:
+        make()
+    assert says in str(error.value)
