@@ -1,0 +1,30 @@
+"""Networks: how to call them, how to build them, how to give them a second output."""
+
+from dualout.networks.adapter import Adapter
+from dualout.networks.backbones import Backbone
+from dualout.networks.build import build
+from dualout.networks.heads import Heads
+from dualout.networks.keyword import Keyword
+from dualout.networks.output import Output
+from dualout.networks.positional import Positional
+from dualout.networks.scaled import ScaledTime
+from dualout.networks.sigma import SigmaConditioned
+from dualout.networks.widen import widen
+from dualout.networks.x0first import X0First
+from dualout.registry import discover
+
+__all__ = [
+    "Adapter",
+    "Backbone",
+    "Heads",
+    "Keyword",
+    "Output",
+    "Positional",
+    "ScaledTime",
+    "SigmaConditioned",
+    "X0First",
+    "build",
+    "widen",
+]
+
+discover(__name__, __path__)

@@ -1,0 +1,316 @@
+"""Models that other programs trained: diffusers' directories, and files of weights.
+
+A file (.pt, .pth, .ckpt, .bin, .safetensors) holds weights and no network, so that an adapter, one class a layout, says
+which network they fit and how it was trained. Files are read as data: no code in them is run (``weights_only``).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dualout import checkpoint
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError, unknown
+from dualout.networks.backbones import Backbone
+from dualout.networks.build import build
+from dualout.networks.outside import ScaledInput, StarterCNN, TimeUNet
+from dualout.networks.scaled import ScaledTime
+from dualout.parameterizations import CleanImage, Epsilon, LearnedVariance, Parameterization, Velocity
+from dualout.registry import Registered
+from dualout.schedules import Cosine, FromBetas, Linear, ScaledLinear, Schedule
+
+FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net", "unet")
+
+
+def load(
+    source: str | Path, adapter: str | None = None, parameterization: str | None = None, schedule: str | None = None
+) -> Denoiser:
+    """A denoiser from what somebody trained, wherever it lies; the source is only read.
+
+    Args:
+        source: a dualout checkpoint or run; a directory of diffusers, a pipeline's or a model's; a Hub repository of
+            either; or a file of weights.
+        adapter: for files: which layout the weights have, as ``plain:network=small:size=28``.
+        parameterization: for models that lie without their scheduler: what they were trained to predict.
+        schedule: likewise: the noise levels.
+
+    Raises:
+        InputError: for anything that is missing, damaged, not understood, or told twice.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        _untold(source, parameterization=parameterization, schedule=schedule)
+        return _from_file(path, adapter)
+    if adapter is not None:
+        raise InputError(f"--adapter is for files of weights; {str(source)!r} is no file")
+    directory = path if path.is_dir() else _downloaded(str(source))
+    if (directory / "model_index.json").is_file():
+        _untold(source, parameterization=parameterization, schedule=schedule)
+        return _from_pipeline(directory)
+    if "_class_name" in _json(directory / checkpoint.CONFIG):
+        return _from_model(directory, parameterization, schedule)
+    _untold(source, parameterization=parameterization, schedule=schedule)
+    return Denoiser.from_pretrained(directory)
+
+
+def _untold(source: str | Path, **told: str | None) -> None:
+    for name, value in told.items():
+        if value is not None:
+            raise InputError(f"{source} says itself how it was trained: leave out --{name} {value}")
+
+
+def _downloaded(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"there is no file or directory {name!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{name!r} is no file or directory here, and the Hub did not give it: {reason}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        present = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"{path.parent} is no checkpoint of dualout and no model or pipeline of diffusers: {path.name} is missing "
+            f"(it holds {present})"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def _from_pipeline(directory: Path) -> Denoiser:
+    """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
+    index = _json(directory / "model_index.json")
+    parts = {k: v for k, v in index.items() if not k.startswith("_")}
+    name = next((k for k in ("unet", "transformer", "model") if k in parts), None)
+    if name is None or "scheduler" not in parts:
+        raise InputError(
+            f"the pipeline {directory} has no network and scheduler to upgrade; it has {', '.join(parts) or 'nothing'}"
+        )
+    network = _diffusers_model(directory / name)
+    parameterization, schedule = trained_by(_json(directory / "scheduler" / "scheduler_config.json"))
+    return Denoiser(network, _with_variance(network, parameterization), schedule).eval()
+
+
+def _from_model(directory: Path, parameterization: str | None, schedule: str | None) -> Denoiser:
+    if parameterization is None or schedule is None:
+        raise InputError(
+            f"{directory} is a model without its scheduler, which would tell how it was trained: say "
+            "--parameterization eps (or x0, velocity) and --schedule linear (or scaledlinear, cosine, …)"
+        )
+    network = _diffusers_model(directory)
+    return Denoiser(network, Parameterization.parse(parameterization), Schedule.parse(schedule)).eval()
+
+
+def _diffusers_model(directory: Path) -> Any:
+    config = _json(directory / checkpoint.CONFIG)
+    cls: Any = checkpoint.allowed(f"diffusers.{config.get('_class_name')}")
+    try:
+        network, told = cls.from_pretrained(
+            str(directory), output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{directory} cannot be loaded as a {cls.__name__}: {str(error).strip()[:600]}") from error
+    wrong = {k.replace("_", " "): v for k, v in told.items() if k.endswith("_keys") and v}
+    if wrong:
+        listed = "; ".join(f"{k}: {', '.join(map(str, list(v)[:6]))}" for k, v in wrong.items())
+        raise InputError(f"the weights in {directory} do not fit its {cls.__name__}, nothing was loaded; {listed}")
+    return network.eval()
+
+
+def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
+    """What a diffusers scheduler's configuration says of the training.
+
+    Raises:
+        InputError: for a prediction type or a noise schedule that is not known.
+    """
+    kinds = {"epsilon": Epsilon, "sample": CleanImage, "v_prediction": Velocity}
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in kinds:
+        raise unknown("prediction_type of the scheduler", prediction, kinds)
+    steps = int(config.get("num_train_timesteps", 1000))
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 2e-2)
+    if config.get("rescale_betas_zero_snr"):
+        raise InputError("the scheduler has rescale_betas_zero_snr: its last step holds no image, and alpha is 0 there")
+    if config.get("trained_betas") is not None:
+        return kinds[prediction](), FromBetas(config["trained_betas"])
+    known = {
+        "linear": lambda: Linear(steps, start, end),
+        "scaled_linear": lambda: ScaledLinear(steps, start, end),
+        "squaredcos_cap_v2": lambda: Cosine(steps),
+    }
+    kind = config.get("beta_schedule", "linear")
+    if kind not in known:
+        raise unknown("beta_schedule of the scheduler", kind, known)
+    return kinds[prediction](), known[kind]()
+
+
+def _with_variance(network: Any, parameterization: Parameterization) -> Parameterization:
+    """A network with twice as many channels out as in learned its variance too (IDDPM)."""
+    takes, gives = network.config.get("in_channels"), network.config.get("out_channels")
+    return LearnedVariance(parameterization) if takes and gives == 2 * takes else parameterization
+
+
+def _from_file(path: Path, adapter: str | None) -> Denoiser:
+    if path.suffix not in FILES:
+        raise InputError(f"{path} is no file of weights: these end with {', '.join(FILES)}")
+    known = ", ".join(Layout.kinds())
+    if adapter is None:
+        raise InputError(f"{path} holds weights and no network: say which with --adapter; there are {known}")
+    layout = Layout.parse(adapter)
+    return layout.read(layout.picked(read_weights(path), str(path)), str(path)).eval()
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """What a file of weights holds; tensors and plain values only.
+
+    Raises:
+        InputError: when it is damaged, or could only be read by running code that it brings.
+    """
+    if path.suffix == ".safetensors":
+        return dict(checkpoint.read_tensors(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()
+        detail = next((f" ({line.strip()})" for line in reason if "GLOBAL" in line or "Unsupported" in line), "")
+        raise InputError(
+            f"{path} is a pickle that needs code to be run, or is damaged, and is not loaded{detail}: save the model's "
+            "state_dict() alone where that code is trusted"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged or is no file of weights: {str(error).strip()[:300]}") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}, not weights by name (a state_dict)")
+    return dict(content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout(Registered, ABC):
+    """How somebody's file of weights is laid out.
+
+    Attributes:
+        entry: where the weights lie in the file, when it holds more than weights; names are separated by dots.
+    """
+
+    kind: ClassVar[str] = "adapter"
+    entry: str | None = None
+
+    @abstractmethod
+    def read(self, tensors: dict[str, Tensor], source: str) -> Denoiser:
+        """The denoiser that weights make; `source` is for messages.
+
+        Raises:
+            InputError: when they do not fit; missing and unexpected names are listed.
+        """
+
+    def picked(self, content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+        """The weights in a file's content."""
+        if self.entry is not None:
+            for name in self.entry.split("."):
+                if not isinstance(content, Mapping) or name not in content:
+                    raise InputError(
+                        f"{source} has no entry {self.entry!r}; it has {', '.join(map(str, content))[:300]}"
+                    )
+                content = content[name]
+        while not any(isinstance(v, Tensor) for v in content.values()):
+            inner = [k for k in _NESTS if isinstance(content.get(k), Mapping)]
+            if not inner:
+                listed = ", ".join(map(str, list(content)[:8])) or "nothing"
+                raise InputError(f"{source} holds no weights at its top: it holds {listed}; say which by entry=NAME")
+            content = content[inner[0]]
+        # nn.DataParallel puts its name before each
+        return {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainLayout(Layout):
+    """The weights of one of this project's networks, by their own names.
+
+    Attributes:
+        network: which.
+        size: height and width of its images.
+        channels: of the images, C.
+        classes: how many classes it is told.
+        parameterization: what it was trained to predict.
+        schedule: the noise levels.
+        prefix: what all names begin with.
+    """
+
+    name = "plain"
+
+    network: Backbone
+    size: int
+    channels: int = 1
+    classes: int | None = None
+    parameterization: Parameterization = field(default_factory=Epsilon)
+    schedule: Schedule = field(default_factory=Linear)
+    prefix: str = ""
+
+    def read(self, tensors: dict[str, Tensor], source: str) -> Denoiser:
+        """Build the network, and load it strictly."""
+        outputs = self.parameterization.channels(self.channels)
+        network = build(self.network, self.channels, self.size, outputs, self.classes)
+        checkpoint.load_strictly(network, {k.removeprefix(self.prefix): v for k, v in tensors.items()}, source)
+        return Denoiser(network, self.parameterization, self.schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarterLayout(Layout):
+    """A plain convolutional network over images in [−0.5, 0.5], with its own schedule in the file (`alpha_t` is ᾱ)."""
+
+    name = "starter-cnn"
+
+    def read(self, tensors: dict[str, Tensor], source: str) -> Denoiser:
+        """All sizes follow from the weights."""
+        if "alpha_t" not in tensors:
+            raise InputError(f"{source} has no table 'alpha_t': it is of another layout than {self.name}")
+        weights = {k.removeprefix("gt."): v for k, v in tensors.items() if k.startswith("gt.")}
+        network = StarterCNN(**StarterCNN.sizes(weights, source))
+        checkpoint.load_strictly(network, weights, source)
+        # images twice as large: x_t is scaled so that alpha² + sigma² = 1 again
+        signal = tensors["alpha_t"].double()[1:] / 4
+        signal = signal / (signal + 1 - 4 * signal)
+        before = torch.cat([signal.new_ones(1), signal[:-1]])
+        schedule = FromBetas((1 - signal / before).tolist())
+        steps = schedule.steps
+        timed = ScaledTime(network, 1 / steps, 1 / steps)
+        return Denoiser(ScaledInput(timed, schedule.config(), 0.5), Epsilon(), schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeUNetLayout(Layout):
+    """A UNet for 28×28 images whose blocks are told the time by an added channel; β from 1e-4 to 0.02, linear."""
+
+    name = "mnist-ddpm"
+
+    def read(self, tensors: dict[str, Tensor], source: str) -> Denoiser:
+        """The tables of the noise schedule may lie beside the weights."""
+        weights = {k.removeprefix("network."): v for k, v in tensors.items()}
+        table = weights.get("time_embed.weight")
+        if table is None or table.ndim != 2:
+            raise InputError(f"{source} has no table 'time_embed.weight': it is of another layout than {self.name}")
+        network = TimeUNet(len(table), table.shape[1])
+        checkpoint.load_strictly(network, weights, source)
+        return Denoiser(network, Epsilon(), Linear(len(table)))

@@ -1,0 +1,146 @@
+"""Finding the layer that makes a network's output channels, by watching the network work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualout.errors import InputError
+from dualout.networks.adapter import tensor_of
+from dualout.networks.wide import layers_of, rows_of
+
+Example = Sequence[Any]
+"""The arguments of one call: (x_t, t), or (x_t, t, {name: condition})."""
+
+
+def listed(network: nn.Module, names: Sequence[str] | None = None, most: int = 8) -> str:
+    """Layers in words: these, or the last that there are."""
+    layers = layers_of(network)
+    names = list(layers)[-most:] if names is None else names
+    return ", ".join(f"{n or '(the network itself)'} ({type(layers[n]).__name__}, {rows_of(layers[n])})" for n in names)
+
+
+def trace(network: nn.Module, inner: nn.Module, example: Example) -> str:
+    """The name in `inner` of the layer whose rows are the output's channels.
+
+    It is the layer whose result is the output itself; or else the only one with as many rows as the output has
+    channels of which the first and the last move the output's first and last channel and no other.
+
+    Args:
+        network: what is called, as (x_t, t, **conditions).
+        inner: the network itself, where `network` is an adapter of it.
+        example: arguments to call it with.
+
+    Raises:
+        InputError: when there is no such layer, or more than one; the candidates are named.
+    """
+    calls: dict[str, list[Tensor]] = {}
+
+    def note(name: str, y: Tensor) -> None:
+        calls.setdefault(name, []).append(y)
+
+    try:
+        with watched(inner, note):
+            output = call(network, example)
+    except InputError as error:
+        raise InputError(
+            f"{error}. So which layer makes the output cannot be seen: say layer=NAME, or example=(x_t, t, {{…}}). "
+            f"The last layers are (with their rows) {listed(inner)}"
+        ) from error
+    channels = output.shape[1] if output.ndim > 1 else 1
+    layers = layers_of(inner)
+    fitting = [name for name, ys in calls.items() if len(ys) == 1 and rows_of(layers[name]) == channels]
+    found = [name for name in fitting if calls[name][0] is output]
+    found = found or [name for name in fitting if _leads(network, inner, name, example, output)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(
+            f"more than one layer of this {type(inner).__name__} could make its {channels} output channels: "
+            f"{listed(inner, found)}. Say which: layer=NAME"
+        )
+    raise InputError(
+        f"no layer of this {type(inner).__name__} makes just its {channels} output channels, one row a channel. The "
+        f"last layers are (with their rows) {listed(inner)}; say layer=NAME, or give the architecture a class in "
+        "dualout.networks.output that tells how channels lie in its rows"
+    )
+
+
+def guess(network: nn.Module) -> Example:
+    """A noisy image and a time step for a network: 32×32 pixels, with as many channels as its first layer takes.
+
+    Raises:
+        InputError: when it has no layer.
+    """
+    layers = layers_of(network)
+    convolution = next((m for m in layers.values() if not isinstance(m, nn.Linear)), None)
+    first = convolution or next(iter(layers.values()), None)
+    if first is None:
+        raise InputError(f"this {type(network).__name__} has no convolution and no linear layer to widen")
+    weight = first.weight
+    assert isinstance(weight, Tensor)
+    channels = getattr(first, "in_channels", None) or getattr(first, "in_features", 1)
+    shape = (1, channels, *[32] * (weight.ndim - 2))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+    return x, torch.zeros(1, dtype=torch.long, device=weight.device)
+
+
+@torch.no_grad()
+def call(network: nn.Module, example: Example) -> Tensor:
+    """The network's output for an example, with dropout and the like off.
+
+    Raises:
+        InputError: when it cannot be called so, or gives something else than a tensor.
+    """
+    x_t, t, *rest = example
+    modes = {m: m.training for m in network.modules()}
+    network.eval()
+    try:
+        output = network(x_t, t, **(rest[0] if rest else {}))
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"this {type(network).__name__} cannot be called as (x_t, t) with x_t of shape {tuple(x_t.shape)}: {error}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return tensor_of(output)
+
+
+@contextmanager
+def watched(network: nn.Module, note: Any) -> Iterator[None]:
+    """Call ``note(name, y)`` with what each layer gives; a tensor that `note` returns takes the place of y."""
+    handles = [
+        layer.register_forward_hook(lambda _, __, y, name=name: note(name, y))
+        for name, layer in layers_of(network).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _leads(network: nn.Module, inner: nn.Module, name: str, example: Example, output: Tensor) -> bool:
+    """Whether a layer's first and last row move the output's first and last channel, and no other."""
+    layer = layers_of(inner)[name]
+    last = rows_of(layer) - 1
+
+    def moved(row: int) -> list[int]:
+        def push(at: str, y: Tensor) -> Tensor | None:
+            if at != name:
+                return None
+            y = y.clone()
+            y.select(-1 if isinstance(layer, nn.Linear) else 1, row).add_(1)
+            return y
+
+        with watched(inner, push):
+            there = call(network, example)
+        return (there != output).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
+
+    return moved(0) == [0] and moved(last) == [last]

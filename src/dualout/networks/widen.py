@@ -1,0 +1,200 @@
+"""More output channels for a network that has been trained: the upgrade to dual output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError
+from dualout.networks.adapter import Adapter
+from dualout.networks.output import Output, Plain, named, output_of
+from dualout.networks.trace import Example, call, guess, listed, trace
+from dualout.networks.wide import KINDS, Wide, layers_of, rows_of, wider
+
+
+def widen(
+    network: nn.Module,
+    channels: int,
+    *,
+    layer: str | None = None,
+    places: Sequence[int] | None = None,
+    init: Callable[[Tensor], Any] = nn.init.zeros_,
+    example: Example | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Give a trained network more output channels; what it gave before it gives still, bit for bit, until trained.
+
+    ``Denoiser(widen(network, 2 * C + 1), Dual(), schedule).route("eps")`` samples exactly as the eps-network did.
+
+    Args:
+        network: a module; one that torch.compile made is taken out of its wrapping, an adapter of
+            `dualout.networks` has the network in it widened.
+        channels: how many output channels it will have.
+        layer: the layer that makes them, by name; None looks its architecture up in `dualout.networks.output`, or
+            else traces which layer it is.
+        places: where the old channels go, by index; None is first, in order. An x0-network's would be C … 2C − 1.
+        init: fills the new rows' weights in place, say `torch.nn.init.xavier_uniform_`; their biases are 0.
+        example: arguments of one call, (x_t, t) or (x_t, t, {name: condition}), to trace and to check with.
+        inplace: change the network itself instead of a copy.
+
+    Returns:
+        the widened network. Its output layer is a `dualout.networks.wide` layer, with the plain layer's weights.
+
+    Raises:
+        InputError: when the layer cannot be found (the candidates are named) or widened.
+    """
+    network = _plain(network)
+    if not isinstance(channels, int) or isinstance(channels, bool):
+        raise InputError(f"channels is a whole number; got {channels!r}")
+    if not inplace:
+        network = _copied(network)
+    inner = _innermost(network)
+    output = output_of(inner)
+    if layer is not None and (output is None or output.layer != layer):
+        output = Plain(layer=layer)
+    elif output is None:
+        example = guess(inner) if example is None else example
+        output = Plain(layer=trace(network, inner, example))
+    output.check(inner)
+    _check_present(inner, output.layer)
+    before = None if example is None else call(network, example)
+    count = output.channels(inner)
+    places = _places(range(count) if places is None else places, count, channels, inner)
+    old = {name: inner.get_submodule(name) for name in (output.layer, *output.beside)}
+    fills = {name: init if name == output.layer else nn.init.zeros_ for name in old}
+    wide = {name: _wider(inner, output, name, channels, places, fill) for name, fill in fills.items()}
+    _replace(inner, output, wide, channels)
+    if example is not None and before is not None:
+        try:
+            _verify(network, example, before, channels, places)
+        except InputError:
+            _replace(inner, output, old, count)
+            raise
+    return network
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped; refuses what holds a network otherwise."""
+    if isinstance(network, Denoiser):
+        raise InputError("widen takes the network, not the denoiser around it: widen(denoiser.network, …)")
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError(f"widen takes the network inside {type(network).__name__}: widen(network.module, …)")
+    network = getattr(network, "_orig_mod", network)
+    if not isinstance(network, nn.Module):
+        raise InputError(f"only a torch.nn.Module has a layer that can be widened; got {network!r}")
+    return network
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:
+        normed = [name for name, module in network.named_modules() if "weight_g" in module._parameters]
+        if normed:
+            raise InputError(
+                f"layers of this {type(network).__name__} are under weight_norm ({', '.join(normed[:4])}): "
+                "torch.nn.utils.remove_weight_norm makes them plain"
+            ) from error
+        raise InputError(
+            f"this {type(network).__name__} cannot be copied ({error}); widen(…, inplace=True) changes the network "
+            "itself"
+        ) from error
+
+
+def _innermost(network: nn.Module) -> nn.Module:
+    """The network itself, behind adapters."""
+    while isinstance(network, Adapter):
+        network.network = _plain(network.network)  # type: ignore[arg-type]
+        network = network.network
+    return network
+
+
+def _check_present(network: nn.Module, layer: str) -> None:
+    if layer not in layers_of(network):
+        raise InputError(
+            f"this {type(network).__name__} has no convolution or linear layer {layer!r}; its last layers are (with "
+            f"their rows) {listed(network)}"
+        )
+
+
+def _places(places: Sequence[int], count: int, channels: int, network: nn.Module) -> list[int]:
+    if channels < count:
+        raise InputError(
+            f"this {type(network).__name__} has {count} output channels, and widening takes none away; got {channels}"
+        )
+    if len(places) != count or len(set(places)) != count or not set(places) <= set(range(channels)):
+        raise InputError(
+            f"places are {count} different numbers from 0 to {channels - 1}, one an old channel; got {list(places)}"
+        )
+    return list(places)
+
+
+def _wider(
+    network: nn.Module, output: Output, name: str, channels: int, places: list[int], init: Callable[[Tensor], Any]
+) -> nn.Module:
+    layer = network.get_submodule(name)
+    _check_layer(network, layer, name, output)
+    count = len(places)
+    each, left = divmod(rows_of(layer), count)
+    if left:
+        raise InputError(f"layer {name!r} has {rows_of(layer)} rows, which {count} channels do not divide")
+    # row old[c, j] becomes new[places[c], j]
+    old, new = output.rows(count, each), output.rows(channels, each)[places]
+    moved = new.flatten()[old.flatten().argsort()]
+    return wider(layer, channels * each, moved.tolist(), init)
+
+
+def _check_layer(network: nn.Module, layer: nn.Module, name: str, output: Output) -> None:
+    """Refuse layers whose rows are not simply their weights' own."""
+    reason = None
+    if parametrize.is_parametrized(layer):
+        parameters = ", ".join(layer.parametrizations)  # type: ignore[arg-type]
+        reason = f"its {parameters} is parametrized: torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+    elif {"weight_g", "weight_orig"} & layer._parameters.keys():
+        norm = "weight_norm" if "weight_g" in layer._parameters else "spectral_norm"
+        reason = f"it is under {norm}: torch.nn.utils.remove_{norm} makes it plain"
+    elif type(layer) not in KINDS and not isinstance(layer, Wide) and named(type(layer)) not in output.same:
+        reason = f"a {type(layer).__name__} is none of {', '.join(kind.__name__ for kind in KINDS)}"
+    elif getattr(layer, "groups", 1) != 1:
+        reason = f"its rows are in {layer.groups} groups, each of which sees a part of the input only"
+    elif layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+        reason = "it has forward hooks, which would be lost: remove them first"
+    else:
+        for kind, own in layer.named_parameters(recurse=False):
+            names = [n for n, p in network.named_parameters(remove_duplicate=False) if p is own]
+            if len(names) > 1:
+                reason = f"its {kind} is shared, as {' and '.join(names)}: what has another shape cannot be tied"
+            elif not own.is_floating_point() or type(own.data) is not Tensor:
+                reason = (
+                    f"its {kind} is a {type(own.data).__name__} of {own.dtype}: widen before quantizing or sharding"
+                )
+    if reason:
+        raise InputError(f"layer {name!r} of this {type(network).__name__} cannot be widened: {reason}")
+
+
+def _replace(network: nn.Module, output: Output, layers: dict[str, nn.Module], channels: int) -> None:
+    if not output.layer:
+        raise InputError("the network is a single layer, which cannot be replaced in itself: put it in nn.Sequential")
+    for name, layer in layers.items():
+        network.set_submodule(name, layer, strict=True)
+    output.record(network, channels)
+
+
+def _verify(network: nn.Module, example: Example, before: Tensor, channels: int, places: list[int]) -> None:
+    """Hold the promise to an example: as many channels, and the old ones as they were."""
+    try:
+        after = call(network, example)
+    except InputError as error:
+        raise InputError(f"what comes after that layer depends on its number of rows; {error}") from error
+    if after.shape != (*before.shape[:1], channels, *before.shape[2:]) or not torch.equal(after[:, places], before):
+        raise InputError(
+            f"widening that layer does not give this {type(network).__name__} {channels} output channels of which "
+            f"{places} are as before: what comes after the layer depends on their number. Output of shape "
+            f"{tuple(before.shape)} became {tuple(after.shape)}"
+        )

@@ -1,0 +1,71 @@
+"""Number formats: what is chosen where, and that attention keeps float32 on a processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dualout.errors import InputError
+from dualout.networks import precision
+from dualout.networks.precision import Precision, choose
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("amx", "avx", "name", "why"), [
+    (True, True, "bf16", "AMX"),
+    (False, True, "bf16", "AVX512-BF16"),
+    (False, False, "fp32", "no bfloat16 units"),
+])  # fmt: skip
+def test_auto_takes_bf16_where_the_processor_has_it(monkeypatch, amx, avx, name, why):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    chosen = choose("auto", CPU)
+    assert chosen.name == name
+    assert why in chosen.why
+
+
+def test_what_cannot_be_computed_is_refused():
+    with pytest.raises(InputError, match="did you mean 'bf16'"):
+        choose("bf61", CPU)
+    with pytest.raises(InputError, match="fp16 is for GPUs"):
+        choose("fp16", CPU)
+    assert choose("fp32", CPU) == Precision("fp32", CPU, "as asked")
+
+
+def test_attention_is_float32_and_the_rest_is_not():
+    query, key, value = torch.randn(3, 2, 1, 5, 4)
+    seen = []
+    real = F.scaled_dot_product_attention
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is real:
+                seen.append({v.dtype for v in [*args, *(kwargs or {}).values()] if isinstance(v, torch.Tensor)})
+            return func(*args, **(kwargs or {}))
+
+    expected = real(query, key, value, scale=0.3)
+    with Watch(), Precision("bf16", CPU, "").autocast():
+        by_place = F.scaled_dot_product_attention(query, key, value, scale=0.3)
+        by_name = F.scaled_dot_product_attention(query=query, key=key, value=value, scale=0.3)
+        product = query[0, 0] @ key[0, 0].T
+    assert seen == [{torch.float32}, {torch.float32}]
+    assert torch.equal(by_place, expected)
+    assert torch.equal(by_name, expected)
+    assert product.dtype == torch.bfloat16
+
+
+def test_half_precision_attention_comes_back_as_it_came():
+    query, key, value = torch.randn(3, 2, 1, 5, 4, dtype=torch.bfloat16)
+    with Precision("bf16", CPU, "").autocast():
+        out = F.scaled_dot_product_attention(query, key, value)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), F.scaled_dot_product_attention(query.float(), key.float(), value.float()),
+                               rtol=1e-2, atol=1e-2)  # fmt: skip
+
+
+def test_fp32_changes_nothing():
+    with Precision("fp32", CPU, "").autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert precision.processor_units() in ("", "AMX", "AVX512-BF16")

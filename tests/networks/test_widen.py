@@ -1,0 +1,365 @@
+"""Widening: the old outputs stay as they were, bit for bit, or the network is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dualout
+from dualout import checkpoint
+from dualout.errors import InputError
+from dualout.networks import Output, Positional, ScaledTime, build, widen
+from dualout.networks.wide import KINDS, wider
+
+SAMPLERS = [
+    dualout.samplers.DDIM(steps=10),
+    dualout.samplers.DDPM(steps=10),
+    dualout.samplers.DPMSolver(steps=10),
+    dualout.samplers.UniPC(steps=5),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    torch.manual_seed(1)
+    return build("tiny", 3, 8, 3).eval()
+
+
+class Plain(nn.Module):
+    """A network of someone else's: (x, t), a tensor back."""
+
+    def __init__(self, channels: int = 2, tail: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.middle = nn.Conv2d(12, 12, 3, padding=1, groups=3)
+        self.last = nn.Conv2d(12, channels, 3, padding=1, bias=False)
+        self.tail = tail or nn.Identity()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.norm(self.first(x) + t.view(-1, 1, 1, 1) / 1000).relu()
+        return self.tail(self.last(self.middle(h)))
+
+
+class Line(nn.Module):
+    """A network of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layers(torch.cat([x, t[:, None] / 1000], 1))
+
+
+def sample_of(output: Any) -> Tensor:
+    return getattr(output, "sample", output)
+
+
+def same_first(wide: nn.Module, network: nn.Module, channels: int, *arguments: Any, **conditions: Any) -> None:
+    with torch.no_grad():
+        before, after = (sample_of(n(*arguments, **conditions)) for n in (network, wide))
+    old = before.shape[1]
+    assert after.shape == (len(before), channels, *before.shape[2:])
+    assert torch.equal(after[:, :old], before)
+    assert (after[:, old:] == 0).all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
+def test_a_widened_network_samples_exactly_as_the_original(sampler: dualout.Sampler, tiny: nn.Module) -> None:
+    schedule, seeds, shape = dualout.schedules.Linear(), range(3), (3, 8, 8)
+    original = dualout.Denoiser(tiny, dualout.Epsilon(), schedule).eval()
+    upgraded = dualout.Denoiser(widen(tiny, 7), dualout.Dual(), schedule).eval()
+    noise, draw = dualout.noise(seeds, shape), dualout.SeededDraw(seeds, shape)
+    expected = sampler.sample(original, noise, draw)
+    assert expected.std() > 0.1
+    assert torch.equal(sampler.sample(upgraded.route("eps"), noise, draw), expected)
+
+
+def test_an_x0_network_keeps_its_route_too(tiny: nn.Module) -> None:
+    schedule, noise = dualout.schedules.Cosine(), dualout.noise(range(3), (3, 8, 8))
+    original = dualout.Denoiser(tiny, dualout.CleanImage(), schedule).eval()
+    upgraded = dualout.Denoiser(widen(tiny, 7, places=[3, 4, 5]), dualout.Dual(), schedule).eval()
+    sampler = dualout.samplers.DDIM(steps=10)
+    assert torch.equal(sampler.sample(upgraded.route("x0"), noise), sampler.sample(original, noise))
+
+
+def test_unet_gains_rows_of_zeros_and_says_so(tiny: nn.Module) -> None:
+    wide = widen(tiny, 7)
+    assert type(wide) is type(tiny)
+    assert torch.equal(wide.conv_out.weight[:3], tiny.conv_out.weight)
+    assert torch.equal(wide.conv_out.bias[:3], tiny.conv_out.bias)
+    assert not wide.conv_out.weight[3:].any()
+    assert not wide.conv_out.bias[3:].any()
+    assert (wide.config.out_channels, tiny.config.out_channels) == (7, 3)
+    assert tiny.conv_out.out_channels == 3
+    more = sum(p.numel() for p in wide.parameters()) - sum(p.numel() for p in tiny.parameters())
+    assert more == 4 * (24 * 9 + 1)
+    plain = build("tiny", 3, 8, 7)
+    plain.load_state_dict(wide.state_dict())
+
+
+def test_the_increase_on_the_papers_network() -> None:
+    with torch.device("meta"):
+        wide = widen(build("ddpm-cifar10", 3, 32, 3), 7)
+    assert sum(p.numel() for p in wide.parameters()) == 35_750_919
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_unet_in_every_precision_and_layout(
+    tiny: nn.Module, dtype: torch.dtype, channels_last: bool, batch: int
+) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = copy.deepcopy(tiny).to(dtype).to(memory_format=layout)
+    wide = widen(network, 7)
+    assert {p.dtype for p in wide.parameters()} == {dtype}
+    assert wide.conv_out.weight.is_contiguous(memory_format=layout)
+    x, t = torch.randn(batch, 3, 8, 8).to(dtype).to(memory_format=layout), torch.arange(batch) * 199
+    same_first(wide, network, 7, x, t)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("places", ["first", "spread"])
+def test_every_kind_of_layer_at_many_sizes(kind: Callable[..., nn.Module], bias: bool, places: str) -> None:
+    for old, inside, batch in itertools.product([1, 3, 4], [5, 16, 32], [1, 2]):
+        new = 2 * old + 1
+        if kind is nn.Linear:
+            layer, x = nn.Linear(inside, old, bias), torch.randn(batch, 6, inside)
+        else:
+            layer = kind(inside, old, 3, padding=1, padding_mode="circular", bias=bias)
+            x = torch.randn(batch, inside, *[6] * (layer.weight.ndim - 2))
+        where = list(range(old)) if places == "first" else list(range(new - 1, 0, -2))[:old]
+        wide = wider(layer, new, where, nn.init.ones_)
+        dim = -1 if kind is nn.Linear else 1
+        y = wide(x).movedim(dim, 0)
+        assert torch.equal(y[where], layer(x).movedim(dim, 0))
+        # the plain layer of these weights agrees but for rounding, also in its gradients
+        plain = kind(**{name: getattr(wide, name) for name in wide.names}, bias=bias)
+        plain.load_state_dict(wide.state_dict())
+        torch.testing.assert_close(wide(x), plain(x))
+        for one in (wide, plain):
+            (one(x) ** 2).sum().backward()
+        for a, b in zip(wide.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tail", [None, nn.Tanh(), nn.Upsample(scale_factor=2)], ids=str)
+def test_a_plain_network_is_traced(tail: nn.Module | None) -> None:
+    network = Plain(tail=tail)
+    seen = int(network.norm.num_batches_tracked)
+    wide = widen(network, 5)
+    assert wide.last.out_channels == 5
+    assert wide.training
+    assert int(network.norm.num_batches_tracked) == int(wide.norm.num_batches_tracked) == seen
+    same_first(wide.eval(), network.eval(), 5, torch.randn(3, 2, 9, 9), torch.tensor([0, 5, 999]))
+
+
+def test_a_network_of_vectors() -> None:
+    network, example = Line(), (torch.randn(4, 2), torch.arange(4))
+    same_first(widen(network, 5, example=example), network, 5, *example)
+    same_first(widen(network, 5, layer="layers.2"), network, 5, *example)
+    with pytest.raises(InputError, match=r"cannot be called as \(x_t, t\).*example=.*layers.2 \(Linear, 2\)"):
+        widen(network, 5)
+
+
+def test_new_rows_filled_otherwise_and_widened_twice(tiny: nn.Module) -> None:
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
+    once = widen(tiny, 7, init=nn.init.xavier_uniform_)
+    assert once.conv_out.weight[3:].std() > 0
+    with torch.no_grad():
+        assert torch.equal(once(x, t).sample[:, :3], tiny(x, t).sample)
+    same_first(widen(once, 9), once, 9, x, t)
+    same_first(widen(tiny, 3), tiny, 3, x, t)
+
+
+def test_frozen_stays_frozen_and_training_reaches_the_new_rows(tiny: nn.Module) -> None:
+    wide = widen(copy.deepcopy(tiny).requires_grad_(False), 7)
+    assert not any(p.requires_grad for p in wide.parameters())
+    wide.conv_out.requires_grad_(True)
+    wide(torch.randn(2, 3, 8, 8), torch.tensor([1, 700])).sample.sum().backward()
+    assert wide.conv_out.weight.grad.flatten(1).any(1).all()
+
+
+def test_in_place(tiny: nn.Module) -> None:
+    network = copy.deepcopy(tiny)
+    assert widen(network, 7, inplace=True) is network
+    assert network.config.out_channels == 7
+
+
+def test_compiled_and_adapted_networks(tiny: nn.Module) -> None:
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
+    compiled: Any = torch.compile(tiny)
+    wide = widen(compiled, 7)
+    assert type(wide) is type(tiny)
+    same_first(wide, tiny, 7, x, t)
+    adapter = ScaledTime(compiled, 0.5)
+    wide = widen(adapter, 7)
+    assert type(wide) is ScaledTime
+    assert adapter.network is compiled
+    assert wide.network.config.out_channels == 7
+    same_first(wide, ScaledTime(tiny, 0.5), 7, x, t)
+    traced = widen(Positional(Plain()), 5)
+    assert traced.network.last.out_channels == 5
+
+
+def test_transformers_interleave_channels_in_patches() -> None:
+    from diffusers import DiTTransformer2DModel
+
+    network = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    wide = widen(network, 7)
+    arguments = (torch.randn(2, 3, 8, 8), torch.tensor([1, 700]))
+    labels = torch.tensor([3, 4])
+    same_first(wide, network, 7, *arguments, class_labels=labels)
+    assert wide.proj_out_2.out_features == 7 * 4
+    again = checkpoint.construct(checkpoint.describe(wide)).eval()
+    again.load_state_dict(wide.state_dict())
+    same_first(again, network, 7, *arguments, class_labels=labels)
+
+
+def test_conditional_unet() -> None:
+    from diffusers import UNet2DConditionModel
+
+    network = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 16), norm_num_groups=4,
+        layers_per_block=1, cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    text = torch.randn(2, 5, 8)
+    wide = widen(network, 9)
+    same_first(wide, network, 9, torch.randn(2, 4, 8, 8), torch.tensor([1, 700]), encoder_hidden_states=text)
+    assert wide.config.out_channels == 9
+
+
+def test_a_new_architecture_is_one_class() -> None:
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True, kw_only=True)
+    class PlainEntry(Output):
+        classes = (f"{Plain.__module__.partition('.')[0]}.Plain",)
+        layer: str = "last"
+
+        def rows(self, channels: int, each: int) -> Tensor:
+            return torch.arange(channels * each).view(channels, each)
+
+        def check(self, network: Any) -> None:
+            raise InputError("found by its class")
+
+    try:
+        with pytest.raises(InputError, match="found by its class"):
+            widen(Plain(), 5)
+    finally:
+        PlainEntry.classes = ()
+
+
+def test_ambiguous_and_unknown_layers_are_listed() -> None:
+    class Two(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Conv2d(12, 2, 1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(h) + self.other(h)
+
+    with pytest.raises(InputError, match=r"more than one layer.*last \(Conv2d, 2\), other \(Conv2d, 2\).*layer=NAME"):
+        widen(Two(), 5)
+    with pytest.raises(InputError, match=r"no convolution or linear layer 'lost'.*last \(Conv2d, 2\)"):
+        widen(Plain(), 5, layer="lost")
+    with pytest.raises(InputError, match=r"no layer of this Plain makes just its 8 .*last \(Conv2d, 2\)"):
+        widen(Plain(tail=nn.PixelUnshuffle(2)), 17)
+    with pytest.raises(InputError, match="no convolution and no linear layer"):
+        widen(nn.ReLU(), 3)
+
+
+def test_what_follows_the_layer_must_take_more_channels() -> None:
+    class Residual(Plain):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x + super().forward(x, t)
+
+    network = Residual()
+    with pytest.raises(InputError, match="what comes after that layer depends on its number of rows"):
+        widen(network, 5, inplace=True)
+    assert type(network.last) is nn.Conv2d
+    with pytest.raises(InputError, match="depends on their number"):
+        widen(Plain(tail=nn.Softmax(dim=1)), 5, layer="last", example=(torch.randn(1, 2, 8, 8), torch.zeros(1)))
+
+
+def _shared(network: nn.Module) -> None:
+    network.twin = nn.Conv2d(24, 3, 3)
+    network.twin.weight = network.conv_out.weight
+
+
+def _old_weight_norm(network: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(network.conv_out)
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "weight norm": (lambda n: nn.utils.parametrizations.weight_norm(n.conv_out), "its weight is parametrized"),
+    "spectral norm": (lambda n: nn.utils.spectral_norm(n.conv_out), "under spectral_norm"),
+    "old weight norm": (_old_weight_norm, "under weight_norm"),
+    "tied": (_shared, "shared, as conv_out.weight and twin.weight"),
+    "one layer, two names": (lambda n: setattr(n, "twin", n.conv_out), "shared, as conv_out.* and twin"),
+    "hooks": (lambda n: n.conv_out.register_forward_hook(lambda *_: None), "forward hooks"),
+    "groups": (lambda n: setattr(n, "conv_out", nn.Conv2d(24, 3, 3, padding=1, groups=3)), "3 groups"),
+    "transposed": (lambda n: setattr(n, "conv_out", nn.ConvTranspose2d(24, 3, 1)), "no convolution or linear layer"),
+    "a layer of its own": (
+        lambda n: setattr(n, "conv_out", type("Odd", (nn.Conv2d,), {})(24, 3, 3, padding=1)),
+        "a Odd is none of Conv1d, Conv2d, Conv3d, Linear",
+    ),
+    "integers": (
+        lambda n: setattr(n.conv_out, "weight", nn.Parameter(torch.zeros(3, 24, 3, 3, dtype=torch.int8), False)),
+        "torch.int8: widen before quantizing",
+    ),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", REFUSED)
+def test_layers_that_are_refused_by_name(case: str, inplace: bool, tiny: nn.Module) -> None:
+    network = copy.deepcopy(tiny)
+    change, message = REFUSED[case]
+    change(network)
+    layer = network.conv_out
+    with pytest.raises(InputError, match=message):
+        widen(network, 7, inplace=inplace)
+    assert network.conv_out is layer
+    assert network.config.out_channels == 3
+
+
+def test_arguments_that_are_refused(tiny: nn.Module) -> None:
+    from diffusers import UNet2DModel
+
+    skipping = UNet2DModel(
+        sample_size=8, block_out_channels=(32, 32), down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    )  # fmt: skip
+    denoiser = dualout.Denoiser(tiny, dualout.Epsilon(), dualout.schedules.Linear())
+    for network, channels, options, message in [
+        (tiny, 2, {}, "has 3 output channels, and widening takes none away; got 2"),
+        (tiny, "7", {}, "channels is a whole number"),
+        (tiny, 7, {"places": [0, 1, 7]}, "3 different numbers from 0 to 6"),
+        (tiny, 7, {"places": [0, 1, 1]}, "3 different numbers"),
+        (tiny, 7, {"places": [0, 1]}, "3 different numbers"),
+        (skipping, 7, {}, "skip blocks"),
+        (denoiser, 7, {}, "denoiser.network"),
+        (nn.DataParallel(tiny), 7, {}, "network.module"),
+        (lambda x, t: x, 7, {}, "only a torch.nn.Module"),
+        (ScaledTime(lambda x, t: x, 1.0), 7, {}, "only a torch.nn.Module"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            widen(network, channels, **options)
