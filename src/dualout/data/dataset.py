@@ -1,0 +1,121 @@
+"""Images that can be asked for by number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualout.data import pixels
+
+LAYOUTS = ("nhw", "nhwc", "nchw")
+_HASHED_BYTES = 2**26
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """N images of one shape, in memory or mapped from a file.
+
+    Letters: N images, B of them, C channels, H×W pixels.
+
+    Attributes:
+        name: the spec it came from.
+        stored: the pixels as they lie in memory or on disk, of shape `layout`.
+        layout: "nhw", "nhwc" or "nchw".
+        rows: which of `stored` belong to this dataset; None is all.
+        labels: the class of each image, LongTensor (N,), or None.
+        classes: the names of the classes.
+        scale: for floating `stored` pixels, the values of black and white; None says that they are latents, which are
+            given as they are.
+        notes: what the user should know: which files were left out, and why.
+    """
+
+    name: str
+    stored: np.ndarray
+    layout: str = "nchw"
+    rows: np.ndarray | None = None
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
+    scale: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.stored) if self.rows is None else len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image number `index`, uint8 (C, H, W)."""
+        return self.batch([index])[0]
+
+    def __repr__(self) -> str:
+        kind = "latents" if self.latents else "images"
+        classes = f", {len(self.classes)} classes" if self.labels is not None else ""
+        return f"{self.name}: {len(self)} {kind} {'×'.join(map(str, self.shape))}{classes}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        sizes = dict(zip(self.layout, self.stored.shape, strict=True))
+        return sizes.get("c", 1), sizes["h"], sizes["w"]
+
+    @property
+    def channels(self) -> int:
+        """C: 1 grey, 3 colour."""
+        return self.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.shape[1:]
+
+    @property
+    def latents(self) -> bool:
+        """Whether these are floats that are no grey levels: given as float32, never scaled, clipped or mirrored."""
+        return self.stored.dtype != np.uint8 and self.scale is None
+
+    def batch(self, indices: np.ndarray | Tensor | Sequence[int]) -> Tensor:
+        """The images with these numbers, uint8 (B, C, H, W); float32 for latents.
+
+        Raises:
+            IndexError: for a number outside 0 … N − 1.
+        """
+        return torch.from_numpy(self.gather(np.asarray(indices, dtype=np.int64).reshape(-1)))
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        """`batch` for arrays: int64 (B,) -> uint8 (B, C, H, W), which the caller owns."""
+        rows = indices if self.rows is None else self.rows[indices]
+        # take copies an image at a time, but it would first copy the whole of an array in another order
+        found = np.take(self.stored, rows, axis=0) if self.stored.flags.c_contiguous else self.stored[rows]
+        if self.layout == "nhw":
+            found = found[:, None]
+        elif self.layout == "nhwc":
+            found = found.transpose(0, 3, 1, 2)
+        if self.scale is not None:
+            found = pixels.quantized(found, *self.scale)
+        return np.ascontiguousarray(found, dtype=np.float32 if self.latents else np.uint8)
+
+    def select(self, indices: np.ndarray | Tensor | Sequence[int]) -> Dataset:
+        """The dataset of these images alone, in this order; nothing is copied."""
+        chosen = np.arange(len(self))[np.asarray(indices)]
+        rows = chosen if self.rows is None else self.rows[chosen]
+        labels = None if self.labels is None else self.labels[torch.from_numpy(chosen)]
+        return replace(self, rows=rows, labels=labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what a model is shown: number, shape, labels and pixels, wherever they come from.
+
+        Up to 64 MiB of pixels are read; of larger sets, as many images as that, spread evenly.
+        """
+        count = min(len(self), max(64, _HASHED_BYTES // int(np.prod(self.shape))))
+        some = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        state = hashlib.blake2b(repr((len(self), self.shape, self.latents, self.classes)).encode(), digest_size=16)
+        if self.labels is not None:
+            state.update(self.labels.numpy().tobytes())
+        for start in range(0, count, 256):
+            state.update(self.gather(some[start : start + 256]).tobytes())
+        return state.hexdigest()

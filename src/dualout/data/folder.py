@@ -1,0 +1,138 @@
+"""A folder of image files: your own pictures, or any dataset that comes as files.
+
+Sub-folders are classes, as in torchvision's ImageFolder. If the folder has a sub-folder ``train`` (and ``test``), those
+are the splits, and the classes lie below them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from dualout.data import decode
+from dualout.data.base import Names, Pictures, Reading, Source, check_holdout, check_split
+from dualout.data.index import Index, indexed, shown
+from dualout.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Folder(Source):
+    """All image files below a folder.
+
+    Labels are the names of the sub-folders in which images lie (the first below the folder, or below ``train`` and
+    ``test``), sorted; there are none unless every image lies in one.
+
+    Attributes:
+        path: the folder.
+        holdout: the share of images that make the test split, chosen by a hash of each file's name, so that it stays
+            the same when files are added; for folders without ``train``.
+    """
+
+    place: ClassVar[str] = "path"
+
+    path: str
+    holdout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_holdout(self.holdout)
+
+    def splits(self) -> tuple[str, ...]:
+        """Train and all; test where it is a sub-folder or held out."""
+        has_test = (self._root() / "test").is_dir() if (self._root() / "train").is_dir() else self.holdout > 0
+        return ("train", "test", "all") if has_test else ("train", "all")
+
+    def read(self, reading: Reading) -> Pictures:
+        """The files; they are decoded later."""
+        root = self._root()
+        index = indexed(root, reading.cache, reading.progress)
+        if not index.names:
+            raise InputError(f"{self.path} holds no images{_held(index)}; images end in {', '.join(decode.suffixes())}")
+        own = any(name.startswith("train/") for name in index.names)
+        tops = [name.partition("/")[0] for name in index.names]
+        rows = self._own(index, tops) if own else self._hashed(index)
+        names = [index.names[i] for i in rows.tolist()]
+        # of both splits, so that a class has the same number in each
+        known = (
+            [n for n, top in zip(index.names, tops, strict=True) if top in ("train", "test")] if own else index.names
+        )
+        depth = int(own)
+        labels, classes = _classes(names, known, depth)
+        return Pictures(
+            names=Names(len(names), lambda i: shown(names[i])),
+            open=partial(_open, root, names),
+            labels=labels,
+            classes=classes,
+            identity=f"folder {index.digest(rows)}",
+            whole=f"the folder {self.path}",
+        )
+
+    def _root(self) -> Path:
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            what = "is a file, not a folder" if root.exists() else "does not exist"
+            raise InputError(f"the folder {self.path} {what}")
+        return root
+
+    def _own(self, index: Index, tops: list[str]) -> np.ndarray:
+        if self.holdout:
+            raise InputError(f"{self.path} has its own split in the sub-folder train; leave holdout out")
+        wanted = ("train", "test") if self.split == "all" else (self.split,)
+        rows = np.flatnonzero([top in wanted for top in tops])
+        if not len(rows):
+            raise InputError(f"{self.path} has images in train, but none in {self.split}")
+        return rows
+
+    def _hashed(self, index: Index) -> np.ndarray:
+        check_split(self.split, self.holdout)
+        everything = np.arange(len(index.names))
+        if self.split == "all" or not self.holdout:
+            return everything
+        test = np.array([_hash(name) < self.holdout for name in index.names])
+        rows = everything[test if self.split == "test" else ~test]
+        if not len(rows):
+            raise InputError(f"holdout={self.holdout} of {len(test)} images leaves none for the split {self.split!r}")
+        return rows
+
+
+def _open(root: Path, names: list[str], i: int) -> Image:
+    path = os.path.join(root, names[i])
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise decode.Unreadable("not a regular file")  # opening a pipe would wait for ever
+    except OSError as error:
+        raise decode.Unreadable(error.strerror or str(error)) from error
+    return decode.opened(path)
+
+
+def _classes(names: list[str], known: list[str], depth: int) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The label of each of `names`, by the folder at `depth`; the classes are those of `known`."""
+    if not all(name.count("/") > depth for name in known):
+        return None, ()
+    classes = sorted({name.split("/", depth + 1)[depth] for name in known})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[name.split("/", depth + 1)[depth]] for name in names], np.int64)
+    return labels, tuple(map(shown, classes))
+
+
+def _hash(name: str) -> float:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _held(index: Index) -> str:
+    if not index.others:
+        below = len(index.directories) - 1
+        return f" (it is empty{f', and so are its {below} sub-folders' if below else ''})"
+    kinds = sorted(index.others.items(), key=lambda item: (-item[1], item[0]))
+    return f" (it holds {', '.join(f'{count} files with {ending}' for ending, count in kinds[:5])})"

@@ -1,0 +1,164 @@
+"""From a spec to a Dataset: the source is read, its channels and size settled, its pictures decoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dualout.data import decode
+from dualout.data.base import Names, Pictures, Progress, Reading, Source, open_source
+from dualout.data.cache import Job, listed_bad, materialize, quiet, workers
+from dualout.data.dataset import Dataset
+from dualout.errors import InputError
+
+_LOOKED_AT = 512
+
+
+def load(
+    spec: str | Source,
+    *,
+    size: int | tuple[int, int] | None = None,
+    grey: bool | None = None,
+    split: str | None = None,
+    cache: str | Path | None = None,
+    strict: float = 0.01,
+    progress: Progress | None = None,
+) -> Dataset:
+    """The images of a data source.
+
+    Args:
+        spec: such as ``digits`` or ``folder:/my/images:size=64``; see `open_source`. What it names wins over `size`,
+            `grey` and `split` here.
+        size: what images are made to be: a number for squares, or (H, W).
+        grey: True for C = 1, False for C = 3.
+        split: "train" (where nothing is said), "test" or "all".
+        cache: a directory where decoded images are kept and mapped from. Without one they are decoded into memory, up
+            to 2 GiB of them.
+        strict: the share of image files that may be unreadable; they are left out and named in the result's `notes`.
+        progress: called as (what, done, total) while files are found and decoded.
+
+    Returns:
+        a Dataset of at least one image.
+
+    Raises:
+        InputError: for whatever cannot be used, before any long work where it can be known.
+    """
+    if isinstance(strict, bool) or not 0 <= strict <= 1:
+        raise InputError(f"strict is the share of images that may be unreadable, from 0 to 1, got {strict!r}")
+    source = open_source(spec, size=size, grey=grey, split=split)
+    reading = Reading(None if cache is None else Path(cache).expanduser(), progress)
+    found = source.read(reading)
+    if isinstance(found, Pictures):
+        return _decoded(source, found, reading, strict)
+    return _fitted(source, dataclasses.replace(found, name=source.spec), reading)
+
+
+def _fitted(source: Source, found: Dataset, reading: Reading) -> Dataset:
+    """Pixels that are there, with the channels and the size that the source asks for."""
+    size, channels = source.shape or found.size, found.channels
+    if source.grey is not None:
+        channels = 1 if source.grey else 3
+    if (channels, *size) == found.shape:
+        return found
+    if found.latents:
+        raise InputError(f"{source.spec}: latents are no pictures, they cannot be given a size or made grey or colour")
+    if channels != found.channels and found.channels not in (1, 3):
+        raise InputError(
+            f"{source.spec}: images of {found.channels} channels are neither grey nor colour; leave grey out"
+        )
+    job = Job(
+        names=Names(len(found), str),
+        shape=(channels, *size),
+        image=lambda i: decode.refitted(found.gather(np.array([i]))[0], channels, size),
+        identity=f"refitted {found.fingerprint}",
+        whole=source.spec,
+        strict=0.0,
+        progress=reading.progress,
+    )
+    stored, _ = materialize(job, reading.cache)
+    return Dataset(source.spec, stored, labels=found.labels, classes=found.classes)
+
+
+def _decoded(source: Source, found: Pictures, reading: Reading, strict: float) -> Dataset:
+    """Picture files, decoded."""
+    channels, size = _settled(source, found)
+
+    def image(i: int) -> np.ndarray:
+        picture = found.open(i)
+        if source.grey is None or source.size is None:
+            own_channels, own_size = decode.looked_at(picture)
+            if source.grey is None and own_channels != channels:
+                raise _mixed(found, {own_channels: [i], channels: []})
+            if source.size is None and own_size != size:
+                raise _sizes(found, {own_size: [i], size: []})
+        return decode.decoded(picture, channels, size)
+
+    job = Job(found.names, (channels, *size), image, found.identity, found.whole, strict, reading.progress)
+    stored, bad = materialize(job, reading.cache)
+    kept = np.delete(np.arange(len(found.names)), [i for i, _ in bad])
+    labels = None if found.labels is None else torch.from_numpy(found.labels[kept])
+    notes = ()
+    if bad:
+        text = f"{len(bad)} of {len(found.names)} images cannot be read and are left out"
+        notes = (f"{text}: {listed_bad(found.names, bad)}",)
+    return Dataset(source.spec, stored, labels=labels, classes=found.classes, notes=notes)
+
+
+def _settled(source: Source, found: Pictures) -> tuple[int, tuple[int, int]]:
+    """The channels and the size of all pictures, from the source's options or from the headers of some of them."""
+    if source.grey is not None and source.shape is not None:
+        return (1 if source.grey else 3), source.shape
+    n = len(found.names)
+    some = np.unique(np.linspace(0, n - 1, min(n, _LOOKED_AT)).round().astype(int)).tolist()
+
+    def look(i: int) -> Any:
+        try:
+            with found.open(i) as picture:
+                return decode.looked_at(picture)
+        except decode.Unreadable as error:
+            return str(error)
+
+    with quiet(), ThreadPoolExecutor(workers()) as pool:
+        seen = list(zip(some, pool.map(look, some), strict=True))
+    good = [(i, result) for i, result in seen if not isinstance(result, str)]
+    if not good:
+        reasons = listed_bad(found.names, [(i, why) for i, why in seen])
+        raise InputError(f"{found.whole}: none of {len(seen)} images looked at can be read ({reasons})")
+    by_channels: dict[Any, list[int]] = {}
+    by_size: dict[Any, list[int]] = {}
+    for i, (channels, size) in good:
+        by_channels.setdefault(channels, []).append(i)
+        by_size.setdefault(size, []).append(i)
+    if source.grey is None and len(by_channels) > 1:
+        raise _mixed(found, by_channels)
+    if source.size is None and len(by_size) > 1:
+        raise _sizes(found, by_size)
+    channels = next(iter(by_channels)) if source.grey is None else 1 if source.grey else 3
+    return channels, source.shape or next(iter(by_size))
+
+
+def _mixed(found: Pictures, by_channels: dict[Any, list[int]]) -> InputError:
+    grey, colour = (_such(found, by_channels.get(c, [])) for c in (1, 3))
+    return InputError(
+        f"{found.whole}: some images are grey{grey}, others colour{colour}; say which all shall be made: grey=true or "
+        "grey=false"
+    )
+
+
+def _sizes(found: Pictures, by_size: dict[Any, list[int]]) -> InputError:
+    common = Counter({size: len(numbers) for size, numbers in by_size.items()}).most_common(3)
+    some = ", ".join(f"{h}×{w}{_such(found, by_size[h, w])}" for (h, w), _ in common)
+    return InputError(
+        f"{found.whole}: the images have different sizes ({some}{', …' if len(by_size) > 3 else ''}, height × width); "
+        "say which all shall be made, by a central cut and scaling: size=64, say"
+    )
+
+
+def _such(found: Pictures, numbers: list[int]) -> str:
+    return f" ({len(numbers)} such as {found.names[numbers[0]]})" if numbers else ""
