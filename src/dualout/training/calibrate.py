@@ -1,0 +1,204 @@
+"""K-step calibration: fit a few numbers a step to what a K-step trajectory wants.
+
+The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, from
+the uncalibrated start, against a distance between made and real images; each step is recomputed in the backward
+pass, so that memory does not grow with K. Noise and images that the fit never sees decide when to stop.
+
+Trained samplers of single-output models: DDSS (Watson et al. 2022, arXiv 2202.05830), iDDIM, bespoke solvers (Shaul
+et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from dualout.calibrated import NEUTRAL, Calibrated, Calibration
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError, unknown
+from dualout.prediction import Prediction
+from dualout.randomness import SeededDraw, mix, noise
+from dualout.samplers.base import Denoises, Sampler
+from dualout.schedules import Level, Schedule
+from dualout.training.distances import Distance, Views
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a calibration is found."""
+
+    iterations: int = 300
+    batch: int = 192
+    lr: float = 0.03
+    distance: str = "sliced"
+    held_out: int = 1000
+    """Images, and as many noises, that only decide when to stop; at most a quarter of the images given."""
+    check_every: int = 25
+    patience: int = 6
+    """Checks without a better held-out distance, after which it stops."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch", "held_out", "check_every", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is 1 or more, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise InputError(f"lr is above 0, got {self.lr}")
+        Distance.parse(self.distance)
+
+
+class Progress(NamedTuple):
+    """One check of a fit."""
+
+    iteration: int
+    distance: float
+    """On the batches since the last check."""
+    held_out: float
+    best: float
+    calibration: Calibration
+    """The best so far."""
+
+
+def parameters_of(denoiser: Denoiser) -> tuple[str, ...]:
+    """The names of the numbers that a denoiser's steps can have: dual output has the ratio's as well."""
+    return tuple(NEUTRAL) if denoiser.parameterization.learns_ratio else ("x0_scale", "eps_scale")
+
+
+def fit(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    images: Tensor,
+    how: Fit,
+    numbers: Sequence[str] | None = None,
+) -> Iterator[Progress]:
+    """Calibrate; yields at every check, the last time with the result.
+
+    Args:
+        denoiser: whose weights stay as they are.
+        sampler: with its K and spacing.
+        images: real ones, float in [−1, 1], (N, C, H, W).
+        how: the settings.
+        numbers: which to fit, of `calibrated.NEUTRAL`; None is all that the parameterization has.
+
+    Raises:
+        InputError: for too few images, or numbers that there are not.
+    """
+    names = parameters_of(denoiser) if numbers is None else tuple(numbers)
+    for name in names:
+        if name not in parameters_of(denoiser):
+            raise unknown("number of a calibration of this model:", name, parameters_of(denoiser))
+    held = min(how.held_out, len(images) // 4)
+    if held < 16:
+        raise InputError(f"calibration needs 64 images or more, got {len(images)}")
+    images = images[torch.from_numpy(_shuffled(how.seed, len(images)))]
+    real, real_held = images[held:], images[:held]
+    views, distance = Views(real[:2048], how.seed), Distance.parse(how.distance)
+    times = sampler.timesteps(denoiser.schedule)
+    values = {
+        name: torch.full((len(times),), NEUTRAL[name], device=images.device, requires_grad=True) for name in names
+    }
+    wrapped = Calibrated(_Recomputed(denoiser), times, values)
+    optimizer = torch.optim.Adam(values.values(), lr=how.lr, betas=(0.9, 0.95))
+
+    def far(made: Tensor, real: Tensor, seed: int) -> Tensor:
+        return torch.stack([distance(a, b, seed) for a, b in zip(views(made), views(real), strict=True)]).sum()
+
+    @torch.no_grad()
+    def held_out() -> float:
+        batches = [slice(i, i + how.batch) for i in range(0, held, how.batch)]
+        made = torch.cat([_made(wrapped, sampler, real_held[b], how.seed + 1, b.start, grad=False) for b in batches])
+        return float(far(made, real_held, how.seed))
+
+    best = start = held_out()
+    frozen = {p: p.requires_grad for p in denoiser.parameters()}
+    best_values = _floats(values)
+    worse, since = 0, []
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        for i in range(1, how.iterations + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = how.lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / how.iterations))
+            rows = torch.from_numpy(_shuffled(int(mix(how.seed, 3, i)) % 2**31, len(real))[: how.batch])
+            made = _made(wrapped, sampler, real[rows], how.seed + 2, i * how.batch, grad=True)
+            loss = far(made, real[rows], int(mix(how.seed, i)) % 2**31)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            since.append(loss.detach())
+            if i % how.check_every and i != how.iterations:
+                continue
+            now = held_out()
+            worse = 0 if now < best else worse + 1
+            if now < best:
+                best, best_values = now, _floats(values)
+            protocol = {
+                "held_out_before": start,
+                "held_out_after": best,
+                "iterations": i,
+                "fit": vars(how),
+                "images": len(real),
+                "held_out_images": held,
+            }
+            found = Calibration(sampler.config(), times, best_values, protocol)
+            yield Progress(i, float(torch.stack(since).mean()), now, best, found)
+            since.clear()
+            if worse >= how.patience:
+                return
+    finally:
+        for p, wanted in frozen.items():
+            p.requires_grad_(wanted)
+
+
+class _Recomputed(nn.Module):
+    """A denoiser whose activations are recomputed in the backward pass instead of kept."""
+
+    def __init__(self, denoiser: Denoises) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    def forward(self, x_t: Tensor, t: int, **conditions: Any) -> Prediction:
+        if not (torch.is_grad_enabled() and x_t.requires_grad):
+            with torch.no_grad():
+                return self.denoiser(x_t, t, **conditions)
+
+        level: list[Level] = []
+
+        def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            p = self.denoiser(x, t, **conditions)
+            level[:] = [p.level]
+            return p.x0, dict(p.parts)
+
+        x0, parts = recomputed(run, x_t, use_reentrant=False)  # type: ignore[misc]
+        return Prediction(x_t, level[0], x0, parts)
+
+
+def _made(denoiser: Denoises, sampler: Sampler, like: Tensor, seed: int, first: int, *, grad: bool) -> Tensor:
+    """As many images as `like` has, from noises counted from `first`."""
+    seeds = mix(seed, torch.arange(first, first + len(like)).numpy())
+    shape = like.shape[1:]
+    draw = SeededDraw(seeds, shape, device=like.device)  # type: ignore[arg-type]
+    x = noise(seeds, shape, device=like.device)
+    for moment in sampler.trajectory(denoiser, x, draw, differentiable=grad):
+        x = moment.x_next
+    return x if sampler.clip is None else x.clamp(*sampler.clip)
+
+
+def _shuffled(seed: int, n: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(seed).permutation(n)
+
+
+def _floats(values: dict[str, Tensor]) -> dict[str, list[float]]:
+    return {name: v.detach().tolist() for name, v in values.items()}

@@ -1,0 +1,100 @@
+"""How far a batch of made images is from a batch of real ones, with gradients.
+
+Each distance is zero in expectation only for equal distributions, needs no labels and no trained network, and is
+symmetric. B images made, B real, C channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualout.randomness import mix
+from dualout.registry import Registered
+
+
+@dataclass(frozen=True)
+class Distance(Registered, ABC):
+    """A distance between two batches of images."""
+
+    kind: ClassVar[str] = "distance"
+
+    @abstractmethod
+    def __call__(self, made: Tensor, real: Tensor, seed: int) -> Tensor:
+        """A scalar, from (B, D) and (B, D); `seed` says which random directions are looked at."""
+
+
+@dataclass(frozen=True)
+class SlicedWasserstein(Distance):
+    """Mean W1 along random directions (Rabin et al. 2011; Bonneel et al. 2015), in units of the features."""
+
+    name = "sliced"
+
+    directions: int = 256
+
+    def __call__(self, made: Tensor, real: Tensor, seed: int) -> Tensor:
+        """A scalar, from (B, D) and (B, D)."""
+        generator = torch.Generator().manual_seed(int(mix(seed, 1)) % 2**63)
+        directions = torch.randn(made.shape[1], self.directions, generator=generator).to(made)
+        directions = directions / directions.norm(dim=0)
+        return (_sorted(made @ directions) - _sorted(real @ directions)).abs().mean()
+
+
+@dataclass(frozen=True)
+class Energy(Distance):
+    """Energy distance 2·E|x − y| − E|x − x'| − E|y − y'| (Székely & Rizzo 2013), over √D."""
+
+    def __call__(self, made: Tensor, real: Tensor, seed: int) -> Tensor:
+        """A scalar, from (B, D) and (B, D)."""
+        unbiased = len(made) / (len(made) - 1)
+        within = (_pairs(made, made) + _pairs(real, real)) * unbiased
+        return (2 * _pairs(made, real) - within) / made.shape[1] ** 0.5
+
+
+def _sorted(x: Tensor) -> Tensor:
+    return x.sort(dim=0).values
+
+
+def _pairs(x: Tensor, y: Tensor) -> Tensor:
+    # the root's gradient is infinite at 0, where an image meets itself
+    square = (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=1e-12)
+    return square.sqrt().mean()
+
+
+class Views(nn.Module):
+    """What the distances look at: pixels averaged 2×2, and a fixed random conv net at two scales.
+
+    (B, C, H, W) -> a list of (B, D), each scaled so that real images have about unit variance in it.
+    """
+
+    first: Tensor
+    second: Tensor
+    scale: Tensor
+
+    def __init__(self, images: Tensor, seed: int, width: int = 32) -> None:
+        super().__init__()
+        channels = images.shape[1]
+        generator = torch.Generator().manual_seed(int(mix(seed, 2)) % 2**63)
+
+        def weights(inputs: int, outputs: int) -> Tensor:
+            return torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+
+        self.register_buffer("first", weights(channels, width))
+        self.register_buffer("second", weights(width, 2 * width))
+        self.register_buffer("scale", torch.ones(3))
+        self.to(images.device)
+        with torch.no_grad():
+            self.scale = torch.stack([v.std(0).square().mean().sqrt().clamp(min=1e-6) for v in self(images)])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The three views of images (B, C, H, W)."""
+        pixels = F.avg_pool2d(images, 2, ceil_mode=True).flatten(1)
+        fine = F.leaky_relu(F.conv2d(images, self.first, stride=2, padding=1), 0.2)
+        coarse = F.leaky_relu(F.conv2d(fine, self.second, stride=2, padding=1), 0.2)
+        views = [pixels, F.avg_pool2d(fine, 2, ceil_mode=True).flatten(1), coarse.flatten(1)]
+        return [view / scale for view, scale in zip(views, self.scale, strict=True)]

@@ -1,0 +1,72 @@
+"""What a training will cost, from a few images of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualout.training.batches import Batches
+from dualout.training.learner import Learner
+from dualout.training.loop import Part
+from dualout.training.setup import Job
+
+_IMAGES, _REPEATS = 32, 3
+
+
+class Estimate(NamedTuple):
+    """Of one process."""
+
+    parameters: int
+    """Of the network."""
+    trained: int
+    """How many of them are trained."""
+    memory: int
+    """Bytes: weights, their averages, gradients, the optimizer's two moments and what the backward pass keeps."""
+    step: float
+    """Seconds."""
+
+
+def estimate(job: Job) -> Estimate:
+    """Measure forward and backward passes of a few images; the job's weights are not changed."""
+    config, denoiser = job.config, job.denoiser
+    learner = Learner(denoiser, config)
+    images = config.batch_size // config.accumulate
+    part = Part(learner, job.precision)
+    with closing(Batches(job.dataset, config, denoiser.schedule.steps).after(0)) as coming:
+        few = next(coming)[0].cut(0, min(images, _IMAGES))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        part(few, last=True)
+    # the quickest: what else the machine does is not of this training
+    each = min(_seconds(lambda: part(few, last=True), job.device) for _ in range(_REPEATS)) / len(few.samples)
+    learner.optimizer.zero_grad(set_to_none=True)
+    weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
+    activations = sum(size for place, size in kept.items() if place not in weights) * images / len(few.samples)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    trained = sum(p.numel() for p in learner.parameters.values())
+    processes = job.accelerator.num_processes if job.accelerator else 1
+    memory = 4 * (2 * parameters + 3 * trained) + int(activations)
+    return Estimate(parameters, trained, memory, each * config.batch_size / processes)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    begun = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - begun
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

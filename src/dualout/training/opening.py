@@ -1,0 +1,186 @@
+"""Where the new route of an upgraded model may be believed: measured on held-out images, bin by bin of t.
+
+With the trained route's error a = x0 − x0_old, the blend's squared error is a quadratic of the ratio,
+
+    |x0 − x0_mix|² = |x0 − x0_eps|² − 2·r·⟨x0 − x0_eps, x0_θ − x0_eps⟩ + r²·|x0_θ − x0_eps|²
+
+so four numbers an image say what every ratio would give, and r* = ⟨x0 − x0_eps, x0_θ − x0_eps⟩ / |x0_θ − x0_eps|².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualout.data import pixels
+from dualout.data.dataset import Dataset
+from dualout.denoiser import Denoiser
+from dualout.parameterizations.upgraded import SHUT
+from dualout.randomness import mix, noise
+from dualout.training.readout import Noised
+
+_ORDER, _TIME, _NOISE = 0x6F72646572, 0x74, 0x6E
+SURE = 2.0
+"""A difference counts when it is this many standard errors away from none."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of every held-out image in every bin of t: (bins, images), float64, means over pixels."""
+
+    eps: Tensor
+    """|x0 − x0_eps|²: the route through eps, or through a velocity."""
+    along: Tensor
+    """⟨x0 − x0_eps, x0_θ − x0_eps⟩."""
+    apart: Tensor
+    """|x0_θ − x0_eps|²."""
+
+    def of(self, ratio: float | Tensor) -> Tensor:
+        """The squared error of the blend, (bins, images), for a ratio, or one a bin (bins,)."""
+        r = ratio[:, None] if isinstance(ratio, Tensor) else ratio
+        return self.eps - 2 * r * self.along + r * r * self.apart
+
+    def best(self, some: slice) -> Tensor:
+        """r*, from some of the images: (bins,)."""
+        ratio = self.along[:, some].sum(1) / self.apart[:, some].sum(1).clamp(min=1e-300)
+        return ratio.clamp(0, 1)
+
+
+def bin_edges(steps: int, bins: int) -> list[int]:
+    """The first t of each bin, and T."""
+    return [round(b * steps / bins) for b in range(bins + 1)]
+
+
+def opened(errors: Errors, closed: float) -> list[float]:
+    """The ratio of each bin: r* where it beats the trained route on images that it was not found with, else `closed`.
+
+    Args:
+        errors: measured ones.
+        closed: the ratio that believes the trained route alone, 0 or 1.
+    """
+    trained = errors.of(closed)
+    wins = torch.ones(len(trained), dtype=torch.bool)
+    halves = slice(0, None, 2), slice(1, None, 2)
+    for found, tried in (halves, halves[::-1]):
+        gain = (trained - errors.of(errors.best(found)))[:, tried]
+        wins &= (gain.mean(1) > SURE * standard_error(gain)).cpu()
+    ratios = errors.best(slice(None))
+    return [float(r) if win else closed for r, win in zip(ratios, wins, strict=True)]
+
+
+def worse(now: Tensor, before: Tensor) -> list[int]:
+    """The bins in which an error (bins, images) is larger than it was, beyond chance."""
+    more = now - before
+    return (more.mean(1) > (SURE + 1) * standard_error(more)).nonzero().flatten().tolist()
+
+
+def score(now: Tensor, before: Tensor) -> float:
+    """The mean over t of log(error / error before): below 0 is better."""
+    return float((now.mean(1) / before.mean(1)).log().mean())
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """Of the mean of each row."""
+    return values.std(1) / math.sqrt(max(values.shape[1], 1))
+
+
+def table(ratios: Sequence[float], steps: int, closed: float) -> Tensor:
+    """The logit of each time step, (T,), for one ratio a bin; `closed` is exact in float32."""
+    edges = bin_edges(steps, len(ratios))
+    logits = torch.empty(steps)
+    for b, r in enumerate(ratios):
+        if r == closed:
+            value = SHUT if closed else -SHUT
+        else:
+            # never quite 0 or 1: what is open can be learned further
+            value = max(-12.0, min(12.0, math.log(max(r, 1e-300) / max(1 - r, 1e-300))))
+        logits[edges[b] : edges[b + 1]] = value
+    return logits
+
+
+@torch.no_grad()
+def measure(denoiser: Denoiser, batches: Iterable[Noised], bins: int) -> Errors:
+    """Look at noised images with both routes of an upgraded model.
+
+    Args:
+        denoiser: of an `Upgraded` parameterization.
+        batches: as many images in each bin.
+        bins: how many there are.
+    """
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in range(bins)]
+    readings = [denoiser.parameterization.route(r) for r in (0.0, 1.0)]
+    for batch in batches:
+        level = denoiser.schedule.level(batch.t).like(batch.x0)
+        x_t = level.alpha * batch.x0 + level.sigma * batch.noise
+        raw = denoiser.raw(x_t, batch.t, level, **batch.conditions)
+        # float64: at high noise these are small differences of large numbers
+        eps, x0 = (reading.read(raw, x_t, level).x0.double() for reading in readings)
+        error, step = batch.x0.double() - eps, x0 - eps
+        values = (error.square(), error * step, step.square())
+        found[batch.bin].append(tuple(v.flatten(1).mean(1).cpu() for v in values))
+    return Errors(*(torch.stack([torch.cat([row[k] for row in rows]) for rows in found]) for k in range(3)))
+
+
+class Stream:
+    """Noised images of a dataset, the same ones each time: bin after bin, each of one bin of t.
+
+    Args:
+        dataset: the images.
+        rows: which of them, in order.
+        steps: T.
+        bins: of t.
+        seed: of the time steps and the noise.
+        device: where they go.
+        conditional: whether the network is told classes.
+        each: every image in every bin; False takes the images in turn, each in one bin.
+        batch_size: images at a time.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: np.ndarray,
+        steps: int,
+        bins: int,
+        seed: int,
+        device: torch.device,
+        *,
+        conditional: bool = False,
+        each: bool = True,
+        batch_size: int = 64,
+    ) -> None:
+        self.dataset, self.rows, self.seed, self.device = dataset, rows, seed, device
+        self.edges, self.bins, self.conditional, self.each = bin_edges(steps, bins), bins, conditional, each
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        blocks = -(-len(self.rows) // self.batch_size)
+        return blocks * self.bins if self.each else blocks
+
+    def __iter__(self) -> Iterator[Noised]:
+        blocks = [self.rows[i : i + self.batch_size] for i in range(0, len(self.rows), self.batch_size)]
+        if self.each:
+            yield from (self._noised(b, rows, b) for b in range(self.bins) for rows in blocks)
+        else:
+            yield from (self._noised(k % self.bins, rows, k) for k, rows in enumerate(blocks))
+
+    def _noised(self, bin: int, rows: np.ndarray, number: int) -> Noised:
+        low, high = self.edges[bin], self.edges[bin + 1]
+        t = low + (mix(self.seed, _TIME, number, rows) % np.uint64(high - low)).astype(np.int64)
+        x0 = pixels.to_model(self.dataset.batch(rows)).to(self.device)
+        eps = noise(mix(self.seed, _NOISE, number, rows), x0.shape[1:], device=self.device)
+        conditions: dict[str, Any] = {}
+        if self.conditional and self.dataset.labels is not None:
+            conditions["class_labels"] = self.dataset.labels[torch.from_numpy(rows)].to(self.device)
+        return Noised(bin, x0, torch.from_numpy(t).to(self.device), eps, conditions)
+
+
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """0 … count − 1 in an order that follows from the seed."""
+    return np.argsort(mix(seed, _ORDER, np.arange(count)), kind="stable")

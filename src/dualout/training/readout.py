@@ -1,0 +1,237 @@
+"""New rows of an output layer in closed form: with the network before it frozen, they are a least-squares problem.
+
+    min over W of  Σ_t w_t · mean |y − W·φ(x_t, t)|²,      y the clean image (the noise, where that is the new output)
+
+φ is what enters the layer: for a convolution the patch under its kernel, and 1 for the bias. One pass over the images
+adds up φφᵀ, φyᵀ and |y|² apart for bins of t, in float64, so that any weights of t can be solved for afterwards, and
+each bin's error is known without another pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError
+from dualout.networks.wide import rows_of
+
+
+class Noised(NamedTuple):
+    """Images with noise, all of one bin of t."""
+
+    bin: int
+    x0: Tensor
+    """(B, C, H, W)."""
+    t: Tensor
+    """(B,)."""
+    noise: Tensor
+    """(B, C, H, W)."""
+    conditions: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over what was seen, by bin of t: F features, R rows.
+
+    Attributes:
+        gram: Σ φφᵀ, (bins, F, F), float64.
+        cross: Σ φyᵀ, (bins, F, R).
+        power: Σ |y|², (bins,).
+        count: how many φ were seen, (bins,).
+    """
+
+    gram: Tensor
+    cross: Tensor
+    power: Tensor
+    count: Tensor
+
+    @classmethod
+    def none(cls, bins: int, features: int, rows: int, device: torch.device) -> Moments:
+        """Nothing seen yet."""
+        sizes = ((bins, features, features), (bins, features, rows), (bins,), (bins,))
+        return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
+
+    def add(self, bin: int, phi: Tensor, y: Tensor) -> None:
+        """Take in features (N, F) and what they are to give, (N, R), both float64."""
+        self.gram[bin] += phi.T @ phi
+        self.cross[bin] += phi.T @ y
+        self.power[bin] += y.square().sum()
+        self.count[bin] += len(phi)
+
+    def solve(self, weights: Tensor | None = None, ridge: float = 1e-8) -> Tensor:
+        """The rows of least error, (F, R).
+
+        Args:
+            weights: of each bin, (bins,); None is all alike.
+            ridge: added to the diagonal, as a share of its mean.
+        """
+        weights = torch.ones_like(self.count) if weights is None else weights
+        w = (weights / self.count.clamp(min=1)) * (self.count > 0)
+        gram, cross = torch.einsum("b,bfg->fg", w, self.gram), torch.einsum("b,bfr->fr", w, self.cross)
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            # features that depend on each other: the shortest of the solutions
+            return torch.linalg.lstsq(gram.cpu(), cross.cpu(), driver="gelsd").solution.to(gram.device)
+        return torch.cholesky_solve(cross, factor)
+
+    def errors(self, rows: Tensor) -> Tensor:
+        """Each bin's mean |y − W·φ|² a row, for rows (F, R): (bins,)."""
+        fitted = torch.einsum("fr,bfg,gr->b", rows, self.gram, rows) - 2 * torch.einsum("fr,bfr->b", rows, self.cross)
+        return (self.power + fitted).clamp(min=0) / (self.count.clamp(min=1) * rows.shape[1])
+
+    def solve_blended(self, trained: Tensor, rounds: int = 8, ridge: float = 1e-8) -> Tensor:
+        """The rows that lower the error of the blend most, (F, R).
+
+        A blend of routes with errors a (trained) and b (new) errs by about ab / (a + b): times where the trained route
+        is good need no new one. Each round weighs t by the slope of Σ log of that, a / (b·(a + b)).
+
+        Args:
+            trained: mean squared error of the trained route in each bin, (bins,).
+            rounds: how often the weights are made anew.
+            ridge: as in `solve`.
+        """
+        rows = self.solve(ridge=ridge)
+        for _ in range(rounds):
+            new = self.errors(rows).clamp(min=1e-12)
+            weights = trained / (new * (trained + new))
+            rows = self.solve(weights / weights.max(), ridge)
+        return rows
+
+
+def collect(
+    denoiser: Denoiser,
+    layer: str,
+    outputs: slice,
+    batches: Iterable[Noised],
+    bins: int,
+    *,
+    target: str = "x0",
+    pixels: int | None = None,
+    seed: int = 0,
+) -> tuple[Moments, Tensor]:
+    """Pass images through a frozen network, once.
+
+    Args:
+        denoiser: of a widened network.
+        layer: the output layer's name in the network.
+        outputs: which of the network's output channels are new.
+        batches: what to look at.
+        bins: how many bins of t there are.
+        target: "x0" or "noise": what the new outputs are to give.
+        pixels: positions to look at in each batch, at random; None is all.
+        seed: of that choice.
+
+    Returns:
+        the sums, and which rows of the layer they are for, (R,).
+
+    Raises:
+        InputError: when the network's output is not the layer's, rearranged.
+    """
+    module = denoiser.network.get_submodule(layer)  # type: ignore[union-attr]
+    moments = found = None
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        alpha, sigma, _ = denoiser.schedule.level(batch.t).like(batch.x0)
+        x_t = alpha * batch.x0 + sigma * batch.noise
+        if found is None:
+            found = _placed(denoiser, module, outputs, x_t, batch)
+        rows, place = found
+        features = _entering(denoiser, module, x_t, batch)
+        y = getattr(batch, target)
+        # (C, H, W) of the image -> (positions, rows) of the layer
+        aimed = y.new_zeros(len(y), features.shape[1] * len(rows)).index_copy_(1, place, y.flatten(1))
+        aimed = aimed.view(len(y), features.shape[1], len(rows))
+        if pixels is not None and pixels < features.shape[1]:
+            some = torch.randperm(features.shape[1], generator=generator)[:pixels].to(features.device)
+            features, aimed = features[:, some], aimed[:, some]
+        phi = features.flatten(0, 1).double()
+        if module.bias is not None:
+            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
+        if moments is None:
+            moments = Moments.none(bins, phi.shape[1], len(rows), phi.device)
+        moments.add(batch.bin, phi, aimed.flatten(0, 1).double())
+    if moments is None or found is None:
+        raise InputError("there are no images to solve the new rows with")
+    return moments, found[0]
+
+
+@torch.no_grad()
+def write_rows(layer: nn.Module, rows: Tensor, solution: Tensor) -> None:
+    """Put solved rows (F, R) into a layer; its other rows stay as they are."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    values = solution.T.to(weight)
+    if isinstance(bias, Tensor):
+        bias[rows] = values[:, -1]
+        values = values[:, :-1]
+    weight[rows] = values.reshape(-1, *weight.shape[1:])
+
+
+def patches(layer: nn.Module, z: Tensor) -> Tensor:
+    """What each position's rows are multiplied with: (B, positions, F), F in the order of the layer's weight."""
+    if isinstance(layer, nn.Linear):
+        return z.reshape(len(z), -1, z.shape[-1])
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    z = F.pad(z, layer._reversed_padding_repeated_twice, mode=mode)
+    dims = len(layer.kernel_size)
+    for d, (k, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        z = z.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
+    # (B, C, positions …, kernel …) -> (B, positions, C · kernel)
+    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    return z.permute(order).flatten(1 + dims).flatten(1, dims)
+
+
+@torch.no_grad()
+def _entering(denoiser: Denoiser, layer: nn.Module, x_t: Tensor, batch: Noised) -> Tensor:
+    seen: list[Tensor] = []
+    with _hooked(layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))):
+        denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
+    return patches(layer, seen[0])
+
+
+@torch.no_grad()
+def _placed(denoiser: Denoiser, layer: nn.Module, outputs: slice, x_t: Tensor, batch: Noised) -> tuple[Tensor, Tensor]:
+    """Which rows make these outputs, (R,), and where (C, H, W), flattened, lies in (positions, R).
+
+    The layer's result is replaced by numbers, and the network's output then tells where each went.
+    """
+    shape: list[Any] = []
+
+    def numbered(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+        shape[:] = [y.shape, isinstance(layer, nn.Linear)]
+        return torch.arange(y.numel(), dtype=torch.float32, device=y.device).view_as(y)
+
+    conditions = {k: v[:1] for k, v in batch.conditions.items()}
+    with _hooked(layer.register_forward_hook(numbered)):
+        level = denoiser.schedule.level(batch.t[:1]).like(x_t)
+        raw = denoiser.raw(x_t[:1], batch.t[:1], level, **conditions)
+    index = raw[0, outputs].flatten()
+    size, linear = torch.Size(shape[0][1:]), shape[1]
+    whole = index.round()
+    if not torch.equal(index, whole) or not 0 <= whole.min() <= whole.max() < size.numel() or size.numel() > 2**24:
+        raise InputError(
+            "the new rows cannot be solved for in closed form: what comes after the output layer does more than "
+            "rearrange its result; --start zero begins with empty rows instead"
+        )
+    flat, count = whole.long(), rows_of(layer)
+    positions = size.numel() // count
+    row, position = (flat % count, flat // count) if linear else (flat // positions, flat % positions)
+    rows, number = row.unique(return_inverse=True)
+    return rows, position * len(rows) + number
+
+
+@contextmanager
+def _hooked(handle: Any) -> Any:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,184 @@
+"""From a configuration to what it names: images, network, device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dualout import checkpoint, data
+from dualout.data.base import Progress
+from dualout.data.dataset import Dataset
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError
+from dualout.networks.adapter import innermost
+from dualout.networks.build import build
+from dualout.networks.device import device
+from dualout.networks.precision import Precision, choose
+from dualout.parameterizations import Parameterization
+from dualout.schedules import Schedule
+from dualout.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Job(NamedTuple):
+    """All that a training needs."""
+
+    config: TrainConfig
+    dataset: Dataset
+    denoiser: Denoiser
+    """With its first weights, on the device."""
+    precision: Precision
+    accelerator: Accelerator | None
+    """Of several processes; None where this is the only one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is computed."""
+        return self.precision.device
+
+
+def assemble(
+    config: TrainConfig,
+    *,
+    denoiser: Denoiser | None = None,
+    dataset: Dataset | None = None,
+    described: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Job:
+    """Load the images, build the network and put it on its device.
+
+    Args:
+        config: what to build.
+        denoiser: already built; None builds it.
+        dataset: already loaded; None loads it.
+        described: schedule, parameterization and network of a run that goes on.
+        progress: told how far loading the images is.
+
+    Raises:
+        InputError: for anything that does not fit together.
+    """
+    accelerator = several_processes(config)
+    if dataset is None:
+        dataset = data.load(
+            config.data, size=config.size, grey=config.grey, cache=config.cache, strict=config.strict, progress=progress
+        )
+    check_data(config, dataset)
+    if denoiser is None:
+        denoiser = rebuild(described) if described else first_weights(config, dataset)
+    check_fit(config, denoiser, dataset)
+    place = accelerator.device if accelerator else device(config.device)
+    layout = place.type == "cuda" if config.channels_last is None else config.channels_last
+    # weights that were saved in half precision are trained in float32
+    denoiser.to(place, torch.float32)
+    denoiser.network.to(memory_format=torch.channels_last if layout else torch.contiguous_format)  # type: ignore[union-attr]
+    return Job(replace(config, channels_last=layout), dataset, denoiser, choose(config.precision, place), accelerator)
+
+
+def several_processes(config: TrainConfig) -> Accelerator | None:
+    """The group that this process belongs to, when torchrun or accelerate launch started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return None
+    from accelerate import Accelerator
+
+    # precision is the run's own affair, and the same for all
+    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available(), mixed_precision="no")
+    if config.batch_size % (config.accumulate * accelerator.num_processes):
+        raise InputError(
+            f"--batch_size {config.batch_size} cannot be shared equally by {accelerator.num_processes} processes with "
+            f"--accumulate {config.accumulate}; it counts the images of all processes together"
+        )
+    return accelerator
+
+
+def first_weights(config: TrainConfig, dataset: Dataset) -> Denoiser:
+    """A denoiser to start from: with random weights, which follow from the seed, or with those of --init."""
+    if config.init is not None:
+        return _initialized(config)
+    parameterization = Parameterization.parse(config.parameterization or "dual")
+    schedule = Schedule.parse(config.schedule or "linear")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        network = build(
+            config.network or "tiny",
+            dataset.channels,
+            dataset.size,
+            parameterization.channels(dataset.channels),
+            classes=len(dataset.classes) if config.conditional else None,
+        )
+        return Denoiser(network, parameterization, schedule)
+
+
+def _initialized(config: TrainConfig) -> Denoiser:
+    denoiser = Denoiser.from_pretrained(config.init)  # type: ignore[arg-type]
+    own = {"parameterization": denoiser.parameterization.spec, "schedule": denoiser.schedule.spec}
+    for name, value in own.items():
+        asked = getattr(config, name)
+        if asked is not None and asked != value:
+            raise InputError(
+                f"--init {config.init} was trained with {name} {value}, not with --{name} {asked}: leave that out; "
+                "dualout upgrade gives a network a second output"
+            )
+    if config.network is not None:
+        raise InputError(f"--init {config.init} brings its network: leave out --network {config.network}")
+    return denoiser
+
+
+def rebuild(described: dict[str, Any]) -> Denoiser:
+    """The denoiser of a run that goes on; its weights come from the run's state."""
+    return Denoiser(
+        checkpoint.construct(described["network"]),
+        Parameterization.from_config(described["parameterization"]),
+        Schedule.from_config(described["schedule"]),
+    )
+
+
+def describe(denoiser: Denoiser) -> dict[str, Any]:
+    """What `rebuild` reads."""
+    return {
+        "network": checkpoint.describe(denoiser.network),
+        "parameterization": denoiser.parameterization.config(),
+        "schedule": denoiser.schedule.config(),
+    }
+
+
+def check_data(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse data that cannot be learnt from in this way."""
+    if config.conditional and (dataset.labels is None or not dataset.classes):
+        raise InputError(f"--conditional needs classes, and the data {dataset.name!r} have none")
+    if config.flip and dataset.latents:
+        raise InputError(
+            f"--flip mirrors images; {dataset.name!r} holds latents, whose mirror image is not the image's"
+        )
+
+
+def check_fit(config: TrainConfig, denoiser: Denoiser, dataset: Dataset) -> None:
+    """Refuse a network that does not take these images."""
+    if not isinstance(denoiser.network, nn.Module):
+        raise InputError(f"only a torch.nn.Module can be trained; the network is {denoiser.network!r}")
+    arguments = dict(getattr(innermost(denoiser.network), "config", {}))
+    takes, gives = arguments.get("in_channels"), arguments.get("out_channels")
+    needed = denoiser.parameterization.channels(dataset.channels)
+    if takes not in (None, dataset.channels):
+        raise InputError(
+            f"the network takes images of {takes} channels, the data {dataset.name!r} have {dataset.channels}; "
+            "--grey turns images grey or to colour"
+        )
+    if gives is not None and gives < needed:
+        raise InputError(
+            f"{denoiser.parameterization.spec} of {dataset.channels}-channel images needs {needed} output channels, "
+            f"the network has {gives}; dualout upgrade widens it"
+        )
+    told = arguments.get("num_class_embeds")
+    if config.conditional and told != len(dataset.classes) + 1:
+        raise InputError(
+            f"--conditional needs a network that is told {len(dataset.classes)} classes and one for none; "
+            f"this one is told {told or 'none'}"
+        )
+    if not config.conditional and told:
+        raise InputError(f"this network is told {told} classes: train it with --conditional")

@@ -1,0 +1,76 @@
+"""Metrics sent to a tracker, or nowhere: an object with the same methods either way."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol
+
+from dualout.errors import InputError, unknown
+from dualout.training.config import TRACKERS
+
+
+class Tracker(Protocol):
+    """What a run asks of a tracker."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Send the metrics of a step."""
+        ...
+
+    def finish(self) -> None:
+        """Send what is left."""
+        ...
+
+
+class NoTracker:
+    """Tracking is off."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
+def check(name: str | None) -> None:
+    """Refuse a tracker whose name is unknown or whose package is not installed.
+
+    Raises:
+        InputError: then.
+    """
+    if name is None:
+        return
+    if name not in TRACKERS:
+        raise unknown("tracker", name, TRACKERS)
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"--track {name} needs the package {name}: pip install 'dualout[track]'")
+
+
+def start(name: str | None, directory: Path, config: dict[str, Any], step: int = 0) -> Tracker:
+    """The tracker called `name`, begun; what it keeps on this machine goes below `directory`.
+
+    Args:
+        name: tensorboard, trackio or wandb, through accelerate; None is off.
+        directory: of the run.
+        config: the run's configuration, shown with its metrics.
+        step: the run goes on from; later ones that are there already are made again.
+
+    Raises:
+        InputError: as `check`.
+    """
+    check(name)
+    if name is None:
+        return NoTracker()
+    from accelerate import tracking
+
+    place = directory / "tracking"
+    place.mkdir(exist_ok=True)
+    if name == "tensorboard":
+        tracker = tracking.TensorBoardTracker(directory.name, logging_dir=place, purge_step=step + 1)
+    elif name == "wandb":
+        tracker = tracking.WandBTracker("dualout", name=directory.name, dir=str(place), resume="allow")
+    else:
+        tracker = tracking.TrackioTracker("dualout", name=directory.name)
+    tracker.start()
+    tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
+    return tracker  # type: ignore[return-value]

@@ -1,0 +1,443 @@
+"""An upgrade in a directory: what it makes is a checkpoint, from the first moment, and each that follows is better.
+
+config.json  model.safetensors  README.md     the best so far; at first the original, with its gate closed
+upgrade.json                                   the settings, every check, and the errors at each t before and after
+training/                                      the run that fine-tunes, which goes on when it was interrupted
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from dualout import checkpoint, data
+from dualout.data.base import Progress
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError, unknown
+from dualout.networks import foreign
+from dualout.networks.adapter import Adapter
+from dualout.networks.device import device
+from dualout.networks.trace import call
+from dualout.training import opening, readout
+from dualout.training.config import TrainConfig
+from dualout.training.run import Run
+from dualout.training.setup import check_data, check_fit
+from dualout.training.upgrade import SCOPES, open_gate, output_layer, set_scope, upgrade, upgraded_of
+
+RECORD = "upgrade.json"
+FREE = frozenset({"steps", "out", "device", "check_every", "cache", "workers"})
+"""What may change when an upgrade goes on."""
+
+
+@dataclass(kw_only=True)
+class UpgradeConfig:
+    """An upgrade.
+
+    Raises:
+        InputError: for a value that cannot be used.
+    """
+
+    source: str = field(metadata={"positional": True})
+    """What to upgrade: a checkpoint or run of dualout, a directory of diffusers (pipeline or model), a Hub repository
+    of either, or a file of weights (.pt, .pth, .safetensors), for which --adapter names the layout. It is only read"""
+    data: str = "digits"
+    """Images to learn the second output from: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER or hub:NAME"""
+    size: int | None = None
+    """Height and width to crop and resize the images to; by default they are taken as they are"""
+    grey: bool | None = None
+    """Whether to turn images grey (true) or to colour (false); by default they are taken as they are"""
+    cache: str | None = None
+    """Where decoded images are kept, and mapped from; needed from 2 GiB of them on"""
+    flip: bool = False
+    """Mirror every second image, at random, when fine-tuning"""
+    adapter: str | None = None
+    """For files: plain (with options, as in plain:network=small:size=28), starter-cnn, mnist-ddpm"""
+    layer: str | None = None
+    """The network's output layer, by name, where it cannot be found"""
+    parameterization: str | None = None
+    """Of a diffusers model without its scheduler: what it was trained to predict, eps, x0 or velocity"""
+    schedule: str | None = None
+    """Of a diffusers model without its scheduler: linear, scaledlinear, cosine …"""
+    scope: str = "closed"
+    """What is trained: closed (the new rows, by least squares, in one pass), rows (the new rows, by gradients), last
+    (the last block) or all"""
+    start: str = "closed"
+    """How the new rows begin: closed (by least squares) or zero"""
+    images: int = 4000
+    """Images in the pass of the least squares"""
+    pixels: int = 256
+    """Positions of each batch of them that it looks at"""
+    steps: int = 600
+    """How many times the weights are updated, with --scope rows, last or all"""
+    batch_size: int = 64
+    """Images an update"""
+    lr: float = 5e-4
+    """Learning rate of AdamW, after a warm-up of 50 steps"""
+    ema: float = 0.99
+    """How much of the averaged weights is kept at a step"""
+    precision: str = "auto"
+    """Of the network while it is trained: fp32, bf16, fp16, auto"""
+    check_every: int = 100
+    """Steps between looks at the held-out images, at which the gate may open"""
+    held_out: int = 128
+    """Images that are not trained on, and decide where the gate opens; at most a quarter of all"""
+    bins: int = 20
+    """Parts of the noise levels that are decided on apart"""
+    seed: int = 0
+    """Of the order of the images, the time steps and the noise"""
+    workers: int = 1
+    """Threads that prepare batches ahead"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto"""
+    out: str | None = None
+    """A directory: new, empty, or of the same upgrade interrupted before; by default runs/upgraded"""
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise unknown("scope", self.scope, SCOPES)
+        if self.start not in ("closed", "zero"):
+            raise unknown("start", self.start, ("closed", "zero"))
+        if self.scope == "closed" and self.start == "zero":
+            raise InputError("--start zero leaves nothing to do with --scope closed; take --scope rows, last or all")
+        least = {"images": 16, "pixels": 1, "held_out": 16, "bins": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"--{name} is {low} or more; got {getattr(self, name)}")
+        self.training()
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return Path(self.out or "runs/upgraded").expanduser()
+
+    def training(self, *, conditional: bool = False) -> TrainConfig:
+        """The fine-tuning."""
+        return TrainConfig(
+            data=self.data,
+            size=self.size,
+            grey=self.grey,
+            cache=self.cache,
+            flip=self.flip,
+            conditional=conditional,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            warmup=50,
+            ema=self.ema,
+            precision=self.precision,
+            seed=self.seed,
+            workers=self.workers,
+            device=self.device,
+            checkpoint_every=self.check_every,
+            sample_every=0,
+            out=str(self.path / "training"),
+        )
+
+    def asdict(self) -> dict[str, Any]:
+        """Every field, as plain JSON values."""
+        return {f.name: asdict(self)[f.name] for f in fields(UpgradeConfig)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at the held-out images."""
+
+    stage: str
+    """original, closed form, or fine-tuned."""
+    step: int
+    seconds: float
+    """Of work so far, without the looks at held-out images."""
+    score: float
+    """The mean over t of log(error of x0 / error before): below 0 is better."""
+    worse: list[int]
+    """Bins of t with a larger error than the original's."""
+    kept: bool
+    """Whether it is the best so far, and was written down."""
+    rows: list[dict[str, Any]]
+    """A bin of t each: t, error before, error of either route now, ratio, error now."""
+
+    @property
+    def open(self) -> int:
+        """In how many bins the gate is open."""
+        return sum(row["open"] for row in self.rows)
+
+    def short(self) -> dict[str, Any]:
+        """Without the rows."""
+        return {k: v for k, v in vars(self).items() if k != "rows"} | {"open": self.open}
+
+
+class Upgrade:
+    """An upgrade, from entering it: what can be refused is refused then, before any work.
+
+    with Upgrade(UpgradeConfig(source="run", data="digits", out="run2")) as work:
+        for check in work:
+            print(check.stage, check.score)
+
+    Args:
+        config: of the upgrade.
+        progress: told how far loading the images is, and the least squares.
+
+    Raises:
+        InputError: for a source, images or settings that cannot be used, or a directory of something else.
+    """
+
+    def __init__(self, config: UpgradeConfig, progress: Progress | None = None) -> None:
+        self.config, self.path = config, config.path
+        self.progress = progress or (lambda *_: None)
+        self.run: Run | None = None
+        self.checks: list[Check] = []
+        self.earlier: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._stopping = False
+
+    def stop(self) -> None:
+        """End after the step that is being made, with a checkpoint."""
+        self._stopping = True
+        if self.run is not None:
+            self.run.stop()
+
+    def __enter__(self) -> Self:
+        config = self.config
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("an upgrade is made by one process: start it without torchrun or accelerate launch")
+        self._known = read_record(self.path)
+        refuse_changes(self.path, self._known, config)
+        source = foreign.load(config.source, config.adapter, config.parameterization, config.schedule)
+        self.conditional = bool(_arguments(source.network).get("num_class_embeds"))
+        training = config.training(conditional=self.conditional)
+        self.dataset = data.load(
+            config.data, size=config.size, grey=config.grey, cache=config.cache, progress=self.progress
+        )
+        check_data(training, self.dataset)
+        check_fit(training, source, self.dataset)
+        _check_size(config.source, source.network, self.dataset.size)
+        self.place = device(config.device)
+        source = source.to(self.place, torch.float32).eval()
+        self.steps = source.schedule.steps
+        if config.bins > self.steps:
+            raise InputError(f"--bins {config.bins} are more than the {self.steps} noise levels of {config.source}")
+        order = opening.shuffled(len(self.dataset), config.seed)
+        held = min(config.held_out, len(order) // 4)
+        if held < 16:
+            raise InputError(f"an upgrade needs 64 images or more, {config.data} has {len(order)}")
+        self.held, self.rest = order[:held], order[held:]
+        self.validation = self._stream(self.held, each=True)
+        first = next(iter(self.validation))
+        self.example = (first.x0[:2], first.t[:2], {k: v[:2] for k, v in first.conditions.items()})
+        call(source.network, self.example)  # type: ignore[arg-type]
+        self.denoiser = upgrade(source, layer=config.layer, example=self.example).eval()
+        self.closed = upgraded_of(self.denoiser).closed
+        checkpoint.describe(self.denoiser.network)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def finished(self) -> bool:
+        """Whether the directory has all that was asked for."""
+        if self._known is None or not self._known["checks"]:
+            return False
+        last = self._known["checks"][-1]
+        if self.config.scope == "closed":
+            return last["stage"] == "closed form"
+        return last["step"] >= self.config.steps
+
+    def __iter__(self) -> Iterator[Check]:
+        """Do the work; yields after each look at the held-out images, the first time at the original."""
+        errors = self._measured(self.denoiser)
+        self.start = errors.of(self.closed)
+        self.best = 0.0
+        if self._known is not None and self._known["checks"]:
+            self.earlier = self._known["checks"]
+            self.best = min(c["score"] for c in self.earlier if c["kept"])
+            self.seconds = self.earlier[-1]["seconds"]
+            self.table = self._known["table"]
+        else:
+            yield self._check("original", 0, self.denoiser, errors)
+        going_on = (self.path / "training" / "state" / "run.json").exists()
+        if self.config.start == "closed" and not going_on:
+            began = time.perf_counter()
+            self._solve()
+            self.seconds += time.perf_counter() - began
+            yield self._check("closed form", 0, self.denoiser)
+        if self.config.scope != "closed" and not self._stopping:
+            yield from self._tuned()
+
+    def _solve(self) -> None:
+        """Put the new rows where least squares has them."""
+        config, rows = self.config, self.rest[: self.config.images]
+        stream = self._stream(rows, each=False)
+        c = self.dataset.channels
+        new_first = self.closed == 1
+        name = output_layer(self.denoiser.network)  # type: ignore[arg-type]
+        moments, found = readout.collect(
+            self.denoiser,
+            name,
+            slice(0, c) if new_first else slice(c, 2 * c),
+            self._told("solving", stream),
+            stream.bins,
+            target="noise" if new_first else "x0",
+            pixels=config.pixels,
+            seed=config.seed,
+        )
+        trained = self.start.mean(1).to(moments.count.device)
+        if new_first:
+            # an error of the noise is one of the image times sigma / alpha
+            alpha, sigma = self.denoiser.schedule.tables()
+            gain = (alpha / sigma).square().to(trained)
+            edges = stream.edges
+            trained = trained * torch.stack([gain[a:b].mean() for a, b in pairwise(edges)])
+        solution = moments.solve_blended(trained)
+        readout.write_rows(self.denoiser.network.get_submodule(name), found, solution)  # type: ignore[union-attr]
+
+    def _tuned(self) -> Iterator[Check]:
+        config = self.config
+        trained = set_scope(self.denoiser, config.scope, self.example)
+        about = {"upgraded from": Path(config.source).name, "scope": config.scope, "trained parameters": trained}
+        training = Run(
+            config.training(conditional=self.conditional),
+            denoiser=self.denoiser.train(),
+            dataset=self.dataset.select(self.rest),
+            about=about,
+        )
+        with training as self.run:
+            began = time.perf_counter()
+            for step in training:
+                done = step.index == config.steps
+                self.progress("training", step.index, config.steps)
+                if done or step.index % config.check_every == 0 or self._stopping:
+                    self.seconds += time.perf_counter() - began
+                    yield self._check("fine-tuned", step.index, training.denoiser)
+                    began = time.perf_counter()
+                if self._stopping:
+                    training.stop()
+
+    def _check(self, stage: str, step: int, denoiser: Denoiser, errors: opening.Errors | None = None) -> Check:
+        """Look at the held-out images, open the gate where they say so, and keep what is better."""
+        errors = self._measured(denoiser) if errors is None else errors
+        # before anything is trained, the new rows are zero: nothing to open the gate for
+        original = stage == "original"
+        ratios = [self.closed] * self.config.bins if original else opening.opened(errors, self.closed)
+        now = errors.of(torch.tensor(ratios, dtype=torch.float64))
+        score, worse = opening.score(now, self.start), opening.worse(now, self.start)
+        kept = original or (score < self.best and not worse)
+        check = Check(stage, step, round(self.seconds, 3), score, worse, kept, self._rows(errors, ratios, now))
+        self.checks.append(check)
+        if kept:
+            self.best, self.table = score, check.rows
+            self._write(open_gate(denoiser, ratios), check)
+        self._record()
+        return check
+
+    def _rows(self, errors: opening.Errors, ratios: list[float], now: Tensor) -> list[dict[str, Any]]:
+        edges = opening.bin_edges(self.denoiser.schedule.steps, self.config.bins)
+        columns = {"before": self.start, "eps": errors.of(0.0), "x0": errors.of(1.0), "after": now}
+        means = {name: values.mean(1).tolist() for name, values in columns.items()}
+        return [
+            {"t": f"{edges[b]}–{edges[b + 1] - 1}", "open": ratios[b] != self.closed, "ratio": ratios[b]}
+            | {name: values[b] for name, values in means.items()}
+            for b in range(self.config.bins)
+        ]
+
+    def _write(self, denoiser: Denoiser, check: Check) -> None:
+        config, dataset = self.config, self.dataset
+        denoiser.card = {
+            "title": f"The dual-output upgrade of {Path(config.source).name}",
+            "training": {
+                "upgraded from": Path(config.source).name, "scope": config.scope, "stage": check.stage,
+                "step": check.step, "seconds": check.seconds, "batch size": config.batch_size, "lr": config.lr,
+                "ema": config.ema if check.stage == "fine-tuned" else None, "seed": config.seed,
+                "x0 error, mean of log(after / before)": round(check.score, 4),
+                "gate open in": f"{check.open} of {config.bins} parts of the noise levels",
+            },
+            "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "classes": ", ".join(dataset.classes)},
+        }  # fmt: skip
+        classes = {"classes": list(dataset.classes), "null": len(dataset.classes)}
+        denoiser.save_pretrained(
+            self.path,
+            image={"channels": dataset.channels, "size": list(dataset.size), "latents": dataset.latents},
+            data={"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
+            conditions={"class_labels": classes} if self.conditional else {},
+        )
+
+    def _record(self) -> None:
+        content = {
+            "config": self.config.asdict() | {"out": None},
+            "checks": [*self.earlier, *(c.short() for c in self.checks)],
+            "table": self.table,
+        }
+        checkpoint.write_text(self.path / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def _measured(self, denoiser: Denoiser) -> opening.Errors:
+        return opening.measure(denoiser, self.validation, self.config.bins)
+
+    def _stream(self, rows: Any, *, each: bool) -> opening.Stream:
+        return opening.Stream(
+            self.dataset,
+            rows,
+            self.steps,
+            self.config.bins,
+            # what is fitted and what is looked at are noised differently
+            self.config.seed + each,
+            self.place,
+            conditional=self.conditional,
+            each=each,
+        )
+
+    def _told(self, what: str, stream: opening.Stream) -> Iterator[readout.Noised]:
+        for done, batch in enumerate(stream, 1):
+            yield batch
+            self.progress(what, done, len(stream))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What upgrade.json says; None when there is none."""
+    file = path / RECORD
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {k: content[k] for k in ("config", "checks", "table")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error}); take another --out") from error
+
+
+def refuse_changes(path: Path, known: dict[str, Any] | None, config: UpgradeConfig) -> None:
+    """Refuse a directory of something else, or of another upgrade."""
+    if known is None:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {path} is a file, not a directory")
+        if path.is_dir() and any(path.iterdir()):
+            some = ", ".join(sorted(p.name for p in path.iterdir())[:5])
+            raise InputError(f"--out {path} holds something else ({some}); an upgrade goes to a new or empty directory")
+        return
+    now = config.asdict()
+    changed = [k for k, v in known["config"].items() if k not in FREE and now.get(k) != v]
+    if changed:
+        listed = ", ".join(f"{k} {known['config'][k]} → {now.get(k)}" for k in changed)
+        raise InputError(f"--out {path} is an upgrade with other settings: {listed}; give another --out")
+
+
+def _check_size(source: str, network: Any, size: tuple[int, int]) -> None:
+    """Refuse images of another size than the network was made for, which a convolutional one would take unnoticed."""
+    made = _arguments(network).get("sample_size")
+    height, width = made if isinstance(made, list | tuple) else (made, made)
+    if height is not None and (height, width) != tuple(size):
+        fit = f"--size {height} makes them fit" if height == width else "give the data that size"
+        raise InputError(f"{source} makes images of {height}×{width}, the data are {size[0]}×{size[1]}; {fit}")
+
+
+def _arguments(network: Any) -> dict[str, Any]:
+    while isinstance(network, Adapter):
+        network = network.network
+    return dict(getattr(getattr(network, "_orig_mod", network), "config", {}))

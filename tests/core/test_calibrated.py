@@ -1,0 +1,102 @@
+"""Corrected Predictions stay Predictions, and the fit finds what a trajectory lacks."""
+
+import pytest
+import torch
+
+from dualout import CleanImage, Denoiser, Dual, InputError, noise, samplers, schedules
+from dualout.calibrated import Calibrated, corrected
+from dualout.training.calibrate import Fit, fit
+
+SCHEDULE = schedules.Linear()
+MEAN, SPREAD = 0.1, 0.3
+
+
+def exact(x_t, t):
+    """The exact denoiser of data from N(MEAN, SPREAD²)."""
+    alpha, sigma, *_ = SCHEDULE.level(t).like(x_t)
+    return MEAN + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x_t - alpha * MEAN)
+
+
+class Exact(torch.nn.Module):
+    def forward(self, x_t, t):
+        return exact(x_t, t)
+
+
+def test_corrected_predictions_keep_the_invariant():
+    raw = torch.randn(4, 7, 5, 5, dtype=torch.float64)
+    denoiser = Denoiser(lambda x, t: raw, Dual(), SCHEDULE)
+    p = denoiser(torch.randn(4, 3, 5, 5, dtype=torch.float64), 500)
+    q = corrected(p, 0.8, 1.1, 1.3, -0.4)
+    torch.testing.assert_close(q.level.alpha * q.x0 + q.level.sigma * q.eps, q.x_t)
+    logit = raw[:, 6:] * 1.3 - 0.4
+    blended = logit.sigmoid() * p.parts["x0"] + (1 - logit.sigmoid()) * (
+        (p.x_t - p.level.sigma * p.parts["eps"]) / p.level.alpha
+    )
+    torch.testing.assert_close(q.x0, 0.8 * blended)
+    same = corrected(p)
+    torch.testing.assert_close(same.x0, p.x0)
+    torch.testing.assert_close(same.x_t, p.x_t)
+
+
+def test_a_step_by_hand():
+    denoiser = Calibrated(
+        Denoiser(exact, CleanImage(), SCHEDULE), [999, 499], {"x0_scale": [0.9, 1.2], "eps_scale": [1.1, 1.0]}
+    )
+    x = noise(range(2), (1, 2, 2), dtype=torch.float64)
+    made = samplers.DDIM(steps=2, clip=None).sample(denoiser, x)
+    t, s = SCHEDULE.scalars(999), SCHEDULE.scalars(499)
+    x0 = exact(x, torch.tensor([999, 999]))
+    middle = s.alpha * 0.9 * x0 + s.sigma * 1.1 * (x - t.alpha * x0) / t.sigma
+    torch.testing.assert_close(made, 1.2 * exact(middle, torch.tensor([499, 499])))
+
+
+def test_other_time_steps_are_refused():
+    denoiser = Calibrated(Denoiser(exact, CleanImage(), SCHEDULE), [999], {"x0_scale": [1.0]})
+    with pytest.raises(InputError, match="time steps"):
+        denoiser(torch.zeros(1, 1, 2, 2), 5)
+
+
+def test_the_fit_restores_the_variance_that_few_steps_lose():
+    """Five DDIM steps with the exact denoiser shrink Gaussian data; no better denoiser repairs that."""
+    denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
+    data = MEAN + SPREAD * noise(range(2000), (1, 4, 4))
+    sampler = samplers.DDIM(steps=5)
+    *_, last = fit(denoiser, sampler, data, Fit(iterations=100, batch=128, lr=0.05, check_every=50))
+    seeds = range(10_000, 12_000)
+    before = sampler.sample(denoiser, noise(seeds, (1, 4, 4)))
+    after = sampler.sample(Calibrated.of(denoiser, last.calibration), noise(seeds, (1, 4, 4)))
+    assert before.std() < 0.6 * SPREAD
+    assert abs(after.std() / SPREAD - 1) < 0.05
+    assert abs(after.mean() - MEAN) < 0.02
+    assert last.calibration.protocol["held_out_after"] < last.calibration.protocol["held_out_before"]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        samplers.DDPM(steps=4, variance="small"),
+        samplers.UniPC(steps=4),
+        samplers.IPNDM(steps=4),
+        samplers.DPMSolver(steps=4, order=3),
+    ],
+)
+def test_every_sampler_can_be_calibrated(sampler):
+    denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
+    data = MEAN + SPREAD * noise(range(300), (1, 4, 4))
+    *_, last = fit(denoiser, sampler, data, Fit(iterations=12, batch=64, check_every=6))
+    assert last.calibration.protocol["held_out_after"] < last.calibration.protocol["held_out_before"]
+
+
+def test_the_network_is_left_alone():
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(1, 3, 3, padding=1)
+    denoiser = Denoiser(lambda x, t: network(x), Dual(), SCHEDULE)
+    before = network.weight.clone()
+    list(fit(denoiser, samplers.DDIM(steps=2), torch.randn(100, 1, 4, 4), Fit(iterations=3, batch=16)))
+    torch.testing.assert_close(network.weight, before, rtol=0, atol=0)
+
+
+def test_too_few_images():
+    denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
+    with pytest.raises(InputError, match="64 images"):
+        next(fit(denoiser, samplers.DDIM(steps=2), torch.zeros(20, 1, 4, 4), Fit()))

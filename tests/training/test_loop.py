@@ -1,0 +1,182 @@
+"""The loop: against one written by hand, in parts, with a loss that breaks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dualout import Denoiser, Dual, noise, schedules
+from dualout.data import order, pixels
+from dualout.data.dataset import Dataset
+from dualout.errors import InputError
+from dualout.randomness import mix
+from dualout.training import Learner, TrainConfig, train
+from dualout.training.setup import first_weights
+
+SMALL = {"batch_size": 8, "network": "tiny:width=8", "precision": "fp32", "warmup": 3, "log_every": 2}
+
+
+def images(n: int = 40, labels: bool = False) -> Dataset:
+    rng = np.random.default_rng(0)
+    stored = rng.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8)
+    classes = {"labels": torch.arange(n) % 3, "classes": ("a", "b", "c")} if labels else {}
+    return Dataset("test", stored, **classes)
+
+
+def learned(dataset: Dataset, **fields) -> tuple[Learner, list]:
+    config = TrainConfig(**(SMALL | fields))
+    learner = Learner(first_weights(config, dataset), config)
+    return learner, list(train(learner, dataset))
+
+
+def test_equals_a_loop_written_by_hand():
+    dataset, steps, b = images(), 5, 8
+    config = TrainConfig(**SMALL, steps=steps, seed=3, weight_decay=0.1, grad_clip=0.5)
+    denoiser = first_weights(config, dataset)
+    by_hand, average = copy.deepcopy(denoiser), copy.deepcopy(denoiser)
+    learner = Learner(denoiser, config)
+    losses = [float(step.loss) for step in train(learner, dataset)]
+
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=config.lr, weight_decay=0.1, foreach=False, fused=False)
+    betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
+    signal = (1 - betas).cumprod(0)
+    gains = torch.cat([signal.new_ones(1), signal[:-1]]).sqrt() * betas / (1 - signal)
+    expected = []
+    for s in range(steps):
+        g = np.arange(s * b, (s + 1) * b)
+        x0 = pixels.to_model(dataset.batch(order.indices(3, len(dataset), s * b, b)))
+        t = torch.tensor([int(mix(3, 0x74, int(i)) % np.uint64(1000)) for i in g])
+        eps = noise([int(mix(3, 0x6E6F697365, int(i))) for i in g], (1, 8, 8))
+        alpha, sigma, gain = (v[t].float().view(-1, 1, 1, 1) for v in (signal.sqrt(), (1 - signal).sqrt(), gains))
+        p = by_hand(alpha * x0 + sigma * eps, t)
+        blend = (
+            p.parts["ratio"] * p.parts["x0"].detach()
+            + (1 - p.parts["ratio"]) * ((p.x_t - sigma * p.parts["eps"]) / alpha).detach()
+        )
+        total = (
+            (eps - p.parts["eps"]).square().mean()
+            + (x0 - p.parts["x0"]).square().mean()
+            + (gain * (x0 - blend)).square().mean()
+        ) / 3
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, (s + 1) / 3)
+        optimizer.step()
+        decay = min(0.999, (2 + s) / (11 + s))
+        with torch.no_grad():
+            for a, w in zip(average.parameters(), by_hand.parameters(), strict=True):
+                a.mul_(decay).add_(w, alpha=1 - decay)
+        expected.append(float(total.detach()))
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for name, weight in by_hand.state_dict().items():
+        torch.testing.assert_close(learner.denoiser.state_dict()[name], weight, rtol=1e-3, atol=2e-5)
+    for name, weight in average.state_dict().items():
+        torch.testing.assert_close(learner.ema.state_dict()[name], weight, rtol=1e-3, atol=2e-5)
+
+
+def test_a_batch_in_parts_is_the_same_batch():
+    whole, steps = learned(images(), steps=6)
+    parts, same = learned(images(), steps=6, accumulate=4)
+    assert [float(s.loss) for s in same] == pytest.approx([float(s.loss) for s in steps], rel=1e-4)
+    for a, b in zip(whole.denoiser.parameters(), parts.denoiser.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_same_seed_same_weights_other_seed_others():
+    one, _ = learned(images(), steps=3)
+    two, _ = learned(images(), steps=3)
+    other, _ = learned(images(), steps=3, seed=1)
+    assert all(map(torch.equal, one.ema.parameters(), two.ema.parameters()))
+    assert not all(map(torch.equal, one.ema.parameters(), other.ema.parameters()))
+
+
+def test_dropout_is_drawn_from_the_sample_too():
+    network = "tiny:width=8:dropout=0.5"
+    one, _ = learned(images(), steps=3, network=network)
+    torch.manual_seed(99)
+    two, _ = learned(images(), steps=3, network=network)
+    assert all(map(torch.equal, one.denoiser.parameters(), two.denoiser.parameters()))
+
+
+def test_learns():
+    _, steps = learned(images(), steps=60, lr=5e-3)
+    losses = [float(s.loss) for s in steps]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_metrics_are_means_since_the_last():
+    _, steps = learned(images(), steps=5)
+    due = [s.index for s in steps if s.metrics]
+    assert due == [2, 4, 5]
+    means = steps[3].metrics
+    assert means["loss"] == pytest.approx(float(steps[2].loss + steps[3].loss) / 2, rel=1e-5)
+    assert set(means) == {"loss", "loss/eps", "loss/x0", "loss/mu", "grad_norm", "images_per_s", "seconds", "lr"}
+    assert means["lr"] == steps[3].lr == pytest.approx(1e-3)
+    total = (means["loss/eps"] + means["loss/x0"] + means["loss/mu"]) / 3
+    assert means["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_bf16_follows_fp32():
+    full, half = (learned(images(), steps=30, precision=p)[1] for p in ("fp32", "bf16"))
+    a, b = (np.array([float(s.loss) for s in steps]) for steps in (full, half))
+    assert not np.array_equal(a, b)
+    assert np.abs(a - b).max() < 0.02 * a.max()
+
+
+def test_classes_are_told_and_some_withheld():
+    dataset, told = images(labels=True), []
+    config = TrainConfig(**SMALL, steps=20, conditional=True, label_dropout=0.3)
+    denoiser = first_weights(config, dataset)
+    denoiser.network.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(kwargs["class_labels"]), with_kwargs=True
+    )
+    list(train(Learner(denoiser, config), dataset))
+    seen = torch.cat(told)
+    expected = dataset.labels[order.indices(0, len(dataset), 0, 160)]
+    kept = seen != 3
+    assert torch.equal(seen[kept], expected[kept])
+    assert 0.1 < 1 - kept.float().mean() < 0.5
+
+
+def test_weights_without_gradient_stay():
+    dataset = images()
+    config = TrainConfig(**SMALL, steps=3)
+    denoiser = first_weights(config, dataset)
+    denoiser.network.requires_grad_(False)
+    denoiser.network.conv_out.requires_grad_(True)
+    before = copy.deepcopy(denoiser.state_dict())
+    learner = Learner(denoiser, config)
+    list(train(learner, dataset))
+    changed = {k for k, v in learner.denoiser.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"network.conv_out.weight", "network.conv_out.bias"}
+    assert all(torch.equal(v, before[k]) for k, v in learner.ema.state_dict().items() if k not in changed)
+    denoiser.requires_grad_(False)
+    with pytest.raises(InputError, match="nothing to train"):
+        Learner(denoiser, config)
+
+
+class Breaks(nn.Module):
+    """A network whose output is NaN from some call on."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.layer, self.calls, self.after = nn.Conv2d(1, 3, 1), 0, after
+
+    def forward(self, x, t):
+        self.calls += 1
+        return self.layer(x) * (float("nan") if self.calls > self.after else 1.0)
+
+
+def test_a_loss_that_is_no_number_names_step_and_images():
+    dataset = images()
+    learner = Learner(Denoiser(Breaks(3), Dual(), schedules.Linear()), TrainConfig(**SMALL, steps=10))
+    seen = []
+    with pytest.raises(InputError, match="not finite at step 4") as caught:
+        seen.extend(step.index for step in train(learner, dataset))
+    assert seen == [1, 2, 3]
+    assert str(order.indices(0, len(dataset), 24, 8).tolist()) in str(caught.value)

@@ -1,0 +1,348 @@
+"""Runs in directories: resumed bit for bit, refused where they must be, whole whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dualout import Denoiser
+from dualout.checkpoint import read_tensors
+from dualout.errors import InputError
+from dualout.training import Run, TrainConfig
+from dualout.training import checkpoint as files
+from dualout.training.setup import first_weights
+
+TIMES = ("images_per_s", "seconds")
+
+
+def config(out, **fields) -> TrainConfig:
+    usual = {"network": "tiny:width=8", "batch_size": 4, "steps": 9, "checkpoint_every": 4, "log_every": 2, "warmup": 3}
+    return TrainConfig(**(usual | {"out": str(out)} | fields))
+
+
+def trained(out, until: int | None = None, **fields) -> Run:
+    """Train to the end, or as a process that is killed in the step after `until`."""
+    with Run(config(out, **fields)) as run:
+        for step in run:
+            if step.index == until:
+                break
+    return run
+
+
+def state(out) -> dict[str, torch.Tensor]:
+    (_, place), *_ = files.states(out)[::-1]
+    found = {f"model/{k}": v for k, v in read_tensors(out / "model.safetensors").items()}
+    for name in ("weights", "average", "optimizer"):
+        found |= {f"{name}/{k}": v for k, v in read_tensors(place / f"{name}.safetensors").items()}
+    return found
+
+
+def metrics(out) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def same(a, b) -> bool:
+    one, two = state(a), state(b)
+    return one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    trained(out)
+    return out
+
+
+@pytest.mark.parametrize("until", [1, 4, 5, 8])
+def test_resumed_is_the_uninterrupted_bit_for_bit(whole, tmp_path, until):
+    trained(tmp_path / "run", until)
+    with Run(config(tmp_path / "run")) as run:
+        # a consumer that leaves after step 4 leaves before its checkpoint
+        assert run.started == {1: 0, 4: 0, 5: 4, 8: 4}[until]
+        assert [step.index for step in run] == list(range(run.started + 1, 10))
+    assert same(whole, tmp_path / "run")
+    assert metrics(whole) == metrics(tmp_path / "run")
+
+
+def test_stop_ends_with_a_checkpoint(whole, tmp_path):
+    with Run(config(tmp_path / "run")) as run:
+        for step in run:
+            if step.index == 3:
+                run.stop()
+        assert run.learner.step == 3
+        assert not run.finished
+    assert [s for s, _ in files.states(tmp_path / "run")] == [3]
+    trained(tmp_path / "run")
+    assert same(whole, tmp_path / "run")
+    assert metrics(whole) == metrics(tmp_path / "run")
+
+
+def test_longer_is_as_if_it_had_been_from_the_start(whole, tmp_path):
+    trained(tmp_path / "run", steps=6)
+    trained(tmp_path / "run", steps=9)
+    assert same(whole, tmp_path / "run")
+
+
+def test_directory_is_a_checkpoint(whole):
+    denoiser = Denoiser.from_pretrained(whole)
+    for name, weight in denoiser.state_dict().items():
+        assert torch.equal(weight, state(whole)[f"average/{name}"])
+    written = json.loads((whole / "config.json").read_text())
+    assert written["image"] == {"channels": 1, "size": [8, 8], "latents": False}
+    assert written["training"]["step"] == 9
+    assert denoiser.card["training"]["images seen"] == 36
+    assert TrainConfig.fromdict(files.read_run(whole)["config"]).lr == 1e-3
+    assert not any(".tmp" in p.name or p.name.startswith(".step") for p in whole.rglob("*"))
+
+
+def test_keeps_as_many_states_as_asked(tmp_path):
+    trained(tmp_path / "run", checkpoint_every=2, keep=3)
+    assert [s for s, _ in files.states(tmp_path / "run")] == [6, 8, 9]
+
+
+def test_finished_run_has_nothing_to_do(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    with Run(config(tmp_path / "run")) as run:
+        assert run.finished
+        assert list(run) == []
+
+
+def test_changed_configuration_is_refused_with_old_and_new(whole):
+    before = (whole / "state" / "run.json").read_text()
+    with (
+        pytest.raises(InputError, match=r"lr 0.001 → 0.1, batch|batch_size 4 → 8, lr 0.001 → 0.1"),
+        Run(config(whole, lr=0.1, batch_size=8)),
+    ):
+        pass
+    assert (whole / "state" / "run.json").read_text() == before
+
+
+def test_changed_images_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (20, 8, 8), dtype=np.uint8))
+    trained(tmp_path / "run", data=f"arrays:{tmp_path / 'x.npy'}", steps=2)
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).integers(0, 255, (20, 8, 8), dtype=np.uint8))
+    with pytest.raises(InputError, match="other images: fingerprint"):
+        trained(tmp_path / "run", data=f"arrays:{tmp_path / 'x.npy'}", steps=4)
+
+
+@pytest.mark.parametrize("holds", ["notes.txt", "config.json", "state/photo.png"])
+def test_directory_of_something_else_is_refused(tmp_path, holds):
+    (tmp_path / holds).parent.mkdir(exist_ok=True)
+    (tmp_path / holds).write_text("mine")
+    with pytest.raises(InputError, match="holds something else"), Run(config(tmp_path)):
+        pass
+    assert (tmp_path / holds).read_text() == "mine"
+
+
+def test_file_in_the_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(InputError, match="is a file"), Run(config(tmp_path / "run")):
+        pass
+
+
+def test_second_run_in_a_directory_is_refused(tmp_path):
+    with (
+        Run(config(tmp_path / "run")),
+        pytest.raises(InputError, match="another process"),
+        Run(config(tmp_path / "run")),
+    ):
+        pass
+    # and the directory is free again
+    trained(tmp_path / "run", steps=1)
+
+
+def test_what_a_crash_tore_is_made_again(whole, tmp_path):
+    trained(tmp_path / "run", until=7)
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 8, "lo')
+    aside = tmp_path / "run" / "state" / ".step-00000008"
+    aside.mkdir()
+    (aside / "weights.safetensors").write_bytes(b"half")
+    # a crash between the state and the averaged weights
+    shutil.copy(whole / "model.safetensors", tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "config.json").unlink()
+    trained(tmp_path / "run")
+    assert same(whole, tmp_path / "run")
+    assert metrics(whole) == metrics(tmp_path / "run")
+    assert not aside.exists()
+
+
+def test_weights_behind_their_state_are_caught_up(tmp_path):
+    trained(tmp_path / "run", until=5)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    written["training"]["step"] = 0
+    (tmp_path / "run" / "config.json").write_text(json.dumps(written))
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"old")
+    with Run(config(tmp_path / "run")):
+        pass
+    average = read_tensors(tmp_path / "run" / "state" / "step-00000004" / "average.safetensors")
+    model = read_tensors(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(v, model[k]) for k, v in average.items())
+
+
+def damage_bytes(place):
+    file = place / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def damage_json(place):
+    (place / "state.json").write_text('{"step": 9')
+
+
+def damage_number(place):
+    file = place / "state.json"
+    file.write_text(file.read_text().replace('"step": 9', '"step": "nine"'))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_bytes,
+        damage_json,
+        damage_number,
+        lambda p: (p / "optimizer.safetensors").unlink(),
+        lambda p: (p / "state.json").unlink(),
+    ],
+    ids=["flipped bit", "torn json", "no number", "missing file", "missing json"],
+)
+def test_damaged_state_is_named(whole, tmp_path, damage):
+    shutil.copytree(whole, tmp_path / "run")
+    damage(tmp_path / "run" / "state" / "step-00000009")
+    with pytest.raises(InputError, match="step-00000009 is damaged"), Run(config(tmp_path / "run", steps=12)):
+        pass
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": {"lr": "high"}, "precision": "fp32"}', None])
+def test_damaged_description_is_named(whole, tmp_path, text):
+    shutil.copytree(whole, tmp_path / "run")
+    file = tmp_path / "run" / "state" / "run.json"
+    if text is None:
+        text = file.read_text().replace('"lr": 0.001', '"lr": "high"')
+    file.write_text(text)
+    with pytest.raises(InputError, match=r"run\.json|--lr"), Run(config(tmp_path / "run")):
+        pass
+
+
+def test_full_disk_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch):
+    real = files.write_tensors
+
+    def full(path, tensors):
+        if path.parent.name == ".step-00000008" and path.name.startswith("optimizer"):
+            raise InputError("the disk is full: cannot write") from OSError(errno.ENOSPC, "No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(files, "write_tensors", full)
+    with pytest.raises(InputError, match="disk is full"):
+        trained(tmp_path / "run")
+    assert [s for s, _ in files.states(tmp_path / "run")] == [4]
+    assert not list((tmp_path / "run" / "state").glob(".step*"))
+    monkeypatch.undo()
+    trained(tmp_path / "run")
+    assert same(whole, tmp_path / "run")
+
+
+def test_loss_that_is_no_number_saves_nothing(tmp_path, monkeypatch):
+    real = nn.Conv2d.forward
+    calls = {"left": -1}
+
+    def poisoned(self, x):
+        y = real(self, x)
+        if self.out_channels == 3:
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                y = y * float("nan")
+        return y
+
+    monkeypatch.setattr(nn.Conv2d, "forward", poisoned)
+    calls["left"] = 6
+    with pytest.raises(InputError) as caught:
+        trained(tmp_path / "run")
+    said = str(caught.value)
+    assert "not finite at step 6" in said
+    assert f"last good checkpoint is that of step 4, in {tmp_path / 'run'}" in said
+    assert [s for s, _ in files.states(tmp_path / "run")] == [4]
+    assert all(v.isfinite().all() for v in state(tmp_path / "run").values())
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    with Run(config(tmp_path / "run")) as run:
+        steps = iter(run)
+        while next(steps).index < 4:
+            pass
+        with torch.no_grad():
+            run.learner.denoiser.network.conv_in.bias[0] = float("inf")
+        with pytest.raises(InputError, match="not finite at step 4"):
+            next(steps)
+    assert not files.states(tmp_path / "run")
+
+
+def test_starts_from_a_checkpoint(whole, tmp_path):
+    with Run(config(tmp_path / "run", network=None, init=str(whole), seed=5)) as run:
+        for name, weight in run.learner.denoiser.state_dict().items():
+            assert torch.equal(weight, state(whole)[f"average/{name}"])
+    with pytest.raises(InputError, match="was trained with parameterization dual"):
+        trained(tmp_path / "other", network=None, init=str(whole), parameterization="eps")
+    with pytest.raises(InputError, match="brings its network"):
+        trained(tmp_path / "other", init=str(whole))
+    with pytest.raises(InputError, match="channels"):
+        trained(tmp_path / "other", network=None, init=str(whole), data="photos")
+
+
+def test_classes_are_asked_of_data_that_have_none(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((20, 8, 8), np.uint8))
+    with pytest.raises(InputError, match="--conditional needs classes"):
+        trained(tmp_path / "run", data=f"arrays:{tmp_path / 'x.npy'}", conditional=True)
+
+
+def test_a_denoiser_built_elsewhere_goes_on_too(tmp_path):
+    def built(seed: int) -> Denoiser:
+        usual = TrainConfig(network="tiny:width=8", seed=seed)
+        from dualout import data
+
+        return first_weights(usual, data.load("digits"))
+
+    def go(out, until=None, seed=1):
+        with Run(config(out, network=None), denoiser=built(seed), about={"from": "elsewhere"}) as run:
+            for step in run:
+                if step.index == until:
+                    break
+
+    go(tmp_path / "a")
+    go(tmp_path / "b", until=5)
+    # the weights come from the state, not from what is given
+    go(tmp_path / "b", seed=2)
+    assert same(tmp_path / "a", tmp_path / "b")
+    assert Denoiser.from_pretrained(tmp_path / "a").card["training"]["from"] == "elsewhere"
+
+
+def _hold(out, ready, done):
+    torch.set_num_threads(1)
+    with Run(config(out)):
+        ready.set()
+        done.wait(60)
+
+
+@pytest.mark.slow
+def test_lock_is_between_processes_and_dies_with_them(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path / "run", ready, done))
+    holder.start()
+    assert ready.wait(120)
+    with pytest.raises(InputError, match="another process"):
+        trained(tmp_path / "run")
+    holder.kill()
+    holder.join()
+    trained(tmp_path / "run", steps=1)

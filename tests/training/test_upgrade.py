@@ -1,0 +1,370 @@
+"""From one output to two: what must stay as it was, what is solved for, and where the gate may open."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dualout
+from dualout.data.dataset import Dataset
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError
+from dualout.networks import build
+from dualout.parameterizations import CleanImage, Dual, Epsilon, LearnedVariance, Parameterization, Upgraded, Velocity
+from dualout.samplers import DDIM, DDPM, DPMSolver
+from dualout.training import opening, readout
+from dualout.training.upgrade import (
+    gate_logits,
+    last_block,
+    new_rows,
+    open_gate,
+    output_layer,
+    set_scope,
+    upgrade,
+    upgraded_of,
+)
+
+SCHEDULE = dualout.schedules.Linear(200, 5e-4, 0.08)
+SOURCES = [Epsilon(), CleanImage(), Velocity(), LearnedVariance(), LearnedVariance(Velocity())]
+SOURCE = pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.spec)
+
+
+def trained(parameterization: Parameterization, channels: int = 1) -> Denoiser:
+    network = build("tiny:width=8", channels, 8, parameterization.channels(channels))
+    return Denoiser(network, parameterization, SCHEDULE).eval()
+
+
+def noises(count: int = 3, channels: int = 1) -> Tensor:
+    return dualout.noise(range(count), (channels, 8, 8))
+
+
+def draw(k: int) -> Tensor:
+    return dualout.noise(range(100 * k + 7, 100 * k + 10), (1, 8, 8))
+
+
+@SOURCE
+@pytest.mark.filterwarnings("ignore:this network learned a variance")
+def test_samples_are_the_originals_bit_for_bit(source: Parameterization, tmp_path) -> None:
+    before = trained(source)
+    after = upgrade(before)
+    x = noises()
+    variance = "learned" if isinstance(source, LearnedVariance) else "large"
+    for sampler in (DDIM(steps=4), DDIM(steps=3, eta=1.0), DPMSolver(steps=3), DDPM(steps=3, variance=variance)):
+        expected = sampler.sample(before, x, draw)
+        assert torch.equal(sampler.sample(after, x, draw), expected), sampler.spec
+    after.save_pretrained(tmp_path / "saved")
+    loaded = Denoiser.from_pretrained(tmp_path / "saved")
+    assert loaded.parameterization == after.parameterization
+    assert torch.equal(DDIM(steps=4).sample(loaded, x), DDIM(steps=4).sample(before, x))
+
+
+@SOURCE
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_old_channels_are_bit_identical_and_the_new_ones_where_dual_output_has_them(source, channels) -> None:
+    before = trained(source, channels)
+    after = upgrade(before)
+    x, t = noises(2, channels), torch.tensor([3, 150])
+    with torch.no_grad():
+        old, new = before.network(x, t).sample, after.network(x, t).sample
+    learned = isinstance(source, LearnedVariance)
+    c = channels
+    assert new.shape[1] == (3 * c if learned else 2 * c) + 1
+    first = c if upgraded_of(after).trained == "x0" else 0
+    assert torch.equal(new[:, first : first + c], old[:, :c])
+    if learned:
+        assert torch.equal(new[:, 2 * c + 1 :], old[:, c:])
+    p = after(x, t)
+    assert torch.equal(p.parts["x0"] if source.name == "x0" else p.x0, before(x, t).x0)
+    assert {"eps", "x0", "ratio"} <= p.parts.keys()
+
+
+def test_the_source_is_not_changed_and_the_count_grows_by_the_rows() -> None:
+    before = trained(Epsilon(), 3)
+    state = {k: v.clone() for k, v in before.state_dict().items()}
+    after = upgrade(before)
+    assert all(torch.equal(v, state[k]) for k, v in before.state_dict().items())
+    grown = sum(p.numel() for p in after.parameters()) - sum(p.numel() for p in before.parameters())
+    # 3 + 1 rows of a 3×3 convolution of 8 channels, and their biases
+    assert grown == 4 * (8 * 9 + 1)
+
+
+@pytest.mark.parametrize("source", [Dual(), Dual(ratio=0.5), LearnedVariance(Dual())])
+def test_two_outputs_are_not_upgraded_again(source) -> None:
+    with pytest.raises(InputError, match="two outputs already"):
+        upgrade(trained(source))
+    with pytest.raises(InputError, match="two outputs already"):
+        upgrade(upgrade(trained(Epsilon())))
+
+
+def test_a_function_is_refused() -> None:
+    with pytest.raises(InputError, match=r"only a torch\.nn\.Module"):
+        upgrade(Denoiser(lambda x, t: x, Epsilon(), SCHEDULE))
+
+
+# the closed form
+
+
+class Toy(nn.Module):
+    """Random features, then a layer."""
+
+    def __init__(self, last: nn.Conv2d) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(1, 3, 3, padding=1)
+        self.last = last
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.features(x) + 0.01 * t.view(-1, 1, 1, 1)))
+
+
+def toy_batches(count: int = 6, bins: int = 3, size: int = 5) -> list[readout.Noised]:
+    x0 = dualout.noise(range(4 * count), (1, size, size)).tanh()
+    eps = dualout.noise(range(1000, 1000 + 4 * count), (1, size, size))
+    t = torch.arange(4 * count) * 8 % 200
+    return [readout.Noised(k % bins, x0[4 * k :][:4], t[4 * k :][:4], eps[4 * k :][:4], {}) for k in range(count)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding": "same", "dilation": 2},
+        {"padding": 1, "bias": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("source", [Epsilon(), CleanImage()])
+def test_the_closed_form_equals_dense_least_squares(options, source) -> None:
+    after = upgrade(Denoiser(Toy(nn.Conv2d(3, 1, 3, **options)), source, SCHEDULE))
+    batches = toy_batches()
+    new, target = (slice(0, 1), "noise") if source.name == "x0" else (slice(1, 2), "x0")
+    moments, rows = readout.collect(after, "last", new, batches, 3, target=target)
+    assert rows.tolist() == [new.start]
+    solution = moments.solve(ridge=0.0)
+    # every pixel's equation written out, with torch's own unfold
+    phi, y = [], []
+    for b in batches:
+        level = SCHEDULE.level(b.t).like(b.x0)
+        h = torch.tanh(
+            after.network.features(level.alpha * b.x0 + level.sigma * b.noise) + 0.01 * b.t.view(-1, 1, 1, 1)
+        )
+        circular = options.get("padding_mode") == "circular"
+        dilation = options.get("dilation", 1)
+        h = nn.functional.pad(h, [dilation] * 4, mode="circular" if circular else "constant")
+        phi.append(nn.functional.unfold(h, 3, dilation=dilation).transpose(1, 2).flatten(0, 1))
+        y.append(getattr(b, target).flatten())
+    phi, y = torch.cat(phi).double().detach(), torch.cat(y).double()
+    if options.get("bias", True):
+        phi = torch.cat([phi, torch.ones(len(phi), 1)], 1)
+    dense = torch.linalg.lstsq(phi, y[:, None]).solution
+    torch.testing.assert_close(solution, dense, rtol=1e-5, atol=1e-7)
+    # what the sums say of the error is the error
+    each = torch.stack([(phi @ dense - y[:, None])[:, 0].square().view(6, -1)[b::3].mean() for b in range(3)])
+    torch.testing.assert_close(moments.errors(solution), each, rtol=1e-6, atol=0)
+    # and what is written into the layer gives it
+    readout.write_rows(after.network.last, rows, solution)
+    raw = torch.cat([after.raw(a := _x_t(b), b.t, SCHEDULE.level(b.t).like(a)) for b in batches])
+    torch.testing.assert_close(raw[:, new].flatten().double(), (phi @ dense).flatten(), rtol=1e-4, atol=1e-5)
+
+
+def _x_t(b: readout.Noised) -> Tensor:
+    level = SCHEDULE.level(b.t).like(b.x0)
+    return level.alpha * b.x0 + level.sigma * b.noise
+
+
+def test_the_closed_form_finds_its_way_through_patches() -> None:
+    from diffusers import DiTTransformer2DModel
+
+    network = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=2, out_channels=2, num_layers=1, sample_size=8,
+        patch_size=2, norm_num_groups=1, num_embeds_ada_norm=200,
+    )  # fmt: skip
+    nn.init.normal_(network.proj_out_1.weight, std=0.2)
+    x0 = dualout.noise(range(16), (2, 8, 8)).tanh()
+    eps, t = dualout.noise(range(50, 66), (2, 8, 8)), torch.arange(16) * 12
+    told = {"class_labels": torch.zeros(16, dtype=torch.long)}
+    batch = readout.Noised(0, x0, t, eps, told)
+    level = SCHEDULE.level(t).like(x0)
+    x_t = level.alpha * x0 + level.sigma * eps
+    after = upgrade(Denoiser(network.eval(), Epsilon(), SCHEDULE), example=(x_t, t, told)).eval()
+    moments, rows = readout.collect(after, "proj_out_2", slice(2, 4), [batch], 1)
+    # four pixels a patch, two new channels each
+    assert len(rows) == 8
+    solution = moments.solve(ridge=0.0)
+    readout.write_rows(after.network.proj_out_2, rows, solution)
+    with torch.no_grad():
+        error = (after(x_t, t, **told).parts["x0"] - x0).double().square().mean()
+        assert torch.equal(after(x_t, t, **told).x0, Denoiser(network, Epsilon(), SCHEDULE)(x_t, t, **told).x0)
+    torch.testing.assert_close(error, moments.errors(solution)[0], rtol=1e-4, atol=0)
+    assert error < x0.square().mean()
+
+
+def test_what_is_no_rearrangement_is_refused() -> None:
+    class Doubled(Toy):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x, t) * 1.5
+
+    after = upgrade(Denoiser(Doubled(nn.Conv2d(3, 1, 3, padding=1)), Epsilon(), SCHEDULE), layer="last")
+    with pytest.raises(InputError, match="more than rearrange"):
+        readout.collect(after, "last", slice(1, 2), toy_batches(), 3)
+
+
+def test_blended_weights_lower_the_blends_error() -> None:
+    after = upgrade(Denoiser(Toy(nn.Conv2d(3, 1, 3, padding=1)), Epsilon(), SCHEDULE))
+    moments, _ = readout.collect(after, "last", slice(1, 2), toy_batches(30, 3), 3)
+    old = torch.tensor([1e-3, 0.3, 30.0], dtype=torch.float64)
+
+    def blended(rows: Tensor) -> float:
+        new = moments.errors(rows)
+        return float((old * new / (old + new)).log().sum())
+
+    assert blended(moments.solve_blended(old)) <= blended(moments.solve()) + 1e-9
+
+
+def test_features_that_depend_on_each_other_are_solved() -> None:
+    moments = readout.Moments.none(1, 3, 1, torch.device("cpu"))
+    phi = torch.randn(50, 2, dtype=torch.float64) @ torch.tensor([[1.0, 0, 1], [0, 1, 1]], dtype=torch.float64)
+    y = phi @ torch.tensor([[1.0], [2.0], [0.5]], dtype=torch.float64)
+    moments.add(0, phi, y)
+    assert moments.errors(moments.solve(ridge=0.0))[0] < 1e-12
+
+
+# where the gate opens
+
+
+def errors_of(eps: Tensor, x0: Tensor) -> opening.Errors:
+    """From the two routes' errors, (bins, images, pixels)."""
+    step = eps - x0
+    return opening.Errors(eps.square().mean(2), (eps * step).mean(2), step.square().mean(2))
+
+
+def test_the_blends_error_and_best_ratio_are_those_written_out() -> None:
+    a, b = torch.randn(2, 3, 8, 20, dtype=torch.float64)
+    errors = errors_of(a, 2 * b)
+    for r in (0.0, 0.3, 1.0):
+        torch.testing.assert_close(errors.of(r), ((1 - r) * a + r * 2 * b).square().mean(2))
+    best = errors.best(slice(None))
+    least = errors.of(best).mean(1)
+    for r in np.linspace(0, 1, 101):
+        assert (errors.of(float(r)).mean(1) >= least - 1e-12).all()
+
+
+@pytest.mark.parametrize("closed", [0.0, 1.0])
+def test_the_gate_never_opens_where_the_new_route_does_not_help(closed) -> None:
+    generator = torch.Generator().manual_seed(1)
+    good = torch.randn(200, 64, 30, generator=generator, dtype=torch.float64)
+    worse = good + torch.randn(200, 64, 30, generator=generator, dtype=torch.float64)
+    # the new route is the trained one with more noise, so that every blend errs more
+    eps, x0 = (good, worse) if closed == 0 else (worse, good)
+    assert sum(r != closed for r in opening.opened(errors_of(eps, x0), closed)) == 0
+    # an exact route needs no help, and a copy gives none
+    assert opening.opened(errors_of(good * 0, good), 0.0) == [0.0] * 200
+    assert opening.opened(errors_of(good, good), closed) == [closed] * 200
+
+
+def test_the_gate_opens_at_the_optimum_where_it_helps() -> None:
+    a, b = torch.randn(2, 5, 200, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = torch.tensor([0.2, 0.5, 1.0, 2.0, 100.0], dtype=torch.float64).view(-1, 1, 1)
+    ratios = opening.opened(errors_of(scale * a, b), 0.0)
+    # independent errors: inverse-variance weighting
+    expected = (scale**2 / (scale**2 + 1)).flatten()
+    torch.testing.assert_close(torch.tensor(ratios, dtype=torch.float64), expected, rtol=0, atol=0.03)
+
+
+def test_the_table_is_exact_where_the_gate_is_closed_and_can_learn_where_it_is_open() -> None:
+    for closed in (0.0, 1.0):
+        ratios = opening.table([closed, 0.25, 1 - closed], 10, closed).sigmoid()
+        assert (ratios[:3] == closed).all()
+        torch.testing.assert_close(ratios[3:7], torch.full((4,), 0.25))
+        assert ((ratios[7:] > 0) & (ratios[7:] < 1)).all()
+        torch.testing.assert_close(ratios[7:], torch.full((3,), 1 - closed), rtol=0, atol=1e-5)
+
+
+@SOURCE
+def test_an_opened_gate_blends_where_it_is_open_and_nowhere_else(source, tmp_path) -> None:
+    before = trained(source)
+    after = upgrade(before)
+    layer = after.network.get_submodule(output_layer(after.network))
+    with torch.no_grad():
+        layer.weight[new_rows(after)[:1]] = 0.1
+    closed = upgraded_of(after).closed
+    opened = open_gate(after, [closed, 0.25])
+    opened.save_pretrained(tmp_path / "open")
+    for d in (opened, Denoiser.from_pretrained(tmp_path / "open")):
+        x = noises()
+        with torch.no_grad():
+            assert torch.equal(d(x, 50).x0, before(x, 50).x0)
+            p = d(x, 150)
+            torch.testing.assert_close(p.x0, d.route(0.25)(x, 150).x0, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(d.route(closed)(x, 150).x0, before(x, 150).x0, rtol=0, atol=0)
+            assert not torch.equal(p.x0, before(x, 150).x0)
+    assert open_gate(after, [closed, closed]) is after
+    assert gate_logits(opened).shape == (200,)
+
+
+def test_worse_and_score() -> None:
+    before = torch.rand(4, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    now = before * torch.tensor([0.5, 1.0, 1.001, 1.5], dtype=torch.float64)[:, None]
+    assert opening.worse(now, before) == [2, 3]
+    assert opening.score(now, before) == pytest.approx((math.log(0.5) + math.log(1.001) + math.log(1.5)) / 4)
+
+
+def test_measured_errors_are_those_of_the_routes() -> None:
+    after = upgrade(trained(Velocity()))
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    stream = opening.Stream(Dataset("x", images, "nhw"), np.arange(20), 200, 4, 0, torch.device("cpu"))
+    errors = opening.measure(after, stream, 4)
+    assert errors.eps.shape == (4, 20)
+    (batch,) = (b for b in stream if b.bin == 2)
+    assert ((batch.t >= 100) & (batch.t < 150)).all()
+    p = after.route("x0")(_x_t(batch), batch.t)
+    torch.testing.assert_close(
+        errors.of(1.0)[2], (p.x0 - batch.x0).double().square().flatten(1).mean(1), rtol=1e-5, atol=0
+    )
+    again = opening.measure(after, stream, 4)
+    assert torch.equal(again.along, errors.along)
+
+
+# what is trained
+
+
+def test_scopes() -> None:
+    denoiser = upgrade(trained(Epsilon()))
+    example = (noises(2), torch.tensor([3, 9]))
+    assert set_scope(denoiser, "rows", example) == 2 * (8 * 9 + 1)
+    assert [n for n, p in denoiser.named_parameters() if p.requires_grad] == [
+        "network.conv_out.weight",
+        "network.conv_out.bias",
+    ]
+    network = denoiser.network
+    assert last_block(network, "conv_out", example) == ["up_blocks.1", "conv_norm_out", "conv_out"]
+    denoiser = upgrade(trained(Epsilon()))
+    set_scope(denoiser, "last", example)
+    chosen = {n.split(".")[1] for n, p in denoiser.named_parameters() if p.requires_grad}
+    assert chosen == {"up_blocks", "conv_norm_out", "conv_out"}
+    assert not any(p.requires_grad for p in denoiser.network.up_blocks[0].parameters())
+    denoiser = upgrade(trained(Epsilon()))
+    assert set_scope(denoiser, "all", example) == sum(p.numel() for p in denoiser.parameters())
+    with pytest.raises(InputError, match="did you mean 'rows'"):
+        set_scope(denoiser, "row", example)
+
+
+def test_what_the_original_kept_fixed_stays_so() -> None:
+    source = trained(Epsilon())
+    source.network.conv_in.weight.requires_grad_(False)
+    denoiser = upgrade(source)
+    set_scope(denoiser, "all", (noises(2), torch.tensor([3, 9])))
+    assert not denoiser.network.conv_in.weight.requires_grad
+    assert denoiser.network.conv_in.bias.requires_grad
+
+
+def test_a_fresh_open_gate_starts_as_velocity() -> None:
+    p = Upgraded(ratio="pixel")
+    raw, x = torch.randn(2, 3, 4, 4), torch.randn(2, 1, 4, 4)
+    raw[:, 2] = 0
+    one = Denoiser(lambda x, t: raw, p, SCHEDULE)
+    torch.testing.assert_close(one(x, 70).x0, one.route("velocity")(x, 70).x0)
