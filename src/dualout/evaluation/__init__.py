@@ -1,0 +1,26 @@
+"""Making images in numbers, and scoring them against real ones."""
+
+from dualout.evaluation.features import Features
+from dualout.evaluation.generate import generate
+from dualout.evaluation.metrics import frechet, kid, precision_recall, scores
+from dualout.evaluation.model import Model
+from dualout.evaluation.reference import Reference
+from dualout.evaluation.sampling import Sampling, build_sampler
+from dualout.evaluation.scoring import Results, Scoring
+from dualout.evaluation.statistics import Statistics
+
+__all__ = [
+    "Features",
+    "Model",
+    "Reference",
+    "Results",
+    "Sampling",
+    "Scoring",
+    "Statistics",
+    "build_sampler",
+    "frechet",
+    "generate",
+    "kid",
+    "precision_recall",
+    "scores",
+]

@@ -1,0 +1,332 @@
+"""Images to disk: a shard at a time, in memory that does not grow with their number, and going on where it stopped.
+
+    for done in generate(sampling, 50_000, "out", store="npz"):
+        print(done)
+
+Every file is written aside and renamed, so that whatever is there is whole. A directory that was begun with another
+request is refused; a shard that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualout import checkpoint
+from dualout.errors import InputError, unknown
+from dualout.evaluation.protocol import differences, listed, software
+from dualout.evaluation.sampling import Sampling
+
+PROTOCOL = "protocol.json"
+_END_OF_PNG = b"IEND\xaeB`\x82"
+
+
+def generate(
+    sampling: Sampling,
+    images: int,
+    out: str | Path,
+    *,
+    store: str = "png",
+    batch_size: int = 64,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[int]:
+    """Make images 0 … images − 1 and write them, with protocol.json.
+
+    Args:
+        sampling: how image i is made.
+        images: how many.
+        out: a directory: new, empty, or begun before with the same request.
+        store: "png", a file an image (000000.png …), or "npz", one images.npz with `images` uint8 (N, H, W) or
+            (N, H, W, C), and `labels` where there are classes.
+        batch_size: how many at a time.
+        part: (p, of): this process is the p-th of so many, counted from 0, and makes every of-th shard.
+
+    Yields:
+        how many of this process's images there are: first, how many there were, then after each batch.
+
+    Raises:
+        InputError: before anything is made, when `out` holds something else; or when it cannot be written.
+    """
+    for name, value in (("images", images), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"--{name} is a whole number, 1 or more; got {value}")
+    if store not in STORES:
+        raise unknown("format", store, STORES)
+    place = STORES[store](Path(out).expanduser(), sampling.model.shape, images, batch_size, sampling.labels)
+    place.begin(sampling, alone=part[1] == 1)
+    blocks = list(place.blocks())[part[0] :: part[1]]
+    todo = [place.missing(block) for block in blocks]
+    done = sum(map(len, blocks)) - sum(map(len, todo))
+    yield done
+    for missing in todo:
+        made: list[Tensor] = []
+        for start in range(0, len(missing), batch_size):
+            made.append(sampling.images(missing[start : start + batch_size]))
+            if start + batch_size >= len(missing):
+                place.write(missing, torch.cat(made))
+            done += len(made[-1])
+            yield done
+    place.finish()
+
+
+def stored(out: str | Path, count: int) -> Tensor:
+    """The first images of a finished directory, uint8 (B, C, H, W)."""
+    directory = Path(out).expanduser()
+    if (directory / Npz.file).exists():
+        array = _first_of_npz(directory / Npz.file, count)
+    else:
+        paths = [path for i in range(count) if (path := png_path(directory, i)).exists()]
+        array = np.stack([_read_png(path) for path in paths])
+    images = torch.from_numpy(array)
+    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+
+
+class Store(ABC):
+    """Where images go.
+
+    Args:
+        directory: their directory.
+        shape: (C, H, W).
+        images: how many there will be.
+        batch_size: how many are made at a time.
+        labels: the classes, in turn; None where there are none.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self, directory: Path, shape: tuple[int, int, int], images: int, batch_size: int, labels: Sequence[int] | None
+    ) -> None:
+        self.directory, self.shape, self.images, self.labels = directory, shape, images, labels
+        self.shard = self.shard_size(batch_size)
+
+    @abstractmethod
+    def shard_size(self, batch_size: int) -> int:
+        """How many images are written together, and at most lost when writing is interrupted."""
+
+    def begin(self, sampling: Sampling, alone: bool = True) -> None:
+        """Make the directory, or see that it was begun with the same request.
+
+        Args:
+            sampling: the request.
+            alone: no other process writes there now.
+        """
+        path = self.directory / PROTOCOL
+        wanted = {"format": self.kind, "images": self.images} | self.request() | sampling.protocol()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise InputError(f"--out {self.directory} is a file, not a directory")
+        if path.exists():
+            if found := differences(_read_json(path), wanted):
+                raise InputError(
+                    f"--out {self.directory} holds images of another request: {listed(found)}. Give another --out, or "
+                    "remove that directory"
+                )
+        else:
+            self._refuse_foreign()
+            with checkpoint.explained(path):
+                self.directory.mkdir(parents=True, exist_ok=True)
+            protocol = wanted | software(sampling.device)
+            checkpoint.write_text(path, json.dumps(protocol, indent=2, ensure_ascii=False) + "\n")
+        if alone:
+            # what a killed process was writing
+            for left in self.directory.rglob(".*.tmp"):
+                left.unlink(missing_ok=True)
+
+    def _refuse_foreign(self) -> None:
+        there = self.directory.iterdir() if self.directory.is_dir() else iter(())
+        others = sorted(p.name for p in there if not (p.name.startswith(".") and p.suffix == ".tmp"))
+        if others:
+            raise InputError(
+                f"--out {self.directory} holds something else ({', '.join(others[:5])}); images go to a new or empty "
+                "directory, or to one that this command made before"
+            )
+
+    def request(self) -> dict[str, Any]:
+        """What else must be equal to go on."""
+        return {}
+
+    def blocks(self) -> Iterator[range]:
+        """The numbers of the images of each shard."""
+        for start in range(0, self.images, self.shard):
+            yield range(start, min(start + self.shard, self.images))
+
+    @abstractmethod
+    def missing(self, block: range) -> list[int]:
+        """The numbers of a shard's images that are still to be made."""
+
+    @abstractmethod
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """Write images, uint8 (B, C, H, W)."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Once all are there: put together what belongs together."""
+
+
+class Png(Store):
+    """A file an image."""
+
+    kind = "png"
+
+    def shard_size(self, batch_size: int) -> int:
+        """Every batch is written as it is made."""
+        return batch_size
+
+    def begin(self, sampling: Sampling, alone: bool = True) -> None:
+        """Refuse what PNG cannot hold."""
+        if self.shape[0] not in (1, 3):
+            raise InputError(
+                f"a PNG holds grey or colour images, these have {self.shape[0]} channels: take --format npz"
+            )
+        super().begin(sampling, alone)
+
+    def missing(self, block: range) -> list[int]:
+        """Those without a file that is whole to its end."""
+        return [i for i in block if not _whole_png(png_path(self.directory, i))]
+
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """One file each."""
+        from PIL import Image
+
+        for index, image in zip(indices, images, strict=True):
+            path = png_path(self.directory, index)
+            aside = path.with_name(f".{path.name}.tmp")
+            with checkpoint.explained(path):
+                Image.fromarray(_channels_last(image[None])[0]).save(aside, "png")
+                aside.replace(path)
+
+    def finish(self) -> None:
+        """Nothing: the files are the result."""
+
+
+class Npz(Store):
+    """One file for all, put together from shards."""
+
+    kind = "npz"
+    file: ClassVar[str] = "images.npz"
+    most: ClassVar[int] = 512
+
+    def shard_size(self, batch_size: int) -> int:
+        """512 images, or as many as 64 MiB hold, whatever the batch: the shards are the same when it changes."""
+        return max(1, min(self.most, 2**26 // int(np.prod(self.shape))))
+
+    @property
+    def shards(self) -> Path:
+        """The directory of the shards, while there are some."""
+        return self.directory / "shards"
+
+    def path(self, block: range) -> Path:
+        """The file of a shard."""
+        return self.shards / f"{block.start:08d}.npy"
+
+    def request(self) -> dict[str, Any]:
+        """Shards of another size are not these shards."""
+        return {"shard": self.shard}
+
+    def missing(self, block: range) -> list[int]:
+        """All, or none where the shard, or the end result, is there."""
+        there = (self.directory / self.file).exists() or self._rows(block) == len(block)
+        return [] if there else list(block)
+
+    def _rows(self, block: range) -> int:
+        if not self.path(block).exists():
+            return 0
+        try:
+            return len(np.load(self.path(block), mmap_mode="r"))
+        except (OSError, ValueError, EOFError):
+            # not as it was written: it is made again
+            return 0
+
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """One shard."""
+        path = self.path(range(indices[0], indices[-1] + 1))
+        with checkpoint.explained(path):
+            self.shards.mkdir(exist_ok=True)
+        with checkpoint.atomically(path) as aside, aside.open("wb") as file:
+            np.save(file, _channels_last(images))
+
+    def finish(self) -> None:
+        """Put the shards together, one in memory at a time, and remove them."""
+        whole = self.directory / self.file
+        blocks = list(self.blocks())
+        if not whole.exists():
+            if any(self._rows(block) != len(block) for block in blocks):
+                # another process has not yet made its own; it will do this
+                return
+            with checkpoint.atomically(whole) as aside, zipfile.ZipFile(aside, "w") as archive:
+                self._put_together(archive, blocks)
+        with checkpoint.explained(self.shards):
+            for block in blocks:
+                self.path(block).unlink(missing_ok=True)
+            if self.shards.is_dir() and not any(self.shards.iterdir()):
+                self.shards.rmdir()
+
+    def _put_together(self, archive: zipfile.ZipFile, blocks: Sequence[range]) -> None:
+        c, h, w = self.shape
+        shape = (self.images, h, w) if c == 1 else (self.images, h, w, c)
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_2_0(file, header)
+            for block in blocks:
+                file.write(np.load(self.path(block)).tobytes())
+        if self.labels is not None:
+            every = np.resize(np.array(self.labels, dtype=np.int64), self.images)
+            with archive.open("labels.npy", "w") as file:
+                np.lib.format.write_array(file, every)
+
+
+STORES: dict[str, type[Store]] = {store.kind: store for store in (Png, Npz)}
+
+
+def _channels_last(images: Tensor) -> np.ndarray:
+    """uint8 (B, C, H, W) -> (B, H, W) for grey, (B, H, W, C) otherwise."""
+    array = images.numpy()
+    return np.ascontiguousarray(array[:, 0] if array.shape[1] == 1 else array.transpose(0, 2, 3, 1))
+
+
+def png_path(directory: Path, index: int) -> Path:
+    """The file of image number `index`."""
+    return directory / f"{index:06d}.png"
+
+
+def _whole_png(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_END_OF_PNG), 2)
+            return file.read() == _END_OF_PNG
+    except OSError:
+        return False
+
+
+def _read_png(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _first_of_npz(path: Path, count: int) -> np.ndarray:
+    """The first images of an archive, without reading the others."""
+    with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_2_0(file)
+        shape = (min(count, shape[0]), *shape[1:])
+        return np.frombuffer(bytearray(file.read(int(np.prod(shape)))), np.uint8).reshape(shape)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}; give another --out") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no protocol; give another --out")
+    return found

@@ -1,0 +1,110 @@
+"""A checkpoint, and what has to be known of it to make images and to say which images they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualout import checkpoint
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError
+from dualout.evaluation.features.base import file_hash
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A denoiser that was read from a checkpoint.
+
+    Attributes:
+        run: where it came from, as it was named.
+        denoiser: ready to use, on its device.
+        shape: (C, H, W) of its images.
+        classes: how many classes it can be told as ``class_labels``; None when it takes none. The number `classes`
+            itself stands for no class.
+        details: which weights these are, as plain JSON values.
+        class_names: what the classes are called, where that is known.
+    """
+
+    run: str
+    denoiser: Denoiser
+    shape: tuple[int, int, int]
+    classes: int | None
+    details: dict[str, Any]
+    class_names: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, run: str | Path, device: torch.device | str = "cpu") -> Model:
+        """Read a checkpoint directory, the directory of a run, or a repository of the Hugging Face Hub.
+
+        Raises:
+            InputError: for anything missing, damaged, of another architecture or not allowed.
+        """
+        directory = checkpoint.locate(run)
+        config = checkpoint.read_config(directory)
+        if _entry(config, "image").get("latents"):
+            raise InputError(f"{run} makes latents, which are no pictures before something decodes them")
+        shape = image_shape(config, directory)
+        denoiser = Denoiser.from_pretrained(directory).to(device)
+        trained_on = _entry(config, "data")
+        details = {
+            "weights": checkpoint.WEIGHTS,
+            "sha256": file_hash(directory / checkpoint.WEIGHTS),
+            "ema": _entry(config, "training").get("ema"),
+            "trained_on": {k: trained_on.get(k) for k in ("name", "fingerprint", "images")} if trained_on else None,
+            "parameterization": config["parameterization"],
+            "schedule": config["schedule"],
+            "network": config["network"].get("class"),
+        }
+        names = _entry(_entry(config, "conditions"), "class_labels").get("classes") or []
+        classes = len(names) or class_count(config["network"])
+        return cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.buffers()).device
+
+    def protocol(self) -> dict[str, Any]:
+        """Which model made the images."""
+        name = self.run.rstrip("/").rsplit("/", 1)[-1]
+        return {"name": name, "image": list(self.shape), "classes": self.classes} | self.details
+
+
+def image_shape(config: dict[str, Any], directory: Path) -> tuple[int, int, int]:
+    """(C, H, W) of a checkpoint's images: its `image`, or else what its network was built for.
+
+    Raises:
+        InputError: when it says neither.
+    """
+    image, arguments = _entry(config, "image"), _innermost(config["network"])
+    channels = image.get("channels", arguments.get("in_channels"))
+    size = image.get("size", arguments.get("sample_size"))
+    shape: tuple[Any, ...] = (channels, *size) if isinstance(size, list | tuple) else (channels, size, size)
+    if len(shape) != 3 or not all(isinstance(v, int) and v > 0 for v in shape):
+        raise InputError(
+            f"{directory / checkpoint.CONFIG} does not say what shape its images have; write it in as "
+            '"image": {"channels": C, "size": [H, W]}, as save_pretrained(path, image=…) does'
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def class_count(network: dict[str, Any]) -> int | None:
+    """How many classes a network can be told, besides "none", which has the highest number."""
+    embedded = _innermost(network).get("num_class_embeds")
+    return embedded - 1 if isinstance(embedded, int) and embedded > 1 else None
+
+
+def _entry(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """An entry of a configuration; empty where it is not there."""
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _innermost(network: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a network; where an adapter wraps it, those of the network inside."""
+    arguments = network.get("arguments") or {}
+    inner = arguments.get("network")
+    return _innermost(inner) if isinstance(inner, dict) else arguments

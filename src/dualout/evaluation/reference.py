@@ -1,0 +1,133 @@
+"""The real images that generated ones are compared with, as their features' statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dualout import checkpoint
+from dualout.data.dataset import Dataset
+from dualout.errors import InputError
+from dualout.evaluation.features.base import Features, cache_directory
+from dualout.evaluation.metrics import NEIGHBOURS, scores
+from dualout.evaluation.statistics import KEPT, Statistics
+
+Progress = Callable[[str, int, int], None]
+"""Called as (what is being done, how many are done, how many there are)."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A feature network, and what it makes of the real images."""
+
+    features: Features
+    statistics: Statistics
+    images: dict[str, Any]
+    """Which images: name, split, count, fingerprint."""
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        features: Features,
+        *,
+        name: str | None = None,
+        split: str = "all",
+        device: torch.device | str = "cpu",
+        batch_size: int = 256,
+        progress: Progress | None = None,
+    ) -> Reference:
+        """Look at all images of a dataset, or at what was kept of having done so before.
+
+        Statistics are cached by content: a hash of the images and one of the feature network.
+
+        Args:
+            dataset: the real images.
+            features: how to look at them.
+            name: what the data are called in the protocol; None takes the dataset's name.
+            split: what part of the data they are, for the protocol.
+            device: where to compute features.
+            batch_size: how many at a time.
+            progress: told how it goes.
+
+        Raises:
+            InputError: when the features do not take such images, or there are too few of them.
+        """
+        if dataset.latents:
+            raise InputError(f"{dataset.name} holds latents, which are no pictures: they cannot be compared as such")
+        features.check(dataset.channels, dataset.size)
+        if len(dataset) <= NEIGHBOURS:
+            raise InputError(f"a comparison needs more than {NEIGHBOURS} images, {dataset.name} has {len(dataset)}")
+        path = cache_file(dataset, features)
+        statistics = _cached(path)
+        if statistics is None:
+            statistics = _looked_at(dataset, features, device, batch_size, progress)
+            try:
+                with checkpoint.explained(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_tensors(path, statistics.tensors())
+            except InputError as error:
+                # the next evaluation computes them again
+                warnings.warn(f"statistics of {dataset.name} are not kept: {error}", stacklevel=2)
+        known = {
+            "data": name or dataset.name,
+            "split": split,
+            "count": len(dataset),
+            "fingerprint": dataset.fingerprint,
+            "variance": float(statistics.moments[1].trace()),
+        }
+        return cls(features, statistics, known)
+
+    def scores(self, generated: Statistics) -> dict[str, float]:
+        """`fd`, `kid`, `precision` and `recall` of generated images."""
+        return scores(generated, self.statistics)
+
+    def protocol(self) -> dict[str, Any]:
+        """What the scores depend on besides the generated images."""
+        return {
+            "features": self.features.protocol(),
+            "reference": self.images,
+            "metrics": {
+                "fd": "float64, unbiased covariances",
+                "kid": f"unbiased MMD² with (x·y/D + 1)³, all pairs of at most {KEPT} images a side, not times 1000",
+                "precision_recall": f"k = {NEIGHBOURS}, of at most {KEPT} images a side",
+            },
+        }
+
+
+def cache_file(dataset: Dataset, features: Features) -> Path:
+    """Where the statistics of these images are kept."""
+    content = f"{_FORMAT} {KEPT} {dataset.fingerprint} {features.fingerprint}"
+    key = hashlib.sha256(content.encode()).hexdigest()[:20]
+    return cache_directory() / "reference" / f"{features.name}-{key}.safetensors"
+
+
+def _cached(path: Path) -> Statistics | None:
+    if not path.is_file():
+        return None
+    try:
+        return Statistics.from_tensors(checkpoint.read_tensors(path))
+    except (InputError, KeyError):
+        # damaged: it is computed again and written over
+        return None
+
+
+def _looked_at(
+    dataset: Dataset, features: Features, device: torch.device | str, batch_size: int, progress: Progress | None
+) -> Statistics:
+    statistics = Statistics()
+    # of sets that are sorted by class, too, the kept ones are a fair share
+    order = np.random.default_rng(0).permutation(len(dataset))
+    for start in range(0, len(order), batch_size):
+        statistics.add(features(dataset.batch(order[start : start + batch_size]).to(device)))
+        if progress is not None:
+            progress("reference", statistics.count, len(dataset))
+    return statistics

@@ -1,0 +1,180 @@
+"""How image i is made, for every i."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualout.calibrated import Calibrated, Calibration
+from dualout.data.pixels import to_uint8
+from dualout.errors import InputError
+from dualout.evaluation.model import Model
+from dualout.guidance import ClassifierFree
+from dualout.networks.precision import choose
+from dualout.parameterizations.base import Route
+from dualout.randomness import SeededDraw, noise
+from dualout.samplers import Sampler
+from dualout.samplers.base import Denoises
+from dualout.schedules import Schedule
+
+
+def build_sampler(
+    spec: str, steps: int, spacing: str | None = None, schedule: Schedule | None = None, clip: bool = True
+) -> Sampler:
+    """A sampler from what the command line says of it.
+
+    Args:
+        spec: its name, perhaps with options: ``ddim``, ``ddpm:variance=small``.
+        steps: K.
+        spacing: a name of `dualout.samplers.SPACINGS`; None leaves it to the sampler.
+        schedule: checked for having K steps.
+        clip: False turns the clipping of believed clean images off.
+
+    Raises:
+        InputError: for unknown names, K < 1, K > T, or `steps` or `spacing` given twice.
+    """
+    asked: dict[str, Any] = {"steps": steps} if spacing is None else {"steps": steps, "spacing": spacing}
+    sampler = Sampler.parse(spec, **asked, **({} if clip else {"clip": None}))
+    for name, value in asked.items():
+        if getattr(sampler, name) != value:
+            raise InputError(f"sampler {spec!r} says {name} itself: leave it out there, --{name} says {value}")
+    if schedule is not None:
+        sampler.timesteps(schedule)
+    return sampler
+
+
+def parse_route(text: str) -> Route:
+    """A route's name, or a fixed ratio from 0 to 1."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@dataclass(eq=False)
+class Sampling:
+    """A model, a sampler and seeds: all that image i depends on.
+
+    Attributes:
+        model: what believes.
+        sampler: how it goes from noise to images.
+        route: which of the network's outputs is believed.
+        seed: of image 0; image i is made from seed + i, whatever batch it is in.
+        labels: the class of image i is labels[i mod their number]; None is all classes in turn where the model takes
+            classes.
+        guidance: scale of classifier-free guidance; None is none.
+        precision: of the network: "fp32", "bf16", "fp16", "auto".
+
+    Raises:
+        InputError: for a route that the model has not, labels that it does not know, or a precision that its device
+            does not compute.
+    """
+
+    model: Model
+    sampler: Sampler
+    route: Route = "mix"
+    seed: int = 0
+    labels: Sequence[int] | None = None
+    guidance: float | None = None
+    precision: str = "fp32"
+    calibrated: bool = False
+    calibration: Calibration | None = field(init=False, default=None)
+    """What is applied, when it is."""
+    view: Denoises = field(init=False, repr=False)
+    """The denoiser as it is read: by one route, guided."""
+
+    def __post_init__(self) -> None:
+        self.labels = self._checked_labels()
+        self.sampler.timesteps(self.model.denoiser.schedule)
+        self.chosen = choose(self.precision, self.device)
+        view: Denoises = self.model.denoiser.route(self.route)
+        if self.calibrated:
+            self.calibration = self._own_calibration()
+            view = Calibrated.of(view, self.calibration)
+        if self.guidance is not None and self.model.classes is not None:
+            view = ClassifierFree(view, self.guidance, class_labels=self.model.classes)
+        self.view = view
+
+    def _own_calibration(self) -> Calibration:
+        if self.route != "mix":
+            raise InputError(f"calibrations are fitted to the trained blend, route mix; got route {self.route}")
+        found = Calibration.load(self.model.run, self.sampler.config())
+        if found.protocol.get("weights", self.model.details["sha256"]) != self.model.details["sha256"]:
+            raise InputError(
+                f"the calibration of {self.model.run} for {self.sampler.spec} was fitted to other weights; run dualout "
+                "calibrate again"
+            )
+        return found
+
+    def _checked_labels(self) -> tuple[int, ...] | None:
+        classes, run = self.model.classes, self.model.run
+        if classes is None:
+            if self.labels is not None or self.guidance is not None:
+                raise InputError(f"{run} was trained without classes: leave out --class_label and --guidance")
+            return None
+        labels = tuple(range(classes) if self.labels is None else self.labels)
+        wrong = [label for label in labels if not 0 <= label <= classes]
+        if wrong or not labels:
+            raise InputError(f"class labels of {run} are 0 to {classes - 1}, and {classes} for none; got {wrong}")
+        return labels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are made."""
+        return self.model.device
+
+    @property
+    def evaluations(self) -> int:
+        """How many times the network looks at an image (NFE); guidance looks twice each time."""
+        return self.sampler.evaluations * (1 if self.guidance is None else 2)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """The images with these numbers, as one batch: uint8 (B, C, H, W), on the CPU.
+
+        Raises:
+            InputError: when an image is not finite.
+        """
+        seeds, shape = [self.seed + i for i in indices], self.model.shape
+        conditions = {}
+        if self.labels is not None:
+            chosen = [self.labels[i % len(self.labels)] for i in indices]
+            conditions["class_labels"] = torch.tensor(chosen, device=self.device)
+        start = noise(seeds, shape, device=self.device)
+        draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
+        with self.chosen.autocast():
+            x0 = self.sampler.sample(self.view, start, draw, **conditions)
+        if not torch.isfinite(x0).all():
+            bad = [i for i, x in zip(indices, x0, strict=True) if not torch.isfinite(x).all()]
+            raise InputError(
+                f"{self.model.run}: {len(bad)} of {len(x0)} images are not finite (image {bad[0]} is one), sampled by "
+                f"{self.sampler.spec} in {self.chosen.name}; try --precision fp32, or another sampler"
+            )
+        return to_uint8(x0).cpu()
+
+    def batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        """Images 0 … count − 1, in batches: uint8 (B, C, H, W), on the CPU."""
+        for start in range(0, count, batch_size):
+            yield self.images(range(start, min(start + batch_size, count)))
+
+    def protocol(self) -> dict[str, Any]:
+        """All that the images depend on, as plain JSON values."""
+        return {
+            "model": self.model.protocol(),
+            "route": self.route,
+            "sampler": self.sampler.config(),
+            "times": self.sampler.timesteps(self.model.denoiser.schedule),
+            "spacing": self.sampler.config()["spacing"],
+            "steps": self.sampler.steps,
+            "nfe": self.evaluations,
+            "seed": self.seed,
+            "seeds": "image i is made from seed + i",
+            "class_labels": None if self.labels is None else list(self.labels),
+            "guidance": self.guidance,
+            "precision": self.chosen.name,
+            "calibration": None if self.calibration is None else self.calibration.record(),
+            "pixels": "clipped to [−1, 1], rounded to 0 … 255",
+        }

@@ -1,0 +1,182 @@
+"""From a sampling to rows of scores: images are made, looked at and forgotten, a batch at a time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dualout import checkpoint
+from dualout.errors import InputError
+from dualout.evaluation.metrics import NEIGHBOURS
+from dualout.evaluation.protocol import differences, software, warning
+from dualout.evaluation.reference import Reference
+from dualout.evaluation.sampling import Sampling
+from dualout.evaluation.statistics import Statistics
+
+Row = dict[str, Any]
+COLUMNS = (
+    "run", "parameterization", "route", "sampler", "spacing", "steps", "seed", "features", "calibrated",
+    "fd", "kid", "precision", "recall", "images", "nfe", "seconds",
+)  # fmt: skip
+KEY = (*COLUMNS[:9], "guidance")
+"""What tells one row from another."""
+
+
+class Scoring:
+    """The scores of a sampling's first images, against one or more references.
+
+    Iterating makes the images and yields how many are done; `rows` then gives the scores.
+
+    Args:
+        sampling: how images are made.
+        images: how many.
+        references: what they are compared with.
+        seed: which set of images this is, for the rows; `first_seed` gives the seed of its first image.
+
+    Raises:
+        InputError: when the features do not take the model's images, or there are too few.
+    """
+
+    def __init__(self, sampling: Sampling, images: int, references: Sequence[Reference], seed: int = 0) -> None:
+        check_count(images)
+        channels, *size = sampling.model.shape
+        for reference in references:
+            reference.features.check(channels, (size[0], size[1]))
+        self.sampling, self.images, self.references, self.seed = sampling, images, references, seed
+        self.seconds = 0.0
+        self._statistics = [Statistics() for _ in references]
+
+    def run(self, batch_size: int = 256) -> Iterator[int]:
+        """Make the images and look at them; yields how many are done."""
+        began = time.perf_counter()
+        for batch in self.sampling.batches(self.images, batch_size):
+            self.seconds += time.perf_counter() - began
+            for reference, statistics in zip(self.references, self._statistics, strict=True):
+                statistics.add(reference.features(batch.to(self.sampling.device)))
+            yield self._statistics[0].count if self._statistics else 0
+            began = time.perf_counter()
+
+    @property
+    def title(self) -> str:
+        """The combination in a few words."""
+        sampling = self.sampling
+        name, route = sampling.model.denoiser.parameterization.spec, sampling.route
+        how = f"{_named(sampling)} {sampling.sampler.config()['spacing']} {sampling.sampler.steps} steps"
+        how += " calibrated" if sampling.calibrated else ""
+        return f"{name}{'' if route == 'mix' else f' ({route})'} {how}"
+
+    def pending(self) -> list[Row]:
+        """The rows as they will be, without their scores: one for each reference."""
+        protocol = self.sampling.protocol()
+        rows = []
+        for reference in self.references:
+            learnt = (self.sampling.model.details.get("trained_on") or {}).get("fingerprint")
+            known = reference.images["fingerprint"] == learnt
+            note = warning(self.images, reference.images["count"], known)
+            guided = {} if self.sampling.guidance is None else {"guidance": self.sampling.guidance}
+            rows.append(
+                guided
+                | {
+                    "run": self.sampling.model.run,
+                    "parameterization": self.sampling.model.denoiser.parameterization.spec,
+                    "route": self.sampling.route,
+                    "sampler": _named(self.sampling),
+                    "spacing": protocol["spacing"],
+                    "steps": self.sampling.sampler.steps,
+                    "seed": self.seed,
+                    "features": reference.features.spec,
+                    "calibrated": self.sampling.calibrated,
+                    "images": self.images,
+                    "nfe": self.sampling.evaluations,
+                    "protocol": {"images": self.images}
+                    | protocol
+                    | reference.protocol()
+                    | ({"warning": note} if note else {})
+                    | software(self.sampling.device),
+                }
+            )
+        return rows
+
+    def rows(self) -> list[Row]:
+        """The rows, once `run` has ended."""
+        return [
+            {k: row[k] for k in KEY if k in row}
+            | reference.scores(statistics)
+            | {"images": self.images, "nfe": row["nfe"], "seconds": round(self.seconds, 3), "protocol": row["protocol"]}
+            for row, reference, statistics in zip(self.pending(), self.references, self._statistics, strict=True)
+        ]
+
+
+def check_count(images: int) -> None:
+    """Refuse so few images that there is nothing to score."""
+    if images <= NEIGHBOURS:
+        raise InputError(f"scores need more than {NEIGHBOURS} images, got --images {images}")
+
+
+def first_seed(seed: int, images: int) -> int:
+    """The seed of the first image of the seed-th set of so many images: no two sets have one in common."""
+    return seed * images
+
+
+def _named(sampling: Sampling) -> str:
+    """The sampler with the options that the other columns do not tell."""
+    hidden = ("steps=", "spacing=")
+    return ":".join(part for part in sampling.sampler.spec.split(":") if not part.startswith(hidden))
+
+
+class Results:
+    """results.json and results.csv in a directory: rows are added as they are finished.
+
+    A row that is there with the same protocol need not be made again; one that is made again with another protocol
+    takes its place.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / "results.json"
+        self.rows: list[Row] = self._read()
+        if not self.path.exists():
+            with checkpoint.explained(self.path):
+                directory.mkdir(parents=True, exist_ok=True)
+            self._write()
+
+    def _read(self) -> list[Row]:
+        if not self.path.exists():
+            return []
+        try:
+            rows = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path} cannot be read: {error}; remove it, or give another --out") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "protocol" in row for row in rows):
+            raise InputError(f"{self.path} holds something else than rows of scores; give another --out")
+        return rows
+
+    def find(self, row: Row) -> Row | None:
+        """The finished row with this one's key and protocol."""
+        for known in self.rows:
+            if _same_key(known, row) and not differences(known["protocol"], row["protocol"]):
+                return known
+        return None
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write down finished rows."""
+        kept = [known for known in self.rows if not any(_same_key(known, row) for row in rows)]
+        self.rows = [*kept, *rows]
+        self._write()
+
+    def _write(self) -> None:
+        checkpoint.write_text(self.path, json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n")
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(COLUMNS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: row.get(k) for k in COLUMNS} for row in self.rows)
+        checkpoint.write_text(self.directory / "results.csv", table.getvalue())
+
+
+def _same_key(a: Row, b: Row) -> bool:
+    return all(a.get(k) == b.get(k) for k in KEY)

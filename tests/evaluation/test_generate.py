@@ -1,0 +1,154 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dualout
+from dualout.data.pixels import to_uint8
+from dualout.errors import InputError
+from dualout.evaluation.generate import Npz, generate, stored
+from dualout.evaluation.sampling import Sampling, build_sampler
+
+
+@pytest.fixture
+def sampling(make_model):
+    return Sampling(make_model(), build_sampler("ddpm", 4, "trailing"), seed=100)
+
+
+def images_of(directory):
+    return [np.asarray(Image.open(path)) for path in sorted(directory.glob("0*.png"))]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_image_i_is_from_seed_plus_i(sampling, tmp_path):
+    assert list(generate(sampling, 5, tmp_path, batch_size=2)) == [0, 2, 4, 5]
+    denoiser = sampling.model.denoiser
+    for i, image in enumerate(images_of(tmp_path)):
+        noise, draw = dualout.noise([100 + i], (1, 8, 8)), dualout.SeededDraw([100 + i], (1, 8, 8))
+        expected = to_uint8(dualout.samplers.DDPM(steps=4).sample(denoiser, noise, draw))[0, 0]
+        assert (image == expected.numpy()).all()
+
+
+def test_png_and_npz_hold_the_same_whatever_the_batch(make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Npz, "most", 4)
+    sampling = Sampling(make_model((3, 8, 6)), build_sampler("ddim", 3))
+    list(generate(sampling, 11, tmp_path / "a", batch_size=5))
+    list(generate(sampling, 11, tmp_path / "b", store="npz", batch_size=3))
+    found = np.load(tmp_path / "b" / "images.npz")["images"]
+    assert found.shape == (11, 8, 6, 3)
+    assert found.dtype == np.uint8
+    assert (found == np.stack(images_of(tmp_path / "a"))).all()
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["images.npz", "protocol.json"]
+    for directory in (tmp_path / "a", tmp_path / "b"):
+        assert torch.equal(stored(directory, 2), torch.from_numpy(found[:2]).permute(0, 3, 1, 2))
+
+
+def test_grey_npz_has_no_channel_axis_and_classes_have_labels(make_model, tmp_path):
+    sampling = Sampling(make_model(classes=3), build_sampler("ddim", 2))
+    list(generate(sampling, 5, tmp_path, store="npz"))
+    found = np.load(tmp_path / "images.npz")
+    assert found["images"].shape == (5, 8, 8)
+    assert found["labels"].tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("store", ["png", "npz"])
+def test_killed_and_started_again(store, sampling, tmp_path, monkeypatch):
+    monkeypatch.setattr(Npz, "most", 4)
+    list(generate(sampling, 14, tmp_path / "whole", store=store, batch_size=4))
+    out = tmp_path / "out"
+    asked = []
+    make = type(sampling).images
+
+    def killing(self, indices):
+        if len(asked) == 2:
+            raise Killed
+        asked.append(list(indices))
+        return make(self, indices)
+
+    monkeypatch.setattr(Sampling, "images", killing)
+    with pytest.raises(Killed):
+        list(generate(sampling, 14, out, store=store, batch_size=4))
+    written = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in sorted(out.rglob("0*"))}
+    assert len(written) == (8 if store == "png" else 2)
+    # what SIGKILL leaves of a file that was being written
+    (out / ".000008.png.tmp").write_bytes(b"torn")
+    (out / ".images.npz.abc.tmp").write_bytes(b"torn")
+    os.truncate(next(iter(written)), 60)
+
+    def counting(self, indices):
+        asked.append(list(indices))
+        return make(self, indices)
+
+    monkeypatch.setattr(Sampling, "images", counting)
+    asked.clear()
+    steps = list(generate(sampling, 14, out, store=store, batch_size=4))
+    # the torn file is made again; nothing else that was there
+    made = [i for indices in asked for i in indices]
+    assert made == ([0, 8, 9, 10, 11, 12, 13] if store == "png" else [*range(4), *range(8, 14)])
+    assert steps[0] == 14 - len(made)
+    assert steps[-1] == 14
+    for path, state in list(written.items())[1:]:
+        assert store == "npz" or (path.stat().st_ino, path.stat().st_mtime_ns) == state
+    assert torch.equal(stored(out, 14), stored(tmp_path / "whole", 14))
+    assert not list(out.rglob(".*"))
+    # once more: there is nothing left to do
+    asked.clear()
+    assert list(generate(sampling, 14, out, store=store, batch_size=4)) == [14]
+    assert asked == []
+
+
+def test_another_request_is_refused_with_what_differs(sampling, make_model, tmp_path):
+    list(generate(sampling, 3, tmp_path))
+    other = Sampling(make_model(), build_sampler("ddpm:variance=small", 5, "trailing"), seed=100)
+    with pytest.raises(InputError) as caught:
+        list(generate(other, 3, tmp_path))
+    assert "sampler.variance was large, now small" in str(caught.value)
+    assert "steps was 4, now 5" in str(caught.value)
+    with pytest.raises(InputError, match="images was 3, now 4"):
+        list(generate(sampling, 4, tmp_path))
+    assert len(images_of(tmp_path)) == 3
+    # versions and devices are written down, but no reason to begin again
+    protocol = json.loads((tmp_path / "protocol.json").read_text())
+    (tmp_path / "protocol.json").write_text(json.dumps(protocol | {"device": "another"}))
+    assert list(generate(sampling, 3, tmp_path)) == [3]
+
+
+def test_a_directory_with_something_else_is_refused(sampling, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds something else \(thesis.txt\)"):
+        next(generate(sampling, 3, tmp_path))
+    with pytest.raises(InputError, match="is a file"):
+        next(generate(sampling, 3, tmp_path / "thesis.txt"))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("store", ["png", "npz"])
+def test_two_processes_share_the_work(store, sampling, tmp_path, monkeypatch):
+    monkeypatch.setattr(Npz, "most", 3)
+    list(generate(sampling, 10, tmp_path / "one", store=store, batch_size=3))
+    first = list(generate(sampling, 10, tmp_path / "two", store=store, batch_size=3, part=(0, 2)))
+    second = list(generate(sampling, 10, tmp_path / "two", store=store, batch_size=3, part=(1, 2)))
+    assert (first[-1], second[-1]) == (6, 4)
+    assert torch.equal(stored(tmp_path / "one", 10), stored(tmp_path / "two", 10))
+
+
+def test_png_holds_grey_or_colour(make_model, tmp_path):
+    two = Sampling(make_model((2, 4, 4)), build_sampler("ddim", 2))
+    with pytest.raises(InputError, match="2 channels: take --format npz"):
+        next(generate(two, 3, tmp_path / "a"))
+    list(generate(two, 3, tmp_path / "b", store="npz"))
+    assert np.load(tmp_path / "b" / "images.npz")["images"].shape == (3, 4, 4, 2)
+
+
+def test_bad_numbers_are_refused_before_anything_is_written(sampling, tmp_path):
+    out = tmp_path / "out"
+    for wrong in ({"images": 0}, {"batch_size": 0}, {"store": "jpg"}):
+        with pytest.raises(InputError, match=r"whole number|unknown format 'jpg'.*npz, png"):
+            next(generate(sampling, **{"images": 3, "out": out} | wrong))
+    assert not out.exists()
