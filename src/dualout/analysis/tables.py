@@ -1,0 +1,69 @@
+"""Tidy tables: a list of rows, each a dictionary from column to value."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+def columns(rows: Iterable[Row]) -> list[str]:
+    """Every column of any row, in the order of appearance."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """The rows as CSV; what is missing is empty, and what is a list or a dictionary is JSON."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns(rows), restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def json_text(value: Any) -> str:
+    """JSON that every reader takes: what is not finite is null."""
+    return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same value with None in place of every NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Any, list[Row]]:
+    """The rows by key, in the order of appearance."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+class Spread(NamedTuple):
+    """Several measurements of one thing."""
+
+    mean: float
+    sd: float
+    """Sample standard deviation; 0 for one measurement."""
+    n: int
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Mean and standard deviation of what is there and finite; None when nothing is."""
+    known = [float(v) for v in values if v is not None and math.isfinite(v)]
+    if not known:
+        return None
+    return Spread(fmean(known), stdev(known) if len(known) > 1 else 0.0, len(known))

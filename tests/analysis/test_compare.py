@@ -1,0 +1,99 @@
+"""dualout compare: what is chosen, what is averaged, and that nothing is done twice."""
+
+import json
+
+import pytest
+import yaml
+
+from dualout.analysis import compare
+from dualout.analysis.compare import Grid
+from dualout.cli.main import main
+from dualout.errors import InputError
+
+
+def row(method, spacing, seed, fd, training_seed=0):
+    return {
+        "method": method, "training_seed": training_seed, "sampler": "ddim", "spacing": spacing, "steps": 5,
+        "calibrated": False, "features": "digits", "seed": seed, "fd": fd, "nfe": 5, "precision": 1.0, "recall": 1.0,
+    }  # fmt: skip
+
+
+def test_the_spacing_is_chosen_on_other_samples_than_are_reported():
+    grid = Grid()
+    rows = [
+        row("eps", "trailing", 0, 1.0), row("eps", "linspace", 0, 2.0),
+        row("eps", "trailing", 1, 9.0), row("eps", "linspace", 1, 3.0),
+        row("dual", "trailing", 0, 5.0), row("dual", "linspace", 0, 4.0),
+        row("dual", "trailing", 1, 1.0), row("dual", "linspace", 1, 6.0),
+    ]  # fmt: skip
+    best = compare.chosen(rows, grid)
+    assert {(r["method"], r["spacing"], r["fd"]) for r in best} == {("eps", "trailing", 9.0), ("dual", "linspace", 6.0)}
+
+
+def test_ratios_are_paired_by_training_seed():
+    rows = [row("eps", "trailing", 1, fd, s) for s, fd in enumerate((10.0, 20.0, 40.0))]
+    rows += [row("dual", "trailing", 1, fd, s) for s, fd in enumerate((5.0, 12.0, 28.0))]
+    by_method = {r["method"]: r for r in compare.summary(rows, "eps")}
+    assert by_method["dual"]["ratio"] == pytest.approx(0.6)
+    assert by_method["dual"]["ratio_sd"] == pytest.approx(0.1)
+    assert by_method["eps"]["ratio"] == 1
+    assert by_method["dual"]["fd"] == pytest.approx(15)
+
+
+@pytest.fixture(scope="module")
+def grid_file(tmp_path_factory):
+    grid = {
+        "methods": {"eps": "eps", "dual": {"parameterization": "dual", "routes": ["mix", "x0"]}},
+        "train": {"data": "digits", "network": "tiny:width=8", "steps": 1, "batch_size": 8},
+        "samplers": ["ddim"], "spacings": ["trailing", "linspace"], "steps": [1], "calibrated": [False, True],
+        "calibration": {"iterations": 1, "batch": 8}, "features": ["pixels"], "images": 16, "device": "cpu",
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("grid") / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    return path
+
+
+def test_a_grid_costs_only_what_is_new(grid_file, capsys):
+    out = grid_file.parent / "out"
+    command = ["compare", "--config", str(grid_file), "--out", str(out)]
+    assert main(command) == 0
+    first = json.loads((out / "table.json").read_text())
+    # 2 spacings × 2 sets of samples × (eps, eps calibrated, dual, dual's x0, dual calibrated)
+    assert len(first) == 20
+    assert {r["method"] for r in first} == {"eps", "dual", "dual (x0)"}
+    assert all(r["protocol"]["sampler"]["steps"] == 1 for r in first)
+    text = (out / "summary.md").read_text()
+    assert "ratio" in text
+    assert "linspace" in text
+    assert (out / "figures" / "pixels-ddim-best.png").read_bytes().startswith(b"\x89PNG")
+
+    weights = {p: p.stat().st_mtime_ns for p in out.glob("models/*/model.safetensors")}
+    capsys.readouterr()
+    assert main([*command, "--samplers", "[ddim,dpmsolver]"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.glob("models/*/model.safetensors")} == weights
+    again = json.loads((out / "table.json").read_text())
+    assert len(again) == 40
+    assert [r for r in again if r["sampler"] == "ddim"] == first
+    said = capsys.readouterr().err
+    assert "training" not in said
+    assert "dpmsolver" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "ep"}, "did you mean 'eps'"),
+        ({"methods": {"a/b": "eps"}}, "directory"),
+        ({"methods": {"a": {"steps": 3}}}, "parameterization"),
+        ({"train": {"step": 3}}, "did you mean 'steps'"),
+        ({"choose_seeds": [1]}, "other samples"),
+        ({"choose_seeds": []}, "choose_seeds"),
+        ({"steps": []}, "names none"),
+        ({"calibration": {"iteration": 3}}, "iterations"),
+        ({"samplers": ["dim"]}, "did you mean 'ddim'"),
+        ({"images": 1}, "images"),
+    ],
+)
+def test_a_grid_is_looked_at_before_anything_is_trained(change, message):
+    with pytest.raises(InputError, match=message):
+        Grid(**change)

@@ -1,0 +1,65 @@
+import math
+
+import pytest
+
+from dualout.analysis import reading
+from dualout.analysis.tables import csv_text, json_text, spread
+
+
+def rows(scores, **others):
+    """One row a (method, steps): fd."""
+    return [
+        {"parameterization": m, "sampler": "ddim", "spacing": "trailing", "steps": k, "fd": fd, "run": m, "images": 500}
+        | others
+        for (m, k), fd in scores.items()
+    ]
+
+
+def test_cells_hold_means_and_ratios_and_dual_comes_first():
+    many = rows({("eps", 5): 4.0, ("dual", 5): 1.0}) + rows({("eps", 5): 8.0, ("dual", 5): 3.0}, seed=1)
+    (cell,) = reading.cells(many)
+    assert (cell["dual"], cell["eps"]) == (2.0, 6.0)
+    assert cell["dual / eps"] == pytest.approx(1 / 3)
+    assert cell["spreads"]["dual"].sd == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("dual", "verdict"),
+    [
+        ((0.5, 0.5, 0.5), "is better everywhere"),
+        ((2.0, 2.0, 2.0), "is worse everywhere"),
+        ((0.5, 0.5, 2.0), "is better in 2 of 3 settings and worse in 1"),
+        ((0.5, 2.0, 2.0), "does not win: it is better in 1 of 3 settings and worse in 2"),
+        ((1.0, 1.01, 0.99), "does not win: it is better in 0 of 3 settings and worse in 0"),
+    ],
+)
+def test_who_wins(dual, verdict):
+    scores = {("dual", k): fd for k, fd in zip((5, 10, 20), dual, strict=True)} | {("eps", k): 1.0 for k in (5, 10, 20)}
+    first, *cautions = reading.compare(rows(scores))
+    assert verdict in first
+    assert f"{math.prod(dual) ** (1 / 3):.2f} in the (geometric) mean" in first
+    assert any("500 images, below 10,000" in s for s in cautions)
+    assert any("One training each" in s for s in cautions)
+
+
+def test_cautions_end_where_there_is_enough():
+    enough = [
+        r | {"images": 50_000, "run": f"{r['run']}-{s}"}
+        for s in (0, 1)
+        for r in rows({("dual", 5): 1.0, ("eps", 5): 2.0})
+    ]
+    assert len(reading.compare(enough)) == 1
+
+
+def test_methods_are_named_by_how_they_were_read():
+    row = {"parameterization": "dual", "route": "eps"}
+    assert reading.method(row) == "dual (eps route)"
+    assert reading.method(row | {"route": "mix", "calibrated": True}) == "dual, calibrated"
+    assert reading.method({"method": "ours", "calibrated": True, "route": "eps"}) == "ours, calibrated"
+
+
+def test_tables_are_written_for_every_reader():
+    assert csv_text([{"a": 1, "b": [1, 2]}, {"c": "x,y"}]) == 'a,b,c\n1,"[1, 2]",\n,,"x,y"\n'
+    assert json_text({"a": math.nan, "b": [math.inf, 1.0]}) == '{\n "a": null,\n "b": [\n  null,\n  1.0\n ]\n}\n'
+    assert spread([None, math.nan, 2.0, 4.0]) == (3.0, pytest.approx(math.sqrt(2)), 2)
+    assert spread([None]) is None
