@@ -1,0 +1,39 @@
+"""Directories that are written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dualout.checkpoint import explained
+
+
+@contextmanager
+def whole(directory: str | Path, *, last: str) -> Iterator[Path]:
+    """A directory aside, whose files take their places when the block ends well, and are removed when it does not.
+
+    Args:
+        directory: where they go, made if it is missing.
+        last: the file that comes last: where it is, the others are.
+
+    Raises:
+        InputError: when the file system refuses.
+    """
+    directory = Path(directory).expanduser()
+    with explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=directory, prefix=".writing-"))
+        try:
+            yield aside
+            files = sorted(
+                (p for p in aside.rglob("*") if p.is_file()), key=lambda p: p.relative_to(aside) == Path(last)
+            )
+            for file in files:
+                place = directory / file.relative_to(aside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,537 @@
+"""DualOutputPipeline against the package's samplers, diffusers' own pipelines, and data of one image."""
+
+from __future__ import annotations
+
+import errno
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+import dualout
+from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, Karras, LearnedVariance, Velocity, samplers
+from dualout.calibrated import Calibrated, Calibration
+from dualout.export import DualOutputPipeline
+from dualout.guidance import ClassifierFree
+from dualout.networks import Positional, widen
+from dualout.parameterizations import Upgraded
+from dualout.schedules import Cosine, Linear, RectifiedFlow, ScaledLinear, Schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+# diffusers' tables are float32, and K = 5 steps go through them
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+SHAPE = (1, 8, 8)
+
+
+def unet(out: int, classes: int | None = None) -> diffusers.UNet2DModel:
+    return diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=out, block_out_channels=(8, 8), norm_num_groups=4,
+        layers_per_block=1, down_block_types=("DownBlock2D", "AttnDownBlock2D"), attention_head_dim=4,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=classes,
+    ).eval()  # fmt: skip
+
+
+def denoiser_of(parameterization: Any = None, schedule: Schedule | None = None, classes: int | None = None) -> Denoiser:
+    parameterization = parameterization or Dual()
+    return Denoiser(unet(parameterization.channels(1), classes), parameterization, schedule or Linear()).eval()
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipe(denoiser: Denoiser, *arguments: Any, **options: Any) -> DualOutputPipeline:
+    return quiet(DualOutputPipeline.from_denoiser(denoiser, *arguments, **options))
+
+
+def loaded(path: Path, **options: Any) -> DualOutputPipeline:
+    return quiet(DualOutputPipeline.from_pretrained(path, **options))
+
+
+def start(count: int = 3) -> Tensor:
+    return dualout.noise(range(count), SHAPE)
+
+
+def out(pipeline: Any, **options: Any) -> Tensor:
+    if "latents" not in options and "generator" not in options:
+        options["latents"] = start()
+    return pipeline(**{"num_inference_steps": 5, "output_type": "latent", **options}).images
+
+
+SAME = [
+    samplers.DDIM(5),
+    samplers.DDIM(5, spacing="leading", clip=None),
+    samplers.DPMSolver(5),
+    samplers.DPMSolver(5, order=1),
+    samplers.DPMSolver(5, order=3, published=True, clip=None),
+    samplers.UniPC(5),
+    samplers.UniPC(5, order=3, clip=(-0.5, 0.5)),
+]
+
+
+READINGS = [Dual(ratio="channel", gate="balanced"), Epsilon(), CleanImage(), Velocity(), Karras()]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "parameterization"),
+    [*((sampler, Dual()) for sampler in SAME), *((samplers.DPMSolver(5), reading) for reading in READINGS)],
+    ids=lambda v: v.spec,
+)
+def test_the_same_noise_gives_the_same_images(sampler: samplers.Sampler, parameterization: Any) -> None:
+    denoiser = denoiser_of(parameterization)
+    pipeline = pipe(denoiser, sampler)
+    torch.testing.assert_close(out(pipeline), sampler.sample(denoiser, start()), **CLOSE)
+    assert pipeline.scheduler.timesteps.tolist() == sampler.timesteps(denoiser.schedule)
+
+
+@pytest.mark.parametrize("schedule", [ScaledLinear(), Cosine(), Cosine(500, 0.01), Linear(200, 1e-3, 0.1)], ids=str)
+def test_schedules(schedule: Schedule) -> None:
+    denoiser = denoiser_of(schedule=schedule)
+    for sampler in (samplers.DDIM(5), samplers.DPMSolver(5)):
+        pipeline = pipe(denoiser, sampler)
+        # ᾱ near 0 loses digits in float32 tables
+        torch.testing.assert_close(out(pipeline), sampler.sample(denoiser, start()), rtol=1e-3, atol=1e-3)
+        # the schedule can be read off the scheduler, too
+        other = quiet(DualOutputPipeline(denoiser.network, pipeline.scheduler, parameterization=Dual()))
+        torch.testing.assert_close(out(other), out(pipeline), rtol=2e-3, atol=2e-3)
+    assert (other.schedule == schedule) == (not isinstance(schedule, Cosine) or schedule.offset == 0.008)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_every_prediction_type_is_answered(name: str, kind: str) -> None:
+    denoiser = denoiser_of()
+    scheduler = getattr(diffusers, name)(prediction_type=kind, timestep_spacing="trailing", beta_schedule="linear")
+    if "final_sigmas_type" in scheduler.config:
+        scheduler.register_to_config(final_sigmas_type="zero")
+    sampler = {"DDIM": samplers.DDIM, "DPMS": samplers.DPMSolver, "UniP": samplers.UniPC}[name[:4]](5)
+    torch.testing.assert_close(out(pipe(denoiser, scheduler)), sampler.sample(denoiser, start()), rtol=1e-3, atol=1e-3)
+
+
+def drawn(seed: int) -> Any:
+    """Fresh noise, one step's after the other's, as a scheduler draws it for one image."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda k: torch.randn(1, *SHAPE, generator=generator)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ancestral_sampling_draws_what_diffusers_draws(variance: str) -> None:
+    denoiser, sampler = denoiser_of(), samplers.DDPM(5, spacing="leading", variance=variance)
+    got = out(pipe(denoiser, sampler), latents=start(1), generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(got, sampler.sample(denoiser, start(1), drawn(7)), **CLOSE)
+
+
+def test_learned_variance_is_sampled_with() -> None:
+    denoiser = denoiser_of(LearnedVariance(Dual()))
+    sampler = samplers.DDPM(5, spacing="leading", variance="learned")
+    pipeline = pipe(denoiser, sampler)
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    expected = sampler.sample(denoiser, start(1), drawn(7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        got = out(pipeline, latents=start(1), generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(got, expected, **CLOSE)
+    with pytest.warns(UserWarning, match="learned a variance, which DDIMScheduler does not use"):
+        out(pipe(denoiser))
+    with pytest.raises(InputError, match="learned its variance"):
+        out(pipe(denoiser_of(), sampler))
+
+
+class OneImage(ModelMixin, ConfigMixin):
+    """Believes in one image, whatever it sees."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 8, in_channels: int = 1) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.seen.append(float(t.flatten()[0]))
+        return torch.linspace(-0.8, 0.8, 64).view(SHAPE).expand_as(x)
+
+
+NO_TABLE = "no scheduler with a table of alphas_cumprod"
+DETERMINISTIC = (
+    "DDIM", "PNDM", "EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete", "DPMSolverMultistep",
+    "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep",
+)  # fmt: skip
+STOCHASTIC = ("DDPM", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "LCM", "SASolver", "TCD", "UnCLIP")
+
+
+def test_no_scheduler_of_diffusers_is_forgotten() -> None:
+    # but those that go towards noise, that need more than a prediction, or copies for several devices
+    known = {*DETERMINISTIC, *STOCHASTIC, "DDIMInverse", "DPMSolverMultistepInverse", "RePaint", "DDIMParallel",
+             "DDPMParallel", "CogVideoXDDIM", "CogVideoXDPM", "DPMSolverSDE"}  # fmt: skip
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+        if isinstance(cls, type) and issubclass(cls, SchedulerMixin) and not getattr(cls, "_is_dummy", False):
+            try:
+                has_table = hasattr(cls(), "alphas_cumprod")
+            except (ImportError, TypeError, ValueError):
+                continue
+            assert not has_table or name.removesuffix("Scheduler") in known, name
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC])
+def test_every_scheduler_ends_at_the_only_image(name: str, kind: str) -> None:
+    # with its defaults, of which some look between the discrete time steps, and some twice a step
+    cls, eps = getattr(diffusers, f"{name}Scheduler"), []
+    try:
+        scheduler = cls(prediction_type=kind)
+        pipeline = quiet(DualOutputPipeline(OneImage(), scheduler, parameterization=CleanImage()))
+        made = out(
+            pipeline,
+            num_inference_steps=10,
+            generator=torch.Generator().manual_seed(0),
+            callback_on_step_end=lambda _, __, ___, given: eps.append(given["eps"]),
+            callback_on_step_end_tensor_inputs=["eps"],
+        )
+    except (NotImplementedError, ValueError) as error:
+        # which types a class knows, it says itself
+        if kind == "epsilon" or isinstance(error, InputError) or "prediction_type" not in str(error):
+            raise
+        return
+    assert len(pipeline.unet.seen) == len(scheduler.timesteps) >= 10
+    # some end at the level of t = 0, with its noise
+    last = float(1 - scheduler.alphas_cumprod[0]) ** 0.5
+    assert (made - pipeline.unet(made, torch.zeros(1))).abs().max() < 4.5 * last
+    # on the way from any noise to one image, eps stays what it was, whatever the order; PNDM averages v as it is
+    exact = name in DETERMINISTIC and (name, kind) != ("PNDM", "v_prediction")
+    for later in eps[1:] if exact else []:
+        torch.testing.assert_close(later, eps[0], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
+def test_between_the_levels_the_network_is_told_the_fraction(name: str) -> None:
+    scheduler, eps = getattr(diffusers, name)(use_karras_sigmas=True), []
+    pipeline = quiet(DualOutputPipeline(OneImage(), scheduler, parameterization=CleanImage()))
+    out(
+        pipeline,
+        num_inference_steps=7,
+        callback_on_step_end=lambda _, __, ___, given: eps.append(given["eps"]),
+        callback_on_step_end_tensor_inputs=["eps"],
+    )
+    assert pipeline.unet.seen == pipeline.scheduler.timesteps.tolist()
+    for later in eps[1:]:
+        torch.testing.assert_close(later, eps[0], rtol=5e-3, atol=5e-3)
+    guided = pipe(denoiser_of(classes=4, schedule=pipeline.schedule), scheduler)
+    with pytest.raises(InputError, match="between the schedule's levels"):
+        out(guided, class_labels=1, guidance_scale=2.0)
+
+
+def test_schedulers_may_be_exchanged_afterwards() -> None:
+    denoiser = denoiser_of()
+    pipeline = pipe(denoiser)
+    pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", final_sigmas_type="zero"
+    )
+    torch.testing.assert_close(out(pipeline), samplers.UniPC(5).sample(denoiser, start()), **CLOSE)
+    pipeline.scheduler = diffusers.DDIMScheduler(beta_start=0.01)
+    with pytest.raises(InputError, match="another noise schedule"):
+        out(pipeline)
+
+
+def test_saved_loaded_and_used_by_diffusers_alone(tmp_path: Path) -> None:
+    denoiser = denoiser_of()
+    denoiser.card = {"training": {"images": 60000}}
+    first = pipe(denoiser, samplers.DPMSolver(5))
+    first.save_pretrained(tmp_path / "it")
+    assert {p.name for p in (tmp_path / "it").iterdir()} == {
+        "model_index.json", "unet", "scheduler", "README.md", "pipeline.py",
+    }  # fmt: skip
+    again = loaded(tmp_path / "it")
+    assert torch.equal(out(again), out(first))
+    assert again.denoiser.card == denoiser.card
+    # without dualout, or with diffusers' own loader
+    model = diffusers.UNet2DModel.from_pretrained(tmp_path / "it", subfolder="unet")
+    assert model.config.out_channels == 3
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path / "it", subfolder="scheduler")
+    assert scheduler.config.solver_order == 2
+    here = str(tmp_path / "it")
+    other = quiet(diffusers.DiffusionPipeline.from_pretrained(here, custom_pipeline=here, trust_remote_code=True))
+    assert isinstance(other, DualOutputPipeline)
+    assert torch.equal(out(other), out(first))
+    card = (tmp_path / "it" / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "| images | 60000 |" in card
+    assert "DualOutputPipeline.from_pretrained" in card
+
+
+@pytest.mark.parametrize(
+    ("parameterization", "kind"), [(Epsilon(), "epsilon"), (CleanImage(), "sample"), (Velocity(), "v_prediction")]
+)
+def test_diffusers_own_pipeline_reads_a_network_of_one_output(parameterization: Any, kind: str, tmp_path: Path) -> None:
+    pipeline = pipe(denoiser_of(parameterization), samplers.DDIM(5))
+    assert pipeline.scheduler.config.prediction_type == kind
+    pipeline.save_pretrained(tmp_path)
+    theirs = quiet(diffusers.DDIMPipeline.from_pretrained(tmp_path))
+    expected = theirs(batch_size=2, generator=torch.Generator().manual_seed(3), num_inference_steps=5, output_type="np")
+    got = pipeline(batch_size=2, generator=torch.Generator().manual_seed(3), num_inference_steps=5, output_type="np")
+    torch.testing.assert_close(torch.from_numpy(got.images), torch.from_numpy(expected.images), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "parameterization",
+    [Dual(ratio="step"), LearnedVariance(Dual(ratio="step")), Upgraded(ratio="pixel"), Karras(), Dual(ratio=0.3)],
+    ids=lambda p: p.spec,
+)
+def test_there_and_back(parameterization: Any, tmp_path: Path) -> None:
+    denoiser = denoiser_of(parameterization, Cosine(100))
+    if denoiser.head is not None:
+        for tensor in denoiser.head.state_dict().values():
+            tensor.normal_()
+    pipeline = pipe(denoiser)
+    pipeline.save_pretrained(tmp_path)
+    x = start()
+    for other in (pipeline.denoiser, loaded(tmp_path).denoiser):
+        assert other.parameterization == parameterization
+        assert other.schedule == denoiser.schedule
+        with torch.no_grad():
+            a, b = denoiser(x, 60), other(x, 60)
+        assert torch.equal(a.x0, b.x0)
+        assert all(torch.equal(part, b.parts[name]) for name, part in a.parts.items())
+    # and on into a checkpoint of the package
+    pipeline.denoiser.save_pretrained(tmp_path / "own")
+    assert torch.equal(Denoiser.from_pretrained(tmp_path / "own")(x, 60).x0, denoiser(x, 60).x0)
+
+
+def test_a_pipeline_of_diffusers_own_is_read_with_a_parameterization(tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    quiet(diffusers.DDIMPipeline(unet(1), scheduler)).save_pretrained(tmp_path)
+    pipeline = loaded(tmp_path, parameterization="eps")
+    denoiser = Denoiser(pipeline.unet, Epsilon(), Linear()).eval()
+    torch.testing.assert_close(out(pipeline), samplers.DDIM(5).sample(denoiser, start()), **CLOSE)
+    assert pipeline.schedule == Linear()
+    with pytest.raises(InputError, match="'dual' of 1-channel images needs a network output of shape"):
+        out(loaded(tmp_path))
+
+
+def test_a_widened_network_is_an_ordinary_one_afterwards(tmp_path: Path) -> None:
+    network = widen(unet(1), channels=3)
+    denoiser = Denoiser(network, Dual(), Linear()).route("eps")
+    pipe(denoiser, samplers.DDIM(5)).save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    assert type(again.unet.conv_out) is nn.Conv2d
+    torch.testing.assert_close(out(again), samplers.DDIM(5).sample(denoiser, start()), **CLOSE)
+
+
+CALIBRATION = Calibration(
+    samplers.DDIM(4).config(),
+    [999, 749, 499, 249],
+    {
+        "x0_scale": [1.1, 1.0, 0.9, 1.05],
+        "eps_scale": [1.0, 1.2, 1.1, 0.9],
+        "ratio_gain": [1.0, 2.0, 0.5, 1.0],
+        "ratio_shift": [0.1, 0.2, -0.4, 0.0],
+    },
+)
+
+
+@pytest.mark.parametrize("sampler", [samplers.DDIM(4), samplers.DPMSolver(4), samplers.UniPC(4)], ids=lambda s: s.spec)
+def test_a_calibration_goes_with_the_pipeline(sampler: samplers.Sampler, tmp_path: Path) -> None:
+    denoiser = denoiser_of()
+    calibration = Calibration(sampler.config(), CALIBRATION.times, CALIBRATION.values)
+    pipe(denoiser, calibration=calibration).save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    expected = sampler.sample(Calibrated.of(denoiser, calibration), start())
+    torch.testing.assert_close(out(again, num_inference_steps=None, calibrated=True), expected, **CLOSE)
+    plain = out(again, num_inference_steps=4)
+    torch.testing.assert_close(plain, sampler.sample(denoiser, start()), **CLOSE)
+    assert (plain - expected).abs().max() > 0.05
+    assert again.calibration is not None
+    assert again.calibration.sampler == json.loads(json.dumps(sampler.config()))
+    assert "calibrated for" in (tmp_path / "README.md").read_text()
+
+
+def test_a_calibration_is_for_its_time_steps() -> None:
+    pipeline = pipe(denoiser_of(), calibration=CALIBRATION)
+    with pytest.raises(InputError, match="is for 4 steps, got num_inference_steps=5"):
+        out(pipeline, calibrated=True)
+    pipeline.scheduler.register_to_config(timestep_spacing="leading")
+    with pytest.raises(InputError, match=r"time steps \[999, 749, 499, 249\], and DDIMScheduler takes \[750"):
+        out(pipeline, calibrated=True, num_inference_steps=4)
+    with pytest.raises(InputError, match="calibration is damaged"):
+        DualOutputPipeline(unet(3), diffusers.DDIMScheduler(), calibration={"times": [1], "value": 3})
+    with pytest.raises(InputError, match="needs a pipeline with a calibration"):
+        out(pipe(denoiser_of()), calibrated=True)
+    # a scheduler whose images are x0 + σ·eps, told the time steps
+    denoiser = denoiser_of()
+    euler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", prediction_type="sample")
+    got = out(pipe(denoiser, euler, calibration=CALIBRATION, clip=None), calibrated=True, num_inference_steps=None)
+    expected = samplers.DDIM(4, clip=None).sample(Calibrated.of(denoiser, CALIBRATION), start())
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_routes() -> None:
+    denoiser = denoiser_of()
+    pipeline = pipe(denoiser, samplers.DDIM(5))
+    for route in ("eps", "x0", "velocity", 0.25):
+        expected = samplers.DDIM(5).sample(denoiser.route(route), start())
+        torch.testing.assert_close(out(pipeline, route=route), expected, **CLOSE)
+    with pytest.raises(InputError, match="unknown route 'esp'"):
+        out(pipeline, route="esp")
+
+
+def test_classes_and_guidance() -> None:
+    denoiser = denoiser_of(classes=4)
+    pipeline, labels = pipe(denoiser, samplers.DDIM(5)), torch.tensor([0, 2, 1])
+    expected = samplers.DDIM(5).sample(denoiser, start(), class_labels=labels)
+    torch.testing.assert_close(out(pipeline, class_labels=[0, 2, 1]), expected, **CLOSE)
+    guided = ClassifierFree(denoiser, 3.0, class_labels=3)
+    expected = samplers.DDIM(5).sample(guided, start(), class_labels=labels)
+    got = out(pipeline, class_labels=labels, guidance_scale=3.0)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    one = samplers.DDIM(5).sample(denoiser, start(), class_labels=torch.tensor([2, 2, 2]))
+    torch.testing.assert_close(out(pipeline, class_labels=2), one, **CLOSE)
+    torch.testing.assert_close(out(pipeline, conditions={"class_labels": labels}), out(pipeline, class_labels=labels))
+    with pytest.raises(InputError, match="2 class_labels for 3 images"):
+        out(pipeline, class_labels=[1, 2])
+    with pytest.raises(InputError, match="guidance_scale needs"):
+        out(pipe(denoiser_of()), guidance_scale=2.0)
+
+
+def test_a_list_of_generators_makes_images_that_do_not_depend_on_the_batch() -> None:
+    pipeline = pipe(denoiser_of(), samplers.DDPM(5, variance="small"))
+
+    def generators(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    together = out(pipeline, batch_size=3, generator=generators(5, 6, 7))
+    for i, seed in enumerate((5, 6, 7)):
+        torch.testing.assert_close(out(pipeline, generator=generators(seed)), together[i : i + 1], **CLOSE)
+    once, twice = (out(pipeline, batch_size=2, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(once, twice)
+    with pytest.raises(InputError, match="2 generators for 3 images"):
+        out(pipeline, batch_size=3, generator=generators(1, 2))
+
+
+def test_callbacks_see_and_may_change_what_happens() -> None:
+    pipeline, seen = pipe(denoiser_of(), samplers.DDIM(5)), []
+
+    def watch(caller: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        assert caller is pipeline
+        seen.append((step, int(t), {k: v.shape for k, v in given.items()}))
+        return {"latents": torch.zeros_like(given["latents"])} if step == 4 else {}
+
+    names = ["latents", "x0", "eps", "ratio"]
+    made = out(pipeline, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=names)
+    assert [s[:2] for s in seen] == list(enumerate([999, 799, 599, 399, 199]))
+    assert all(s[2] == dict.fromkeys(names, (3, 1, 8, 8)) for s in seen)
+    assert torch.equal(made, torch.zeros(3, *SHAPE))
+    with pytest.raises(InputError, match="unknown tensor for callback_on_step_end: 'x_0'"):
+        out(pipeline, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["x_0"])
+    silent = out(pipeline, callback_on_step_end=lambda *_: None)
+    assert torch.equal(silent, out(pipeline))
+
+
+def test_what_comes_out() -> None:
+    pipeline = pipe(denoiser_of(), samplers.DDIM(5))
+    plain = (out(pipeline) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(out(pipeline, output_type="pt"), plain)
+    array = out(pipeline, output_type="np")
+    assert torch.equal(torch.from_numpy(array), plain.permute(0, 2, 3, 1))
+    images = out(pipeline, output_type="pil")
+    assert [i.size for i in images] == [(8, 8)] * 3
+    assert images[0].mode == "L"
+    (first,) = pipeline(latents=start(), num_inference_steps=5, output_type="pt", return_dict=False)
+    assert torch.equal(first, plain)
+    assert out(pipeline, latents=start(2)).shape == (2, *SHAPE)
+    with pytest.raises(InputError, match="unknown output_type 'pill'; did you mean 'pil'"):
+        out(pipeline, output_type="pill")
+
+
+def test_half_precision_networks_are_sampled_in_float32() -> None:
+    pipeline = pipe(denoiser_of(), samplers.DDIM(5))
+    full = out(pipeline)
+    half = out(pipeline.to(torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).square().mean().sqrt() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"num_inference_steps": 0}, "from 1 to 1000"),
+        ({"num_inference_steps": 1001}, "from 1 to 1000"),
+        ({"eta": 1.5}, "eta is from 0"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents are \(B, 1, H, W\)"),
+        ({"batch_size": 2}, "batch_size 2"),
+        ({"batch_size": 0, "generator": None}, "1 or more"),
+    ],
+)
+def test_arguments_that_cannot_be_used(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        out(pipe(denoiser_of()), **options)
+
+
+def test_eta_is_for_schedulers_that_take_it() -> None:
+    denoiser = denoiser_of()
+    got = out(pipe(denoiser, samplers.DDIM(5)), latents=start(1), eta=0.7, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(got, samplers.DDIM(5, eta=0.7).sample(denoiser, start(1), drawn(2)), **CLOSE)
+    with pytest.raises(InputError, match="UniPCMultistepScheduler takes no eta"):
+        out(pipe(denoiser, samplers.UniPC(5)), eta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        (lambda: diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "type 'flow_prediction'"),
+        (lambda: diffusers.DDIMScheduler(prediction_type="score"), "type 'score'; a prediction can be given"),
+        (lambda: diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas"),
+        (lambda: diffusers.DDIMScheduler(beta_end=0.03), "another noise schedule"),
+        (lambda: diffusers.DDPMScheduler(variance_type="learned"), "variance_type 'learned_range'"),
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(), NO_TABLE),
+        (lambda: diffusers.EDMEulerScheduler(), NO_TABLE),
+        (lambda: diffusers.CogVideoXDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02,
+                                                 snr_shift_scale=1.0), "needs old_pred_original_sample"),
+        (lambda: "DDIMSheduler", "did you mean 'DDIMScheduler'"),
+        (lambda: samplers.Heun(5), "has no counterpart"),
+        (lambda: samplers.DDIM(5, spacing="quadratic"), "have the spacings"),
+        (lambda: samplers.DDIM(5, clip=(0.0, 1.0)), "symmetric range"),
+    ],
+)  # fmt: skip
+def test_schedulers_that_cannot_be_used_are_refused_by_name(scheduler: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        out(pipe(denoiser_of(), scheduler()))
+
+
+def test_networks_and_schedules_that_diffusers_has_not() -> None:
+    with pytest.raises(InputError, match=r"networks\.positional\.Positional; ONNX takes any network"):
+        pipe(Denoiser(Positional(unet(3)), Dual(), Linear()))
+    with pytest.raises(InputError, match="alpha² \\+ sigma² = 1"):
+        pipe(denoiser_of(schedule=RectifiedFlow()))
+    headless = DualOutputPipeline(unet(2), diffusers.DDIMScheduler(), parameterization="dual:ratio=step")
+    with pytest.raises(InputError, match="a head, which is missing"):
+        out(headless)
+
+
+def test_a_directory_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = pipe(denoiser_of())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(pipeline.scheduler), "save_pretrained", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        pipeline.save_pretrained(tmp_path / "it")
+    assert not any((tmp_path / "it").iterdir())
+    with pytest.raises(InputError, match="push_to_hub"):
+        pipeline.save_pretrained(tmp_path / "it", push_to_hub=True)
+
+
+def test_loading_takes_no_pickles(tmp_path: Path) -> None:
+    pipe(denoiser_of()).save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.bin").is_file()
+    with pytest.raises(OSError, match="safetensors"):
+        loaded(tmp_path)
