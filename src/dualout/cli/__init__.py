@@ -1,0 +1,4 @@
+"""The command line: one file a command, found by name.
+
+A command is a module with a function ``run(arguments)``; the first line of its docstring is its help.
+"""

@@ -1,0 +1,151 @@
+"""What lies in the directories of runs: configurations, metrics, scores, analyses, pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dualout.analysis.report import Run
+from dualout.analysis.tables import Row, grouped
+from dualout.checkpoint import CONFIG
+from dualout.cli import _study
+from dualout.errors import InputError
+from dualout.parameterizations import Parameterization
+from dualout.training.checkpoint import METRICS, read_metrics
+from dualout.training.config import FREE
+
+RESULTS, TABLE, GRIDS, ANALYSIS = "results.json", "table.json", "samples", "analysis"
+_LARGEST = 8 * 2**20
+_FREE = FREE | {"seed", "step", "dualout"}
+
+
+def runs_in(paths: Sequence[str]) -> list[Path]:
+    """The directories of runs: those given, and those right below one that is none itself.
+
+    Raises:
+        InputError: when one holds nothing to report.
+    """
+    found: list[Path] = []
+    for text in paths:
+        path = Path(text).expanduser()
+        if not path.is_dir():
+            raise InputError(f"no directory at {text!r}; a report is made of the directories of runs")
+        own = [path] if _is_run(path) else sorted(p for p in path.iterdir() if p.is_dir() and _is_run(p))
+        if not own and not (path / RESULTS).exists():
+            raise InputError(
+                f"{text!r} holds nothing to report: no {CONFIG}, {RESULTS} or {ANALYSIS}/, nor do directories in it"
+            )
+        found += [p for p in own if p not in found]
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in (CONFIG, METRICS, _study.DOCUMENT)) or (path / ANALYSIS).is_dir()
+
+
+def collect(paths: Sequence[str]) -> tuple[list[Run], list[Row]]:
+    """The runs below some directories, and all rows of scores in them.
+
+    Raises:
+        InputError: when there is nothing, or something is damaged.
+    """
+    directories = runs_in(paths)
+    configs = {path: _json(path / CONFIG, dict) for path in directories}
+    names = _names(configs)
+    runs = [
+        Run(
+            names[path],
+            configs[path],
+            read_metrics(path),
+            _grids(path / GRIDS),
+            _study.read(path / ANALYSIS) or _study.read(path),
+        )
+        for path in directories
+    ]
+    return runs, _scores([*map(Path, paths), *directories], names)
+
+
+def _names(configs: Mapping[Path, Row]) -> dict[Path, str]:
+    """Each run's parameterization; with its directory's name where several runs have the same one."""
+    specs = {path: _spec(config) or path.name for path, config in configs.items()}
+    names = {}
+    for path, spec in specs.items():
+        others = [p for p, s in specs.items() if s == spec]
+        names[path] = spec if len(others) == 1 else f"{spec} [{path.name}]"
+    return names
+
+
+def _spec(config: Row) -> str | None:
+    written = config.get("parameterization")
+    if not isinstance(written, dict):
+        return None
+    try:
+        return Parameterization.from_config(written).spec
+    except InputError:
+        return str(written.get("name"))
+
+
+def _scores(paths: Iterable[Path], names: Mapping[Path, str]) -> list[Row]:
+    files: dict[Path, None] = {}
+    for path in paths:
+        for pattern in (RESULTS, f"*/{RESULTS}", f"*/*/{RESULTS}"):
+            for file in sorted(path.expanduser().glob(pattern)):
+                # of a comparison, whose table also says which method a row is of
+                table = file.with_name(TABLE)
+                files[(table if table.exists() else file).resolve()] = None
+    rows: dict[str, Row] = {}
+    for file in files:
+        for row in _json(file, list):
+            if not isinstance(row, dict):
+                raise InputError(f"{file} holds something else than rows of scores")
+            rows.setdefault(json.dumps(row, sort_keys=True), row)
+    return _with_methods(list(rows.values()), names)
+
+
+def _with_methods(rows: list[Row], names: Mapping[Path, str]) -> list[Row]:
+    """Rows of runs that differ in more than their seed are told apart by the run's name."""
+    names_of = {path.name: name for path, name in names.items()}
+    settings = {path.name: _settings(_json(path / CONFIG, dict)) for path in names}
+    runs_of = grouped(rows, lambda r: r.get("parameterization"))
+    found = []
+    for row in rows:
+        own, spec = _run_name(row), row.get("parameterization")
+        if "method" in row:
+            found.append(row)
+            continue
+        others = {_run_name(r) for r in runs_of[spec]}
+        if all(settings.get(other) == settings.get(own) for other in others) and (own in settings or len(others) == 1):
+            found.append(row)
+        else:
+            found.append(row | {"parameterization": names_of.get(own, f"{spec} [{own}]")})
+    return found
+
+
+def _run_name(row: Row) -> str:
+    return Path(str(row.get("run", ""))).name
+
+
+def _settings(config: Row | None) -> Row:
+    training = (config or {}).get("training")
+    return {k: v for k, v in training.items() if k not in _FREE} if isinstance(training, dict) else {}
+
+
+def _grids(directory: Path) -> dict[str, bytes]:
+    """The last grid of samples made in training."""
+    pictures = sorted(directory.glob("*.png"))[-1:] if directory.is_dir() else []
+    return {p.name: p.read_bytes() for p in pictures if p.stat().st_size <= _LARGEST}
+
+
+def _json(file: Path, kind: type) -> Any:
+    """A JSON file's object or list; an empty one where there is no file."""
+    if not file.exists():
+        return kind()
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    if not isinstance(value, kind):
+        raise InputError(f"{file} is damaged: it holds no JSON {'object' if kind is dict else 'list'}")
+    return value

@@ -1,0 +1,210 @@
+"""Look inside a trained model: errors of its two routes, its ratio, and what happens on the way from noise to image.
+
+On images that training has not seen: the error over t of the two routes and of their blend, where they cross, the
+learned ratio against the best one, and its calibration. On images that are made: drift of the mean, spread against an
+exact denoiser, clipped pixels, and a film of the belief and the ratio step by step. Single-output models are measured
+in what they have.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualout.cli import console
+from dualout.cli.options import out_directory, parse
+from dualout.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from dualout.data.dataset import Dataset
+    from dualout.evaluation.model import Model
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The options of ``dualout analyze``."""
+
+    run: str = field(metadata={"positional": True})
+    """A run's directory, a checkpoint's, or the name of a Hugging Face Hub repository"""
+    data: str | None = None
+    """Real images: digits, photos, folder:PATH, arrays:FILE …; by default what the model was trained on"""
+    split: str = "test"
+    """test (held out from training), train or all"""
+    images: int = 1000
+    """How many of them, at most"""
+    repeats: int = 1
+    """How many noises each of them is given"""
+    points: int = 20
+    """Intervals of the grid of t"""
+    sampler: str = "ddim"
+    """Of the film and the statistics on the way, with options as in ddim:eta=0.5"""
+    steps: int = 10
+    """Of the sampler"""
+    spacing: str = "trailing"
+    """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
+    samples: int = 256
+    """How many images are made for the statistics on the way"""
+    film: int = 4
+    """How many images are filmed; the report shows the first"""
+    seed: int = 0
+    """Of the noise, and of the first image that is made"""
+    batch_size: int = 256
+    """How many images at a time"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto"""
+    out: str | None = None
+    """A directory: new, empty, or of an analysis before; by default RUN/analysis"""
+
+    def __post_init__(self) -> None:
+        least = {"images": 1, "repeats": 1, "points": 1, "samples": 2, "film": 1, "batch_size": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"--{name} is {low} or more; got {getattr(self, name)}")
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "analyze", arguments, __doc__ or "")
+
+    from dualout.cli import _study
+    from dualout.evaluation.model import Model
+    from dualout.evaluation.sampling import build_sampler
+    from dualout.networks.device import device
+
+    began = time.perf_counter()
+    model = Model.load(options.run, device(options.device))
+    sampler = build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
+    out = out_directory(
+        options.out or _beside(options.run), holds="an analysis's tables and figures", marker=_study.PROTOCOL
+    )
+    dataset = real_images(options, model)
+    study = measure(options, model, dataset, sampler)
+    written = _study.write(study, out, name_of(model))
+    _tell(study)
+    console.wrote(out, f"{len(written)} files: tables (CSV, JSON), arrays, {_study.FIGURES}/")
+    console.say(f"took {time.perf_counter() - began:.0f} s")
+    return None
+
+
+def _beside(run: str) -> Path:
+    directory = Path(run).expanduser()
+    if not directory.is_dir():
+        raise InputError(f"{run!r} is no directory here: say where the analysis goes, with --out")
+    return directory / "analysis"
+
+
+def name_of(model: Model) -> str:
+    """What a model is called in figures: its parameterization, as short as it can be written."""
+    return model.denoiser.parameterization.spec
+
+
+def real_images(options: Options, model: Model) -> Dataset:
+    """The images that errors are measured on, of the model's shape.
+
+    Raises:
+        InputError: when it is not known which, or they are of another shape.
+    """
+    from dualout import checkpoint, data
+
+    channels, height, width = model.shape
+    spec = options.data
+    if spec is None:
+        config = checkpoint.read_config(checkpoint.locate(options.run))
+        training = config.get("training")
+        spec = training.get("data") if isinstance(training, dict) else None
+        if not isinstance(spec, str):
+            raise InputError(f"{options.run} does not say what it was trained on: give --data, such as digits")
+    grey = {1: True, 3: False}.get(channels)
+    dataset = data.load(spec, size=(height, width), grey=grey, split=options.split)
+    if dataset.shape != model.shape:
+        raise InputError(
+            f"the model makes images of shape {model.shape}, the data {dataset.name!r} are {dataset.shape}"
+        )
+    return dataset
+
+
+def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> Any:
+    """The whole study, with a progress bar."""
+    import numpy as np
+    import torch
+
+    from dualout.analysis.routes import grid, routes
+    from dualout.analysis.study import Study
+    from dualout.analysis.trajectories import Gaussian, drift, film
+    from dualout.data.pixels import to_model
+
+    denoiser = model.denoiser
+    place = denoiser.times.device
+    # spread over the set, which may be sorted
+    chosen = np.linspace(0, len(dataset) - 1, min(options.images, len(dataset))).round().astype(int)
+    images = to_model(dataset.batch(chosen)).to(place)
+    labels = _labels(model, dataset, chosen)
+    times = grid(denoiser.schedule, options.points)
+    told = made_labels(model, options.samples)
+    seeds = range(options.seed, options.seed + options.samples)
+    torch.manual_seed(options.seed)
+    with console.progress() as bar:
+        task = bar.add_task("errors over t", total=len(times))
+        found = []
+        for at in routes(
+            denoiser, images, times,
+            seed=options.seed, repeats=options.repeats, batch_size=options.batch_size, labels=labels,
+        ):  # fmt: skip
+            found.append(at)
+            bar.advance(task)
+        task = bar.add_task("on the way", total=2)
+        data = Gaussian.of(images)
+        way = drift(denoiser, sampler, data, seeds, model.shape, batch_size=options.batch_size, labels=told)
+        bar.advance(task)
+        frames = list(film(denoiser, sampler, seeds[: options.film], model.shape, made_labels(model, options.film)))
+        bar.advance(task)
+    protocol = {
+        "model": {"run": model.run, **model.protocol()},
+        "data": dataset.name,
+        "split": options.split,
+        "fingerprint": dataset.fingerprint,
+        "images": len(images),
+        "repeats": options.repeats,
+        "noise": "of image i: a function of (seed, repeat, i)",
+        "sampler": sampler.spec,
+        "samples": options.samples,
+        "seeds": f"{options.seed} … {options.seed + options.samples - 1}",
+        "seed": options.seed,
+    }
+    maps = {at.row["t"]: at.ratio_map for at in found if at.ratio_map is not None}
+    reliability = [row for at in found for row in at.reliability]
+    return Study(protocol, [at.row for at in found], reliability, way, maps, frames)
+
+
+def _labels(model: Model, dataset: Dataset, chosen: np.ndarray) -> Tensor | None:
+    """What the model is told of the real images: their class, or that they have none."""
+    import torch
+
+    if model.classes is None:
+        return None
+    if dataset.labels is None or len(dataset.classes) != model.classes:
+        return torch.full((len(chosen),), model.classes)
+    return dataset.labels[torch.as_tensor(chosen)]
+
+
+def made_labels(model: Model, count: int) -> list[int] | None:
+    """What the model is told of images to be made: all classes in turn."""
+    return None if model.classes is None else [i % model.classes for i in range(count)]
+
+
+def _tell(study: Any) -> None:
+    from dualout.analysis import reading
+
+    columns = ["t", "x0_error", "v_error"]
+    if study.dual:
+        columns += ["subtractive_x0_error", "direct_x0_error", "ratio_mean", "ratio_best", "slope"]
+    rows = study.routes[:: max(1, len(study.routes) // 12)]
+    short = {"subtractive_x0_error": "subtractive", "direct_x0_error": "direct", "ratio_mean": "r", "ratio_best": "r*"}
+    console.table([{short.get(k, k): row.get(k) for k in columns} for row in rows], [short.get(k, k) for k in columns])
+    for sentence in [*reading.ratio(study), *reading.paths({"the model": study})]:
+        console.out.print(sentence.replace("**", "").replace("`", ""), markup=False)

@@ -1,0 +1,121 @@
+"""Fit a few numbers a step to what a K-step trajectory wants; minutes, with the weights left as they are.
+
+The numbers (a scale on x0 and on eps, and for dual output a gain and shift of the ratio's logit) are found by gradients
+through all K steps, against the training images; noise and images that the fit never sees decide when to stop. They are
+written beside the weights, and ``--calibrated`` of sample and evaluate applies them. Judge them as anything else: with
+dualout evaluate, by seeds, images and features that were not used here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualout.cli import console
+from dualout.cli.options import listed, parse
+from dualout.errors import InputError
+
+if TYPE_CHECKING:
+    from dualout.calibrated import Calibration
+    from dualout.evaluation.model import Model
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The options of ``dualout calibrate``."""
+
+    run: str = field(metadata={"positional": True})
+    """A run's directory, or a checkpoint's"""
+    sampler: str = "ddim"
+    """ddim, ddpm, dpmsolver, unipc, ipndm, heun; with options as in dpmsolver:order=3"""
+    steps: int = 5
+    """K"""
+    spacing: str = "trailing"
+    """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
+    data: str = "digits"
+    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's"""
+    split: str = "train"
+    """Which part of them; the other part is for judging"""
+    images: int = 20000
+    """How many of them at most"""
+    numbers: str | None = None
+    """Which to fit, of x0_scale, eps_scale, ratio_gain, ratio_shift; by default all that the model has"""
+    iterations: int = 300
+    """Updates of the numbers"""
+    batch_size: int = 192
+    """Images made, and real ones, an update"""
+    lr: float = 0.03
+    """Adam's learning rate, which falls to 0 along a cosine"""
+    distance: str = "sliced"
+    """sliced (Wasserstein) or energy, in pixels and in the features of a fixed random conv net"""
+    seed: int = 0
+    """Of the noise, the order of the images and the random features"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto"""
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "calibrate", arguments, __doc__ or "")
+
+    from dualout.evaluation.model import Model
+    from dualout.networks.device import device
+
+    if not Path(options.run).expanduser().is_dir():
+        raise InputError(f"calibrate writes beside the weights: {options.run} is no directory here")
+    model = Model.load(options.run, device(options.device))
+    found = _fitted(options, model)
+    protocol = found.protocol
+    before, after = protocol["held_out_before"], protocol["held_out_after"]
+    rows = [
+        {"step": k, "t": t, **{name: values[k] for name, values in found.values.items()}}
+        for k, t in enumerate(found.times)
+    ]
+    console.table(rows, ["step", "t", *found.values], f"{options.run}: distance on held-out {before:.4g} → {after:.4g}")
+    path = found.save(Path(options.run).expanduser())
+    if after >= before:
+        console.say("nothing better than the uncalibrated sampler was found; the numbers change nothing")
+    console.wrote(path, f"use it with --sampler {options.sampler} --steps {options.steps} --calibrated")
+    return None
+
+
+def _fitted(options: Options, model: Model) -> Calibration:
+    import torch
+
+    from dualout import data
+    from dualout.data.pixels import to_model
+    from dualout.evaluation.features import cache_directory
+    from dualout.evaluation.sampling import build_sampler
+    from dualout.training.calibrate import Fit, fit
+
+    how = Fit(
+        iterations=options.iterations,
+        batch=options.batch_size,
+        lr=options.lr,
+        distance=options.distance,
+        seed=options.seed,
+    )
+    sampler = build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
+    dataset = data.load(options.data, size=model.shape[1:], split=options.split, cache=cache_directory() / "data")
+    if dataset.shape != model.shape:
+        raise InputError(
+            f"the model makes images of {model.shape} (C, H, W), {options.data} has {dataset.shape}; a data source is "
+            "made grey by :grey=true, colour by :grey=false"
+        )
+    count = min(options.images, len(dataset))
+    # spread evenly: folders lie sorted by class
+    images = to_model(dataset.batch(torch.linspace(0, len(dataset) - 1, count).long())).to(model.device)
+    numbers = None if options.numbers is None else listed(options.numbers)
+    last = None
+    with console.progress("distance") as bar:
+        task = bar.add_task(f"calibrating {sampler.spec}", total=how.iterations, distance="")
+        for last in fit(model.denoiser, sampler, images, how, numbers):
+            bar.update(task, completed=last.iteration, distance=f"held-out {last.held_out:.4g} (best {last.best:.4g})")
+    if last is None:
+        raise InputError(f"--iterations {options.iterations} leaves nothing to fit")
+    last.calibration.protocol["data"] = {
+        "name": options.data, "split": options.split, "images": count, "fingerprint": dataset.fingerprint,
+    }  # fmt: skip
+    last.calibration.protocol["weights"] = model.details["sha256"]
+    return last.calibration

@@ -1,0 +1,93 @@
+"""Train methods at equal budget and compare them: seeds, samplers, spacings, steps, calibrated or not.
+
+A grid is a YAML file (--config). What was done before is kept: models by the content of their configuration, scores by
+their protocol, so that an added row costs only itself, and an interrupted comparison goes on. Writes table.csv and
+table.json (a row for each score, with its protocol), summary.csv, summary.md and figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualout.analysis.compare import Grid
+from dualout.cli import console
+from dualout.cli.options import out_directory, parse
+
+if TYPE_CHECKING:
+    from dualout.analysis.tables import Row
+
+
+@dataclass(kw_only=True)
+class Options(Grid):
+    """The options of ``dualout compare``."""
+
+    out: str = "runs/compare"
+    """A directory: new, empty, or of this command"""
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "compare", arguments, __doc__ or "")
+    out = out_directory(options.out, holds="a comparison", marker="results.json")
+    rows = _done(options, out)
+    _write(rows, options, out)
+    return None
+
+
+def _done(options: Options, out: Path) -> list[Row]:
+    from dualout.analysis.compare import Doing
+    from dualout.analysis.compare import run as do
+
+    rows: list[Row] = []
+    with console.progress() as bar:
+        task = bar.add_task("comparing", total=None)
+        last = ""
+        for item in do(options, out):
+            if not isinstance(item, Doing):
+                rows = item
+                continue
+            if item.what != last and bar.disable:
+                console.say(item.what)
+            last = item.what
+            bar.update(task, description=item.what, completed=item.done, total=item.total)
+    return rows
+
+
+def _write(rows: list[Row], options: Options, out: Path) -> None:
+    from dualout.analysis.canvas import png
+    from dualout.analysis.compare import chosen, markdown, summary
+    from dualout.analysis.figures import scores
+    from dualout.analysis.tables import csv_text, grouped, json_text
+    from dualout.checkpoint import atomically, explained, write_text
+
+    best = chosen(rows, options)
+    reported = [row for row in rows if row["seed"] in options.report_seeds]
+    table = [{k: v for k, v in row.items() if k != "protocol"} for row in rows]
+    text = markdown(best, reported, options)
+    for name, content in {
+        "table.json": json_text(rows),
+        "table.csv": csv_text(table),
+        "summary.csv": csv_text(summary(best, options.baseline or "")),
+        "summary.md": text,
+    }.items():
+        write_text(out / name, content)
+    with explained(out / "figures"):
+        (out / "figures").mkdir(exist_ok=True)
+    drawn = {"best": best} | grouped(reported, lambda r: r["spacing"])
+    for spacing, own in drawn.items():
+        for (features, sampler), of in grouped(own, lambda r: (r["features"], r["sampler"])).items():
+            lines = [
+                {**row, "steps": row["nfe"], "method": row["method"] + (", calibrated" if row["calibrated"] else "")}
+                for row in of
+            ]
+            title = f"{sampler}, {'best spacing' if spacing == 'best' else spacing}, {features}"
+            name = f"{features}-{sampler}-{spacing}".replace(":", "-").replace("/", "-")
+            with atomically(out / "figures" / f"{name}.png") as aside:
+                aside.write_bytes(png(scores(lines, title=title)))
+    shown = summary(best, options.baseline or "")
+    columns = ["features", "sampler", "steps", "calibrated", "method", "spacing", "nfe", "fd", "ratio", "ratio_sd"]
+    console.table(shown, columns, f"At each method's best spacing; ratios to {options.baseline}")
+    for name in ("table.csv", "table.json", "summary.md", "figures"):
+        console.wrote(out / name)

@@ -1,0 +1,72 @@
+"""What commands print: results to standard output, progress to standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+"""Results. rich drops colour where the output is no terminal, or NO_COLOR is set."""
+log = Console(stderr=True, highlight=False, soft_wrap=True)
+"""What is going on."""
+
+
+def say(text: str) -> None:
+    """Log a line."""
+    log.print(text, markup=False)
+
+
+def wrote(path: Any, what: str = "") -> None:
+    """Tell where something was written."""
+    out.print(f"wrote {path}{f'  ({what})' if what else ''}", markup=False)
+
+
+@contextmanager
+def progress(*columns: str) -> Iterator[Progress]:
+    """A progress display with the given task fields at its end; silent where standard error is no terminal."""
+    extra = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *extra,
+        TimeElapsedColumn(), TimeRemainingColumn(), console=log, disable=not log.is_terminal,
+    )  # fmt: skip
+    with bar:
+        yield bar
+
+
+def track(items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+    """Pass items on while a progress bar counts them."""
+    with progress() as bar:
+        task = bar.add_task(description, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: str | None = None) -> None:
+    """Print rows as a table."""
+    grid = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
+    for row in rows:
+        grid.add_row(*(_cell(row.get(column)) for column in columns))
+    if not out.is_terminal:
+        # where no one looks at a screen, no digit is cut off to fit it
+        out.width = 1000
+    out.print(grid)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

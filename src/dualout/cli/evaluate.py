@@ -1,0 +1,238 @@
+"""Score what trained models make against real images: FD, KID, precision, recall.
+
+Every combination of run, route, sampler, spacing, number of steps and seed is one row of results.json and results.csv,
+written when it is finished, with the protocol that tells which numbers can be compared. The same command again goes on
+where it was interrupted. Set s of N images is made from the seeds s·N … s·N + N − 1: no two sets have one in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualout.cli import console
+from dualout.cli.options import listed, out_directory, parse
+from dualout.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dualout.evaluation.features import Features
+    from dualout.evaluation.model import Model
+    from dualout.evaluation.reference import Reference
+    from dualout.evaluation.scoring import Row, Scoring
+    from dualout.parameterizations.base import Parameterization, Route
+
+    Shape = tuple[int, int, int]
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The options of ``dualout evaluate``."""
+
+    runs: str = field(metadata={"positional": True})
+    """Directories of runs or checkpoints, or names of Hugging Face Hub repositories; several with commas between"""
+    data: str = "digits"
+    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's"""
+    split: str = "test"
+    """Which part of them: test (which training does not see), train, all"""
+    images: int = 2000
+    """How many to make for each row; scores of fewer than 10,000 are for comparison among themselves"""
+    samplers: str = "ddim"
+    """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in ddim:eta=0.5 or ddim:clip=null"""
+    steps: str = "10"
+    """Numbers of steps"""
+    spacings: str = "trailing"
+    """trailing, leading, linspace, quadratic, logsnr"""
+    routes: str = "mix"
+    """Which output of a dual model to believe: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
+    seeds: str = "0"
+    """Which sets of images"""
+    features: str = "digits"
+    """What images are compared by: digits, pixels, random, lite0, inception, classifier:path=FILE; several give a row
+    each"""
+    guidance: float | None = None
+    """For models of classes: scale of classifier-free guidance"""
+    out: str | None = None
+    """A directory: new, empty, or of this command; by default `evaluation` in the run's directory"""
+    card: bool = False
+    """Write the scores on the model card of each checkpoint"""
+    batch_size: int = 256
+    """How many images at a time"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto"""
+    precision: str = "fp32"
+    """Of the model's network: fp32, bf16, fp16, auto"""
+    calibrated: bool = False
+    """Apply what dualout calibrate found for each sampler, spacing and number of steps"""
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "evaluate", arguments, __doc__ or "")
+    if options.batch_size < 1:
+        raise InputError(f"--batch_size is a whole number, 1 or more; got {options.batch_size}")
+
+    from dualout.evaluation.card import put_on_card
+    from dualout.evaluation.scoring import Results
+
+    if options.card and (remote := [name for name in listed(options.runs) if not Path(name).expanduser().is_dir()]):
+        raise InputError(f"--card writes into a checkpoint's directory; {remote[0]} is none here")
+    # everything is looked at before anything is made
+    scorings = _scorings(options)
+    out = out_directory(_out(options), holds="scores", marker="results.json")
+    results = Results(out)
+    todo = [scoring for scoring in scorings if not all(results.find(row) for row in scoring.pending())]
+    if len(todo) < len(scorings):
+        console.say(f"{len(scorings) - len(todo)} of {len(scorings)} combinations are there already, and are kept")
+    with console.progress("row") as bar:
+        task = bar.add_task("images", total=len(todo) * options.images, row="")
+        for done, scoring in enumerate(todo):
+            bar.update(task, row=scoring.title)
+            for count in scoring.run(options.batch_size):
+                bar.update(task, completed=done * options.images + count)
+            results.add(scoring.rows())
+    rows = [row for scoring in scorings for key in scoring.pending() if (row := results.find(key))]
+    _print(rows, options)
+    if options.card:
+        for name in listed(options.runs):
+            console.wrote(put_on_card(name, [row for row in rows if row["run"] == name]))
+    console.wrote(results.path, f"{len(results.rows)} rows")
+    console.wrote(out / "results.csv")
+    return None
+
+
+def _print(rows: Sequence[Row], options: Options) -> None:
+    """The table; what is equal in all rows is said above it."""
+    from dualout.evaluation.scoring import COLUMNS, KEY
+
+    told = [column for column in KEY if column in COLUMNS and len({str(row[column]) for row in rows}) == 1]
+    hidden = {*told, "images"} | ({"nfe"} if all(row["nfe"] == row["steps"] for row in rows) else set())
+    equal = ", ".join(f"{column} {rows[0][column]}" for column in told if rows[0][column] is not False)
+    title = f"{options.images} images against {options.data} ({rows[0]['protocol']['reference']['split']}); {equal}"
+    console.table(rows, [column for column in COLUMNS if column not in hidden], title)
+    for text in sorted({row["protocol"]["warning"] for row in rows if "warning" in row["protocol"]}):
+        console.say(f"note: {text}")
+
+
+def _out(options: Options) -> Path:
+    if options.out is not None:
+        return Path(options.out)
+    runs = listed(options.runs)
+    return (
+        Path(runs[0]).expanduser() / "evaluation" if len(runs) == 1 and Path(runs[0]).is_dir() else Path("evaluation")
+    )
+
+
+def _scorings(options: Options) -> list[Scoring]:
+    """Every combination, checked; the references, which take longer, come last."""
+    from dualout.evaluation.features import Features
+    from dualout.evaluation.model import Model
+    from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
+    from dualout.evaluation.scoring import Scoring, check_count, first_seed
+    from dualout.networks.device import device
+
+    check_count(options.images)
+    features = [Features.parse(spec) for spec in _some(options.features, "features")]
+    routes = [parse_route(text) for text in _some(options.routes, "routes")]
+    samplers = list(product(_some(options.samplers, "samplers"), _some(options.spacings, "spacings")))
+    steps, seeds = _numbers(options.steps, "steps"), _numbers(options.seeds, "seeds")
+    place = device(options.device)
+    models = [Model.load(name, place) for name in _some(options.runs, "runs")]
+    readable = _routes(models, routes)
+    samplings = [
+        (
+            seed,
+            Sampling(
+                model,
+                sampler,
+                route,
+                first_seed(seed, options.images),
+                guidance=options.guidance,
+                precision=options.precision,
+                calibrated=options.calibrated,
+            ),
+        )
+        for model in models
+        for route in readable[model.run]
+        for (spec, spacing), k in product(samplers, steps)
+        for sampler in [build_sampler(spec, k, spacing, model.denoiser.schedule)]
+        for seed in seeds
+    ]
+    references = _references(options, [model.shape for model in models], features, place)
+    return [Scoring(sampling, options.images, references[sampling.model.shape], seed) for seed, sampling in samplings]
+
+
+def _routes(models: Sequence[Model], routes: Sequence[Route]) -> dict[str, list[Route]]:
+    """Those that each model has, but for those that read it as an earlier one does; one that none has is an error."""
+    found: dict[str, dict[Parameterization, Route]] = {model.run: {} for model in models}
+    for route in routes:
+        refused: dict[str, InputError] = {}
+        for model in models:
+            try:
+                reading = model.denoiser.parameterization.route(route)
+            except InputError as error:
+                refused[model.run] = error
+                continue
+            same = found[model.run].setdefault(reading, route)
+            if same != route:
+                console.say(f"{model.run}: the route {route} is the same as {same}, and is not repeated")
+        if len(refused) == len(models):
+            raise next(iter(refused.values()))
+        for name in refused:
+            console.say(f"{name} has no route {route}: those rows are left out")
+    return {name: list(readings.values()) for name, readings in found.items()}
+
+
+def _references(
+    options: Options, shapes: Sequence[Shape], features: Sequence[Features], place: torch.device
+) -> dict[Shape, list[Reference]]:
+    """For each shape of images, what the features make of the real ones."""
+    from dualout import data
+    from dualout.evaluation.features import cache_directory
+    from dualout.evaluation.reference import Reference
+
+    for (channels, *size), look in product(shapes, features):
+        look.check(channels, (size[0], size[1]))
+    found: dict[Shape, list[Reference]] = {}
+    with console.progress() as bar:
+        task = bar.add_task("reference", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        for shape in dict.fromkeys(shapes):
+            source = data.open_source(options.data, size=shape[1:], split=options.split)
+            dataset = data.load(source, cache=cache_directory() / "data", progress=show)
+            if dataset.shape != shape:
+                raise InputError(
+                    f"the model makes images of {_shape(shape)}, {options.data} has {_shape(dataset.shape)}; a data "
+                    "source is made grey by :grey=true, colour by :grey=false"
+                )
+            names = {"name": options.data, "split": source.split}
+            found[shape] = [
+                Reference.of(dataset, look, **names, device=place, batch_size=options.batch_size, progress=show)
+                for look in features
+            ]
+    return found
+
+
+def _shape(shape: Shape) -> str:
+    return f"{shape[0]} channel{'s' if shape[0] > 1 else ''} and {shape[1]}×{shape[2]} pixels"
+
+
+def _some(text: str, name: str) -> list[str]:
+    if not (found := list(dict.fromkeys(listed(text)))):
+        raise InputError(f"--{name} names none")
+    return found
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    numbers = _some(text, name)
+    try:
+        return [int(number) for number in numbers]
+    except ValueError:
+        raise InputError(f"--{name} are whole numbers separated by commas, got {text!r}") from None

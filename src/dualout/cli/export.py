@@ -1,0 +1,146 @@
+"""Write a model for other programs: a pipeline of diffusers, or ONNX.
+
+A pipeline is loaded with dualout.export.DualOutputPipeline.from_pretrained; its network is an ordinary model of
+diffusers. An ONNX file takes noisy images and their time steps and gives clean images, noise and ratio; it is put in
+place when ONNX Runtime agrees with torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualout.cli import console
+from dualout.cli.options import out_directory, parse
+from dualout.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from dualout.calibrated import Calibration
+    from dualout.denoiser import Denoiser
+    from dualout.evaluation.model import Model
+    from dualout.samplers import Sampler
+
+FORMATS = ("diffusers", "onnx")
+RESULTS = "results.json"
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The options of ``dualout export``."""
+
+    run: str = field(metadata={"positional": True})
+    """A run's directory, a checkpoint's, or the name of a Hugging Face Hub repository"""
+    format: str = "diffusers"
+    """diffusers or onnx"""
+    out: str | None = None
+    """A directory: new, empty, or of the same command before; by default RUN-FORMAT"""
+    route: str = "mix"
+    """Which output of a dual model to believe: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
+    sampler: str = "ddim"
+    """Whose scheduler the pipeline gets: ddim, ddpm, dpmsolver, unipc; or whose calibration is taken"""
+    steps: int = 20
+    """Of the calibration's sampler"""
+    spacing: str = "trailing"
+    """Which time steps: trailing, leading, linspace"""
+    clip: bool = True
+    """Clip believed clean images to the range of images at every step"""
+    calibrated: bool = False
+    """Take what dualout calibrate found for this sampler, spacing and number of steps along"""
+    opset: int = 20
+    """The version of ONNX's operators"""
+    tolerance: float = 1e-4
+    """How far ONNX Runtime may be from torch"""
+    push_to_hub: str | None = None
+    """Upload it, too: to this repository of the Hugging Face Hub, NAME/REPOSITORY"""
+    private: bool | None = None
+    """Whether a new repository is seen by its owner only"""
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "export", arguments, __doc__ or "")
+    if options.format not in FORMATS:
+        raise unknown("format", options.format, FORMATS)
+    name = Path(options.run).expanduser().resolve().name
+    out = out_directory(options.out or f"{name}-{options.format}", holds="exports", marker=RESULTS)
+    _check_format(out, options.format)
+
+    from dualout import checkpoint, hub
+    from dualout.evaluation.model import Model
+    from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
+
+    if options.push_to_hub is not None:
+        hub.check(options.push_to_hub)
+    if options.format == "onnx":
+        from dualout.export.onnx import NEEDS, require
+
+        require(*NEEDS)
+    model = Model.load(options.run)
+    sampler = build_sampler(options.sampler, options.steps, options.spacing, clip=options.clip)
+    route = parse_route(options.route)
+    sampling = Sampling(model, sampler, route, calibrated=True) if options.calibrated else None
+    denoiser = model.denoiser.route(route)
+    denoiser.card = model.denoiser.card | {"path": options.push_to_hub or out.name}
+    write = _pipeline if options.format == "diffusers" else _onnx
+    results = write(options, model, denoiser, sampler, sampling and sampling.calibration, out)
+    record = {"format": options.format, "model": model.protocol(), "route": options.route, **results}
+    checkpoint.write_text(out / RESULTS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    console.wrote(out / RESULTS, "what was written, and how it was checked")
+    if options.push_to_hub is not None:
+        url = hub.upload(
+            out, options.push_to_hub, private=options.private, commit_message=f"Upload a model ({options.format})"
+        )
+        console.wrote(url)
+    return None
+
+
+def _check_format(out: Path, kind: str) -> None:
+    """Two exports in one directory would be neither."""
+    try:
+        before = json.loads((out / RESULTS).read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError):
+        return
+    if before != kind:
+        raise InputError(f"--out {out} holds an export to {before}; one to {kind} goes to another directory")
+
+
+def _pipeline(
+    options: Options, model: Model, denoiser: Denoiser, sampler: Sampler, calibration: Calibration | None, out: Path
+) -> dict[str, Any]:
+    import torch
+    from diffusers.utils import logging
+
+    from dualout.export import DualOutputPipeline
+    from dualout.randomness import noise
+
+    logging.disable_progress_bar()
+    pipeline = DualOutputPipeline.from_denoiser(denoiser, sampler, calibration=calibration)
+    pipeline.save_pretrained(out)
+    console.wrote(out, f"a pipeline of diffusers with {type(pipeline.scheduler).__name__}")
+    # what lies there is read again, and looks at an image as the model does
+    again, t = DualOutputPipeline.from_pretrained(out).denoiser.eval(), denoiser.schedule.steps // 2
+    told = {} if model.classes is None else {"class_labels": torch.tensor([0])}
+    with torch.no_grad():
+        a, b = (d.float()(noise([0], model.shape), t, **told) for d in (denoiser, again))
+    difference = float((a.x0 - b.x0).abs().max())
+    if not difference <= options.tolerance:
+        raise InputError(f"{out} was written, and read again it believes in other images, by {difference:.2g}")
+    return {"scheduler": type(pipeline.scheduler).__name__, "calibrated": calibration is not None,
+            "difference": {"x0": difference}, "tolerance": options.tolerance}  # fmt: skip
+
+
+def _onnx(
+    options: Options, model: Model, denoiser: Denoiser, sampler: Sampler, calibration: Calibration | None, out: Path
+) -> dict[str, Any]:
+    from dualout.export import write_onnx
+    from dualout.export.onnx import MODEL
+
+    console.say("translating, which takes a minute or so …")
+    checked = write_onnx(
+        denoiser, out, model.shape, calibration=calibration, opset=options.opset, tolerance=options.tolerance
+    )
+    worst = ", ".join(f"{name} {value:.1g}" for name, value in checked["difference"].items())
+    console.wrote(out / MODEL, f"ONNX Runtime agrees with torch: {worst}; tolerance {options.tolerance:g}")
+    return {"opset": options.opset, "calibrated": calibration is not None, **checked}

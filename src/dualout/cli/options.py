@@ -1,0 +1,125 @@
+"""A command's options are a dataclass: its fields are the flags, the keys of --config's YAML, and the help."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import jsonargparse
+import yaml
+
+from dualout.errors import InputError, unknown
+
+Options = TypeVar("Options")
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse(options: type[Options], command: str, arguments: list[str], description: str | None = None) -> Options:
+    """Read a command's arguments.
+
+    Args:
+        options: a dataclass. Fields are flags (``--batch_size 64``) unless their metadata says ``positional=True``;
+            each has a docstring beneath it, which is its help.
+        command: its name.
+        arguments: what was typed after it.
+        description: what --help says above the options.
+
+    ``--config FILE.yaml`` reads fields from a file, flags override it, and ``--print_config`` prints what results.
+
+    Raises:
+        InputError: for anything that cannot be read.
+    """
+    parser = _Parser(prog=f"dualout {command}", description=description, exit_on_error=False)
+    positional = [f for f in dataclasses.fields(options) if f.metadata.get("positional")]  # type: ignore[arg-type]
+    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    helps = _attribute_help(options)
+    for f in positional:
+        optional: dict[str, Any] = {} if f.default is dataclasses.MISSING else {"nargs": "?", "default": f.default}
+        kind = _types(options)[f.name]
+        if get_origin(kind) is list:
+            # one or more
+            (kind,) = get_args(kind)
+            optional["nargs"] = "+" if f.default is dataclasses.MISSING else "*"
+        parser.add_argument(f.name, type=kind, help=helps.get(f.name), **optional)
+    parser.add_class_arguments(options, None, skip={f.name for f in positional})
+    _check_flags(parser, command, arguments)
+    arguments = _spell_switches(options, arguments)
+    try:
+        namespace = parser.parse_args(arguments)
+        instantiated: Any = parser.instantiate(namespace)
+        values = instantiated.as_dict()
+    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
+        raise InputError(f"{_first(str(error))}\nSee dualout {command} --help") from error
+    values.pop("config", None)
+    values.pop("print_config", None)
+    return options(**values)
+
+
+_TRUTHS = ("true", "false", "True", "False", "yes", "no", "null")
+
+
+def _spell_switches(options: type, arguments: Sequence[str]) -> list[str]:
+    """``--flag`` alone means true where the field is a bool; jsonargparse wants the word."""
+    switches = {f"--{name}" for name, kind in _types(options).items() if kind is bool or bool in get_args(kind)}
+    following = [*arguments[1:], ""]
+    return [
+        f"{argument}=true" if argument in switches and after not in _TRUTHS else argument
+        for argument, after in zip(arguments, following, strict=False)
+    ]
+
+
+def _types(options: type) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(options)
+
+
+def _attribute_help(options: type) -> dict[str, str]:
+    import docstring_parser
+
+    parsed = docstring_parser.parse_from_object(options)
+    return {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise InputError(_first(message)) from ex
+
+
+def _check_flags(parser: jsonargparse.ArgumentParser, command: str, arguments: Sequence[str]) -> None:
+    """Refuse an unknown flag with the nearest known one, which argparse does not tell."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for argument in arguments:
+        if argument == "--":
+            return
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag not in known and not flag.startswith("--print_config"):
+            raise unknown(f"option of dualout {command}:", flag, known)
+
+
+def _first(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return " ".join(lines[:6])
+
+
+def out_directory(path: str | Path, *, holds: str, marker: str) -> Path:
+    """A directory for results: new, empty, or one that this command made before (which has `marker` in it).
+
+    Raises:
+        InputError: when it holds something else.
+    """
+    directory = Path(path).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--out {directory} is a file, not a directory")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / marker).exists():
+        some = ", ".join(sorted(p.name for p in directory.iterdir())[:5])
+        raise InputError(f"--out {directory} holds something else ({some}); {holds} go to a new or empty directory")
+    return directory
+
+
+def listed(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [item.strip() for item in text.split(",") if item.strip()]

@@ -1,0 +1,135 @@
+"""Make images with a trained model.
+
+Image i is made from seed + i, whatever the batch. An interrupted command goes on where it stopped when it is given
+again; with torchrun, every process makes its share.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dualout.cli import console
+from dualout.cli.options import listed, parse
+from dualout.errors import InputError, unknown
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The options of ``dualout sample``."""
+
+    run: str = field(metadata={"positional": True})
+    """A run's directory, a checkpoint's, or the name of a Hugging Face Hub repository"""
+    images: int = 64
+    """How many"""
+    sampler: str = "ddim"
+    """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in ddim:eta=0.5"""
+    steps: int = 20
+    """From 1 to the length of the model's schedule"""
+    spacing: str = "trailing"
+    """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
+    seed: int = 0
+    """Of the first image; image i is made from seed + i"""
+    route: str = "mix"
+    """Which output of a dual model to believe: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
+    clip: bool = True
+    """Clip believed clean images to the range of images at every step"""
+    class_label: str | None = None
+    """For models of classes: one, by number or name, or several, comma-separated, that images take in turn; by default
+    all in turn"""
+    guidance: float | None = None
+    """For models of classes: scale of classifier-free guidance; 1 is none"""
+    out: str = "out"
+    """A directory: new, empty, or of the same command interrupted before"""
+    format: str = "png"
+    """png, a file an image; or npz, one images.npz with `images` uint8 N×H×W or N×H×W×C"""
+    batch_size: int = 64
+    """How many images at a time"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto"""
+    precision: str = "fp32"
+    """Of the network: fp32, bf16, fp16, auto"""
+    calibrated: bool = False
+    """Apply what dualout calibrate found for this sampler, spacing and number of steps"""
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "sample", arguments, __doc__ or "")
+
+    from dualout.evaluation.generate import PROTOCOL, generate
+    from dualout.evaluation.model import Model
+    from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
+    from dualout.networks.device import device
+
+    part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    model = Model.load(options.run, device(_own_device(options.device)))
+    sampling = Sampling(
+        model,
+        build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule, options.clip),
+        parse_route(options.route),
+        options.seed,
+        labels=None if options.class_label is None else _labels(options.class_label, model.class_names),
+        guidance=options.guidance,
+        precision=options.precision,
+        calibrated=options.calibrated,
+    )
+    out = Path(options.out).expanduser()
+    making = generate(sampling, options.images, out, store=options.format, batch_size=options.batch_size, part=part)
+    already = next(making)
+    if already:
+        console.say(f"{already} images are there already, and are kept")
+    with console.progress() as bar:
+        task = bar.add_task("images", total=-(-options.images // part[1]), completed=already)
+        for done in making:
+            bar.update(task, completed=done)
+    if part[0] == 0:
+        what = "images.npz" if options.format == "npz" else "000000.png …"
+        console.wrote(out, f"{options.images} images, {what}")
+        if part[1] == 1 and _grid(out):
+            console.wrote(out / "grid.png")
+        console.wrote(out / PROTOCOL, "how they were made")
+    return None
+
+
+def _own_device(name: str) -> str:
+    """Of several processes on a machine with several GPUs, each takes its own."""
+    local = os.environ.get("LOCAL_RANK")
+    if name == "auto" and local is not None:
+        import torch
+
+        if torch.cuda.device_count() > int(local):
+            return f"cuda:{local}"
+    return name
+
+
+def _labels(text: str, names: Sequence[str]) -> list[int]:
+    """Classes by number or by name."""
+    known = {name: number for number, name in enumerate(names)}
+    labels = []
+    for label in listed(text):
+        if not label.isdecimal() and label not in known:
+            if not names:
+                raise InputError(f"--class_label is a class's number, or several separated by commas; got {label!r}")
+            raise unknown("class", label, names)
+        labels.append(known[label] if label in known else int(label))
+    return labels
+
+
+def _grid(out: Path, most: int = 64) -> bool:
+    """Draw the first images side by side."""
+    from dualout import checkpoint
+    from dualout.analysis.canvas import png_of, tiles
+    from dualout.evaluation.generate import stored
+
+    images = stored(out, most).permute(0, 2, 3, 1).numpy()
+    if images.shape[-1] not in (1, 3):
+        return False
+    columns = next(c for c in range(1, most + 1) if c * c >= len(images))
+    # images of a few pixels are made large enough to be seen
+    scale = max(1, 64 // images.shape[1])
+    with checkpoint.atomically(out / "grid.png") as aside:
+        aside.write_bytes(png_of(tiles(images, columns), scale))
+    return True

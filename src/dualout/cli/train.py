@@ -1,0 +1,196 @@
+"""Train a diffusion model, or go on with one.
+
+An interrupted run goes on where it was when it is given the same --out; Ctrl-C and SIGTERM write a checkpoint first.
+With torchrun or accelerate launch, several processes share each batch.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dualout.cli import console
+from dualout.cli.options import parse
+from dualout.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dualout.evaluation.sampling import Sampling
+    from dualout.training import Run, Step
+    from dualout.training.setup import Job
+
+_LOG_SECONDS = 10.0
+"""Where there is no progress bar, a line is logged about as often."""
+
+
+@dataclass(kw_only=True)
+class Options(TrainConfig):
+    """The options of ``dualout train``."""
+
+    dry_run: bool = False
+    """Print the configuration, the number of parameters and what memory and time to expect, and stop"""
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "train", arguments, __doc__)
+
+    from dualout.training.interrupt import interruptible
+    from dualout.training.run import Run
+
+    if options.dry_run:
+        return _dry_run(options)
+    with _loading() as told, Run(options, progress=told) as training:
+        _announce(training)
+        if training.finished:
+            if training.main:
+                console.say(f"{training.path} has its {options.steps} steps; a higher --steps goes on")
+            return 0
+        with interruptible(training.stop) as asked:
+            _train(training)
+        if training.main:
+            step = training.learner.step
+            if not training.finished:
+                console.say(f"stopped after step {step}: the same command goes on from there")
+            console.wrote(training.path, f"{'finished' if training.finished else 'interrupted'}, step {step}")
+        return 0 if training.finished else asked.code
+
+
+def _train(training: Run) -> None:
+    every, steps = training.config.sample_every, training.config.steps
+    sampling = _sampling(training) if every and training.main else None
+    with console.progress("loss", "speed") as bar:
+        task = bar.add_task("training", total=steps, completed=training.started, loss="", speed="")
+        logged, first = time.monotonic(), training.started
+        begun = logged
+        for step in training:
+            bar.update(task, completed=step.index)
+            if step.metrics and training.main:
+                bar.update(task, loss=_losses(step), speed=f"{step.metrics['images_per_s']:.0f} images/s")
+                if bar.disable and (time.monotonic() - logged >= _LOG_SECONDS or step.index == steps):
+                    logged = time.monotonic()
+                    left = (logged - begun) / (step.index - first) * (steps - step.index)
+                    speed = f"{step.metrics['images_per_s']:.0f} images/s"
+                    console.say(f"step {step.index}/{steps}  {_losses(step)}  {speed}  {_duration(left)} left")
+            if sampling is not None and (step.index % every == 0 or step.index == steps):
+                _draw_samples(
+                    sampling, training.path / "samples" / f"step-{step.index:06d}.png", training.config.samples
+                )
+
+
+def _losses(step: Step) -> str:
+    metrics = step.metrics or {}
+    parts = [f"{k.removeprefix('loss/')} {v:.4g}" for k, v in metrics.items() if k.startswith("loss/")]
+    return f"loss {metrics['loss']:.4f} ({', '.join(parts)})"
+
+
+def _announce(training: Run) -> None:
+    if not training.main:
+        return
+    job = training.job
+    parameters = sum(p.numel() for p in job.denoiser.parameters())
+    console.say(repr(job.dataset))
+    for note in job.dataset.notes:
+        console.say(note)
+    console.say(
+        f"{job.denoiser.parameterization.spec}, {type(job.denoiser.network).__name__} of {parameters:,} parameters, on "
+        f"{job.device}{f' and {n - 1} more' if (n := _processes(job)) > 1 else ''}, "
+        f"{job.precision.name} ({job.precision.why})"
+    )
+    if training.started:
+        console.say(f"{training.path}: going on from step {training.started}")
+
+
+def _processes(job: Job) -> int:
+    return job.accelerator.num_processes if job.accelerator else 1
+
+
+def _sampling(training: Run) -> Sampling | None:
+    """How the grids are sampled: from the averaged weights, with the same seeds each time."""
+    from dualout.evaluation.model import Model
+    from dualout.evaluation.sampling import Sampling
+    from dualout.samplers import Sampler
+
+    job = training.job
+    if job.dataset.latents or job.dataset.channels not in (1, 3):
+        return None
+    classes = len(job.dataset.classes) if training.config.conditional else None
+    model = Model(str(training.path), training.denoiser, job.dataset.shape, classes, {})
+    return Sampling(model, Sampler.parse(training.config.sampler), precision=job.precision.name)
+
+
+def _draw_samples(sampling: Sampling, path: Path, count: int) -> None:
+    import torch
+
+    from dualout.analysis.canvas import png_of, tiles
+    from dualout.checkpoint import atomically, explained
+
+    images = torch.cat(list(sampling.batches(count, 64))).permute(0, 2, 3, 1).numpy()
+    columns = next(c for c in range(1, count + 1) if c * c >= count)
+    with explained(path):
+        path.parent.mkdir(exist_ok=True)
+    with atomically(path) as aside:
+        # images of a few pixels are made large enough to be seen
+        aside.write_bytes(png_of(tiles(images, columns), max(1, 64 // images.shape[1])))
+
+
+@contextmanager
+def _loading() -> Iterator[Callable[[str, int, int], None]]:
+    """Tell how far loading the images is, once that takes a while."""
+    with console.progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield told
+
+
+def _dry_run(options: Options) -> None:
+    from dualout.training.checkpoint import read_run, states
+    from dualout.training.estimate import estimate
+    from dualout.training.run import refuse_changes
+    from dualout.training.setup import assemble
+
+    path = Path(options.out or options.default_out()).expanduser()
+    if known := read_run(path):
+        refuse_changes(path, known, options)
+    with _loading() as told:
+        job = assemble(options, progress=told)
+    cost = estimate(job)
+    if int(os.environ.get("RANK", "0")):
+        return
+    done = states(path)[-1][0] if known and states(path) else 0
+    seconds = cost.step * max(options.steps - done, 0)
+    denoiser = job.denoiser
+    resolved = options.asdict() | {
+        "parameterization": denoiser.parameterization.spec, "schedule": denoiser.schedule.spec, "out": str(path),
+        "network": options.network or ("tiny" if options.init is None else None),
+    }  # fmt: skip
+    console.out.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), markup=False)
+    trained = "" if cost.trained == cost.parameters else f", of which {cost.trained:,} are trained"
+    rows = {
+        "images": repr(job.dataset),
+        "network": f"{type(denoiser.network).__name__}, {cost.parameters:,} parameters{trained}",
+        "computed": f"on {job.device}, in {job.precision.name} ({job.precision.why}), {_processes(job)} process(es)",
+        "memory": f"about {cost.memory / 2**20:,.0f} MiB beside the images and the libraries",
+        "time": f"about {_duration(seconds)}: {cost.step:.3g} s a step, {options.batch_size / cost.step:,.0f} images/s",
+        "run": f"goes on from step {done}" if done else "is new",
+    }
+    for name, value in rows.items():
+        console.out.print(f"# {name:<10} {value}", markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

@@ -1,0 +1,74 @@
+"""Give a trained model a second output: it samples as before, and better where held-out images say so.
+
+The source may be a checkpoint of dualout or of diffusers, or a file of weights; it is only read. The directory that is
+written is a checkpoint for sample, evaluate, calibrate, export and train --init. An interrupted upgrade goes on when
+the same command is given again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dualout.cli import console
+from dualout.cli.options import parse
+from dualout.training.upgrade_run import RECORD, Check, Upgrade, UpgradeConfig
+
+
+@dataclass(kw_only=True)
+class Options(UpgradeConfig):
+    """The options of ``dualout upgrade``."""
+
+
+def run(arguments: list[str]) -> int | None:
+    """Run the command."""
+    options = parse(Options, "upgrade", arguments, __doc__ or "")
+
+    from dualout.training.interrupt import interruptible
+
+    with _shown() as told, Upgrade(options, told) as work:
+        if work.finished:
+            console.say(f"{work.path} has all of it; a higher --steps goes on")
+            return 0
+        console.say(repr(work.dataset))
+        last = None
+        with interruptible(work.stop) as asked:
+            for last in work:
+                console.say(_line(last))
+    best = next((c for c in reversed(work.checks) if c.kept), None)
+    title = f"{options.source}: mean squared error of x0 on {len(work.held)} held-out images"
+    console.table(work.table, ["t", "before", "eps", "x0", "ratio", "after"], title)
+    if best is not None and best.stage == "original":
+        console.say("nothing was found to be better than the original, which is what was written, with its gate closed")
+    interrupted = last is not None and options.scope != "closed" and last.step < options.steps
+    if interrupted:
+        console.say("stopped: the same command goes on from there")
+    console.wrote(work.path, f"{'interrupted' if interrupted else 'finished'}; the numbers are in {RECORD}")
+    return asked.code if interrupted else 0
+
+
+def _line(check: Check) -> str:
+    where = f" step {check.step}" if check.step else ""
+    worse = f", worse in {len(check.worse)}" if check.worse else ""
+    kept = "kept" if check.kept else "not kept"
+    return (
+        f"{check.stage}{where}: x0 error {100 * math.expm1(check.score):+.1f}% (geometric mean over t), "
+        f"gate open in {check.open} of {len(check.rows)} parts of t{worse}; {kept}, {check.seconds:.1f} s"
+    )
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[str, int, int], None]]:
+    """Tell how far loading, solving and training are."""
+    with console.progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield told

@@ -1,0 +1,115 @@
+import csv
+import json
+import shutil
+
+import pytest
+
+import dualout
+from dualout.cli import _study
+from dualout.cli.main import main
+from dualout.networks.build import build
+
+
+def saved(path, parameterization, classes=None, trained_on=None):
+    parameterization = dualout.Parameterization.parse(parameterization)
+    network = build("tiny:width=8", 1, 8, parameterization.channels(1), classes=classes)
+    denoiser = dualout.Denoiser(network, parameterization, dualout.schedules.Linear())
+    extra = {} if trained_on is None else {"training": {"data": trained_on, "steps": 1}}
+    denoiser.save_pretrained(path, image={"channels": 1, "size": [8, 8]}, **extra)
+    return path
+
+
+FEW = ["--images", "24", "--points", "4", "--steps", "3", "--samples", "6", "--film", "2"]
+
+
+@pytest.fixture(scope="module")
+def analyzed(tmp_path_factory):
+    """A dual run with its analysis."""
+    run = saved(tmp_path_factory.mktemp("analyzed") / "run", "dual")
+    assert main(["analyze", str(run), "--data", "digits", *FEW]) == 0
+    return run
+
+
+def test_dual_output_gives_every_table_and_figure(analyzed):
+    out = analyzed / "analysis"
+    document = json.loads((out / "analysis.json").read_text())
+    assert document["protocol"]["data"].startswith("digits")
+    assert document["protocol"]["split"] == "test"
+    assert document["protocol"]["images"] == 24
+    with (out / "routes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["t"]) for r in rows] == [r["t"] for r in document["routes"]]
+    assert float(rows[2]["slope"]) == document["routes"][2]["slope"]
+    assert len(document["trajectory"]) == 3
+    figures = {p.stem for p in (out / "figures").iterdir()}
+    inside = {"ratio", "routes", "excess", "slope", "reliability", "maps", "film"}
+    assert figures == inside | {"errors", "spread", "clipped", "drift"}
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (out / "figures").iterdir())
+    study = _study.read(out)
+    assert study is not None
+    assert [f.t for f in study.frames] == dualout.samplers.DDIM(3).timesteps(dualout.schedules.Linear())
+    assert study.frames[0].ratio.shape == (2, 1, 8, 8)
+
+
+def test_it_is_the_same_again_and_says_where_it_is(analyzed, tmp_path, capsys):
+    assert main(["analyze", str(analyzed), "--data", "digits", *FEW, "--out", str(tmp_path / "other")]) == 0
+    for name in ("routes.csv", "trajectory.csv", "reliability.csv", "arrays.npz", "figures/ratio.png"):
+        assert (analyzed / "analysis" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "other") in printed
+    assert "r is" in printed
+    # an analysis may take the place of an earlier one, also of one that was interrupted
+    (tmp_path / "other" / "analysis.json").unlink()
+    assert main(["analyze", str(analyzed), "--data", "digits", *FEW, "--out", str(tmp_path / "other")]) == 0
+
+
+def test_single_outputs_and_stochastic_samplers(tmp_path):
+    run = saved(tmp_path / "run", "velocity", trained_on="digits")
+    assert main(["analyze", str(run), *FEW, "--sampler", "ddpm:variance=small", "--spacing", "linspace"]) == 0
+    study = _study.read(run / "analysis")
+    assert study is not None
+    assert not study.dual
+    assert "ratio_mean" not in study.routes[0]
+    assert study.frames[0].ratio is None
+    assert not (run / "analysis" / "reliability.csv").exists()
+    assert not (run / "analysis" / "figures" / "ratio.png").exists()
+    assert (run / "analysis" / "figures" / "film.png").exists()
+
+
+def test_models_of_classes_are_told_them(tmp_path):
+    run = saved(tmp_path / "run", "dual", classes=10)
+    assert main(["analyze", str(run), "--data", "digits", *FEW]) == 0
+    assert _study.read(run / "analysis").dual
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "digits", "--images", "0"], "--images is 1 or more"),
+        (["--data", "digits", "--steps", "2000"], "from 1 to 1000"),
+        (["--data", "digits", "--split", "nonsense"], "unknown split"),
+        (["--data", "digitz"], "digits"),
+        ([], "does not say what it was trained on"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(tmp_path, capsys, arguments, message):
+    run = saved(tmp_path / "run", "dual")
+    assert main(["analyze", str(run), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (run / "analysis").exists()
+
+
+def test_nothing_else_is_overwritten(tmp_path, capsys):
+    run = saved(tmp_path / "run", "dual")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    assert main(["analyze", str(run), "--data", "digits", "--out", str(tmp_path / "mine")]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_analysis_is_told(analyzed, tmp_path):
+    shutil.copytree(analyzed / "analysis", tmp_path / "analysis")
+    (tmp_path / "analysis" / "arrays.npz").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(dualout.InputError, match="damaged"):
+        _study.read(tmp_path / "analysis")

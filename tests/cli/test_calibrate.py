@@ -1,0 +1,79 @@
+"""dualout calibrate, and --calibrated of sample and evaluate."""
+
+import json
+
+import pytest
+import torch
+
+from dualout import Denoiser, Dual, InputError, schedules
+from dualout.calibrated import Calibration
+from dualout.cli.main import main
+from dualout.networks.build import build
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    denoiser = Denoiser(build("tiny:width=8", 1, (8, 8), 3), Dual(), schedules.Linear())
+    path = tmp_path_factory.mktemp("runs") / "model"
+    denoiser.save_pretrained(path, image={"channels": 1, "size": [8, 8]})
+    return path
+
+
+COMMAND = ["--sampler", "dpmsolver", "--steps", "3", "--iterations", "4", "--batch_size", "16", "--images", "128"]
+
+
+def test_calibrates_and_applies(run, tmp_path, capsys):
+    assert main(["calibrate", str(run), *COMMAND]) == 0
+    path = run / "calibration" / "dpmsolver-3-trailing-order=2.json"
+    found = json.loads(path.read_text())
+    assert set(found["values"]) == {"x0_scale", "eps_scale", "ratio_gain", "ratio_shift"}
+    assert all(len(v) == 3 for v in found["values"].values())
+    assert found["protocol"]["held_out_after"] < found["protocol"]["held_out_before"]
+
+    common = ["--images", "8", "--sampler", "dpmsolver", "--steps", "3", "--format", "npz"]
+    assert main(["sample", str(run), *common, "--out", str(tmp_path / "plain")]) == 0
+    assert main(["sample", str(run), *common, "--calibrated", "--out", str(tmp_path / "calibrated")]) == 0
+    protocol = json.loads((tmp_path / "calibrated" / "protocol.json").read_text())
+    assert "x0_scale" in json.dumps(protocol)
+    assert (tmp_path / "plain/images.npz").read_bytes() != (tmp_path / "calibrated/images.npz").read_bytes()
+
+
+def test_a_calibration_is_of_its_sampler_and_weights(run, tmp_path, capsys):
+    main(["calibrate", str(run), *COMMAND])
+    assert main(["sample", str(run), "--steps", "4", "--calibrated", "--out", str(tmp_path / "a")]) == 2
+    assert "no calibration for ddim-4-trailing" in capsys.readouterr().err
+    path = run / "calibration" / "dpmsolver-3-trailing-order=2.json"
+    content = json.loads(path.read_text())
+    content["protocol"]["weights"] = "of another training"
+    path.write_text(json.dumps(content))
+    command = [
+        "sample",
+        str(run),
+        "--sampler",
+        "dpmsolver",
+        "--steps",
+        "3",
+        "--calibrated",
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    assert main(command) == 2
+    assert "calibrate again" in capsys.readouterr().err
+
+
+def test_damaged_calibrations_are_refused(run):
+    sampler = {"name": "ddim", "steps": 2, "spacing": "trailing", "clip": [-1.0, 1.0]}
+    path = Calibration(sampler, [999, 499], {"x0_scale": [1.0, 1.0]}).save(run)
+    assert Calibration.load(run, sampler).values == {"x0_scale": [1.0, 1.0]}
+    for text in ("{", "[]", '{"sampler": {}, "times": [1], "values": {"x0_scale": [1, 2]}}'):
+        path.write_text(text)
+        with pytest.raises(InputError):
+            Calibration.load(run, sampler)
+    with pytest.raises(InputError, match="one number a step"):
+        Calibration(sampler, [999, 499], {"x0_scale": [1.0]})
+
+
+def test_single_outputs_have_no_ratio(run, capsys):
+    assert main(["calibrate", str(run), *COMMAND, "--numbers", "x0_scal"]) == 2
+    assert "did you mean 'x0_scale'" in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""dualout info, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from dualout.cli.main import main
+from dualout.version import __version__
+
+
+def test_tells_what_is_installed_and_what_is_fast(capsys):
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert __version__ in said
+    assert torch.__version__ in said
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["devices"][0]["device"] == "cpu"
+    assert found["recommended"]["precision"].split(":")[0] in ("fp32", "bf16", "fp16")
+    assert found["threads"]["torch"] == torch.get_num_threads()
+
+
+def test_tells_what_a_run_is(tmp_path, capsys):
+    out = tmp_path / "run"
+    small = ["--network", "tiny:width=8", "--batch_size", "4", "--log_every", "1", "--sample_every", "0"]
+    assert main(["train", *small, "--steps", "3", "--lr", "0.002", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["info", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"]["parameterization"] == "dual"
+    assert found["model"]["images"] == "1×8×8"
+    assert found["model"]["parameters"] == "45,115"
+    assert found["run"]["state"] == "step 3 of 3, finished"
+    assert found["configuration"]["lr"] == 0.002
+    assert [row["step"] for row in found["metrics"]] == [1, 2, 3]
+    assert main(["info", str(out)]) == 0
+    assert "step 3 of 3, finished" in capsys.readouterr().out
+    # a checkpoint without the run's state is a checkpoint
+    for file in sorted((out / "state").rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    assert main(["info", str(out), "--json"]) == 0
+    assert "run" not in json.loads(capsys.readouterr().out)
+
+
+def test_what_is_no_run_is_told(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    assert main(["info", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""The entry point: finding commands, messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dualout
+from dualout.cli import main as module
+from dualout.cli.main import commands, main
+from dualout.errors import InputError
+
+NOT_COMMANDS = {"__init__", "main", "console", "options"}
+
+
+def files() -> set[str]:
+    found = {p.stem for p in Path(module.__file__).parent.glob("*.py")}
+    return {name for name in found - NOT_COMMANDS if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "usage: dualout COMMAND" in out
+    assert files()
+    for name in files():
+        assert f"\n  {name} " in out
+
+
+def test_every_command_says_what_it_does() -> None:
+    assert set(commands()) == files()
+    for name, text in commands().items():
+        assert 10 < len(text) < 120, name
+        assert callable(importlib.import_module(f"dualout.cli.{name}").run)
+
+
+@pytest.mark.parametrize("name", sorted(files()))
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code in (0, None)
+    out = capsys.readouterr().out
+    assert f"dualout {name}" in out
+    assert "options" in out
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 0
+    assert capsys.readouterr().out == f"dualout {dualout.__version__}\n"
+
+
+def test_an_unknown_command_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("dualout trian: unknown command 'trian'; did you mean 'train'? Known: ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", sorted(files()))
+def test_an_unknown_option_is_told_the_nearest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--cnofig", "x"]) == 2
+    err = capsys.readouterr().err
+    assert "did you mean '--config'?" in err
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Puts a command called `trial` in place."""
+
+    def put(run: Callable[..., Any]) -> None:
+        fake = types.ModuleType("dualout.cli.trial")
+        fake.run = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(module.sys.modules, "dualout.cli.trial", fake)
+        monkeypatch.setattr(module, "commands", lambda: {"trial": "A trial."})
+
+    return put
+
+
+def test_arguments_and_exit_codes_are_passed_on(command: Callable[..., None]) -> None:
+    seen: list[list[str]] = []
+    command(seen.append)
+    assert main(["trial", "--a", "1"]) == 0
+    assert seen == [["--a", "1"]]
+    command(lambda arguments: 143)
+    assert main(["trial"]) == 143
+
+
+def test_errors_become_messages_and_codes(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(arguments: list[str]) -> None:
+        raise InputError("no such folder; make it")
+
+    command(wrong)
+    assert main(["trial"]) == 2
+    assert capsys.readouterr().err == "dualout trial: no such folder; make it\n"
+
+    def stopped(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    command(stopped)
+    assert main(["trial"]) == 130
+    assert capsys.readouterr().err == "\ndualout trial: stopped\n"
+
+    def broken(arguments: list[str]) -> None:
+        raise ZeroDivisionError
+
+    # a fault of ours keeps its traceback
+    command(broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["trial"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]])
+def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
+    # the pipe is closed before anything is written
+    code = f"import sys; from dualout.cli.main import main; sys.stdin.read(); sys.exit(main({arguments}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 0, err
+    assert err == ""

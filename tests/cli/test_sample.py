@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dualout
+from dualout.cli.main import main
+from dualout.data.pixels import to_uint8
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from diffusers import UNet2DModel
+
+    path = tmp_path_factory.mktemp("runs") / "dual"
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=4,
+    )  # fmt: skip
+    denoiser = dualout.Denoiser(network, dualout.Dual(), dualout.schedules.Linear(steps=100))
+    conditions = {"class_labels": {"classes": ["zero", "one", "two"], "null": 3}}
+    denoiser.save_pretrained(path, image={"channels": 1, "size": [8, 8]}, conditions=conditions)
+    return path
+
+
+def test_pngs_grid_and_protocol(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["sample", str(checkpoint), "--images", "10", "--steps", "3", "--seed", "5", "--out", str(out)]
+    command += ["--device", "cpu", "--batch_size", "4", "--class_label", "two"]
+    assert main(command) == 0
+    assert len(sorted(out.glob("[0-9]*.png"))) == 10
+    assert np.asarray(Image.open(out / "000009.png")).shape == (8, 8)
+    # 10 images in rows of 4, each pixel 8 × 8, a pixel between
+    assert Image.open(out / "grid.png").size == (8 * (4 * 9 - 1), 8 * (3 * 9 - 1))
+    protocol = json.loads((out / "protocol.json").read_text())
+    told = [protocol[k] for k in ("images", "seed", "steps", "nfe", "spacing", "route", "class_labels", "precision")]
+    assert told == [10, 5, 3, 3, "trailing", "mix", [2], "fp32"]
+    assert protocol["model"]["parameterization"]["name"] == "dual"
+    assert protocol["model"]["name"] == "dual"
+    assert len(protocol["model"]["sha256"]) == 64
+    # image 9 is what the library makes from seed 5 + 9
+    import torch
+
+    sampler = dualout.samplers.DDIM(steps=3)
+    denoiser = dualout.Denoiser.from_pretrained(checkpoint)
+    x = sampler.sample(denoiser, dualout.noise([14], SHAPE), class_labels=torch.tensor([2]))
+    made = np.asarray(Image.open(out / "000009.png")).astype(int)
+    assert np.abs(made - to_uint8(x)[0, 0].numpy()).max() <= 1
+    printed = capsys.readouterr().out
+    assert f"wrote {out}" in printed
+    assert "grid.png" in printed
+    # the same again makes nothing anew
+    before = (out / "000003.png").stat().st_mtime_ns
+    assert main(command) == 0
+    assert "10 images are there already" in capsys.readouterr().err
+    assert (out / "000003.png").stat().st_mtime_ns == before
+
+
+def test_npz(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    command = ["sample", str(checkpoint), "--images", "7", "--steps", "2", "--format", "npz", "--out", str(out)]
+    assert main([*command, "--sampler", "ddpm:variance=small", "--route", "0.5", "--clip", "false"]) == 0
+    found = np.load(out / "images.npz")
+    assert found["images"].shape == (7, 8, 8)
+    assert found["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert (out / "grid.png").exists()
+    protocol = json.loads((out / "protocol.json").read_text())
+    assert (protocol["sampler"]["clip"], protocol["route"]) == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sampler", "ddimm"], "did you mean 'ddim'?"),
+        (["--spacing", "trail"], "did you mean 'trailing'?"),
+        (["--steps", "0"], "1 or more; got 0"),
+        (["--steps", "101"], "from 1 to 100"),
+        (["--route", "x1"], "did you mean 'x0'?"),
+        (["--route", "1.5"], "1.5"),
+        (["--format", "jpeg"], "did you mean 'png'?"),
+        (["--images", "0"], "--images is a whole number"),
+        (["--images", "many"], "images"),
+        (["--class_label", "tow"], "unknown class 'tow'; did you mean 'two'?"),
+        (["--class_label", "5"], "0 to 2, and 3 for none"),
+        (["--device", "tpu9"], "--device 'tpu9' cannot be used here"),
+        (["--imges", "3"], "did you mean '--images'?"),
+        (["--precision", "fp8"], "unknown precision 'fp8'"),
+    ],
+)
+def test_bad_input_is_one_message_and_nothing_written(checkpoint, tmp_path, capsys, flags, message):
+    out = tmp_path / "out"
+    assert main(["sample", str(checkpoint), "--out", str(out), *flags]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert not out.exists()
+
+
+def test_checkpoints_that_are_not_whole(checkpoint, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    assert main(["sample", str(broken), "--out", str(tmp_path / "out")]) == 2
+    assert "missing model.safetensors" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "no checkpoint directory" in capsys.readouterr().err
+
+
+def test_a_directory_with_something_else(checkpoint, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["sample", str(checkpoint), "--images", "2", "--steps", "2", "--out", str(tmp_path)]) == 2
+    assert "holds something else (notes.txt)" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

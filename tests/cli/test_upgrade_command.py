@@ -1,0 +1,355 @@
+"""dualout upgrade, as a user runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dualout
+from dualout.cli.main import main
+from dualout.networks import build, foreign
+from dualout.parameterizations import Epsilon, LearnedVariance, Velocity
+from dualout.samplers import DDIM
+
+NETWORK = "tiny:width=8"
+FEW = [
+    "--bins",
+    "4",
+    "--held_out",
+    "32",
+    "--images",
+    "128",
+    "--batch_size",
+    "8",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+]
+
+
+def upgraded(source, *arguments, out) -> int:
+    return main(["upgrade", str(source), *FEW, "--out", str(out), *map(str, arguments)])
+
+
+def digest(path: Path) -> dict[str, str]:
+    files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file() and p.name != "lock"]
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """An eps model of a few steps, which errs enough at high noise to be helped."""
+    path = tmp_path_factory.mktemp("source") / "run"
+    small = [
+        "--network",
+        NETWORK,
+        "--batch_size",
+        "16",
+        "--precision",
+        "fp32",
+        "--sample_every",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    assert main(["train", *small, "--parameterization", "eps", "--steps", "20", "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def closed(source, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("closed") / "run"
+    assert upgraded(source, out=path) == 0
+    return path
+
+
+def first(path: Path, **options) -> torch.Tensor:
+    return DDIM(steps=5, **options).sample(dualout.Denoiser.from_pretrained(path), dualout.noise(range(4), (1, 8, 8)))
+
+
+def test_the_closed_form_leaves_a_better_checkpoint_and_the_source_alone(source, closed, tmp_path, capsys) -> None:
+    before = digest(source)
+    out = tmp_path / "again"
+    assert upgraded(source, out=out) == 0
+    said = capsys.readouterr()
+    assert digest(source) == before
+    assert "closed form" in said.err
+    assert f"wrote {out}" in said.out
+    assert "ratio" in said.out
+    record = json.loads((out / "upgrade.json").read_text())
+    assert [c["stage"] for c in record["checks"]] == ["original", "closed form"]
+    assert record["checks"][1]["kept"]
+    assert record["checks"][1]["score"] < 0
+    for row in record["table"]:
+        assert row["after"] <= row["before"]
+        assert row["open"] == (row["ratio"] > 0)
+    # the same command makes the same weights
+    assert (out / "model.safetensors").read_bytes() == (closed / "model.safetensors").read_bytes()
+    old, new = (dualout.Denoiser.from_pretrained(p) for p in (source, out))
+    assert new.parameterization.spec == "upgraded:ratio=pixel"
+    x, t = dualout.noise(range(4), (1, 8, 8)), torch.tensor([1, 300, 600, 999])
+    assert torch.equal(new(x, t).parts["eps"], old(x, t).parts["eps"])
+    assert torch.equal(first_of(new.route("eps")), first(source))
+
+
+def first_of(denoiser) -> torch.Tensor:
+    return DDIM(steps=5).sample(denoiser, dualout.noise(range(4), (1, 8, 8)))
+
+
+def test_other_commands_take_it(closed, tmp_path, capsys) -> None:
+    assert main(["sample", str(closed), "--images", "4", "--steps", "3", "--out", str(tmp_path / "images")]) == 0
+    assert len(list((tmp_path / "images").glob("0*.png"))) == 4
+    assert main(["info", str(closed)]) == 0
+    init = ["--init", str(closed), "--steps", "1", "--batch_size", "4", "--sample_every", "0", "--precision", "fp32"]
+    assert main(["train", *init, "--out", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert {"loss/eps", "loss/x0", "loss/mu"} <= metrics.keys()
+
+
+def test_an_upgrade_that_is_finished_is_not_made_again(source, closed, capsys) -> None:
+    before = digest(closed)
+    assert upgraded(source, out=closed) == 0
+    assert "has all of it" in capsys.readouterr().err
+    assert digest(closed) == before
+    assert upgraded(source, "--seed", 1, out=closed) == 2
+    assert "other settings: seed 0 → 1" in capsys.readouterr().err
+
+
+def test_only_the_new_rows_are_trained_and_a_longer_one_goes_on(source, tmp_path, capsys) -> None:
+    out = tmp_path / "rows"
+    rows = ["--scope", "rows", "--check_every", 2]
+    assert upgraded(source, *rows, "--steps", 2, out=out) == 0
+    assert upgraded(source, *rows, "--steps", 4, out=out) == 0
+    checks = json.loads((out / "upgrade.json").read_text())["checks"]
+    assert [(c["stage"], c["step"]) for c in checks] == [
+        ("original", 0), ("closed form", 0), ("fine-tuned", 2), ("fine-tuned", 4)
+    ]  # fmt: skip
+    straight = tmp_path / "straight"
+    assert upgraded(source, *rows, "--steps", 4, out=straight) == 0
+    old = dualout.Denoiser.from_pretrained(source)
+    one, other = (dualout.Denoiser.from_pretrained(p / "training") for p in (out, straight))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+        before = old.state_dict()[name]
+        if not name.startswith("network.conv_out"):
+            assert torch.equal(value, before), name
+        else:
+            assert torch.equal(value[:1], before)
+    fitted = dualout.Denoiser.from_pretrained(out)
+    assert fitted.parameterization.spec.startswith("upgraded")
+    # what is in the directory is never worse than the original
+    table = json.loads((out / "upgrade.json").read_text())["table"]
+    assert all(row["after"] <= row["before"] for row in table)
+
+
+@pytest.mark.parametrize("scope", ["last", "all"])
+def test_what_is_worse_is_not_kept(source, tmp_path, scope) -> None:
+    out = tmp_path / "run"
+    # a learning rate that ruins everything
+    assert upgraded(source, "--scope", scope, "--steps", 3, "--lr", 9, "--start", "zero", out=out) == 0
+    checks = json.loads((out / "upgrade.json").read_text())["checks"]
+    assert [c["kept"] for c in checks] == [True, False]
+    assert checks[1]["worse"] or checks[1]["score"] >= 0
+    assert torch.equal(first(out), first(source))
+    assert dualout.Denoiser.from_pretrained(out).parameterization.spec == "upgraded"
+
+
+# sources
+
+
+def scheduler(**options):
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**options)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return build(NETWORK, 1, 8, 1).eval()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_pipeline_of_diffusers(unet, tmp_path, prediction, capsys) -> None:
+    from diffusers import DDPMPipeline
+
+    path, out = tmp_path / "pipeline", tmp_path / "out"
+    DDPMPipeline(unet, scheduler(prediction_type=prediction, beta_schedule="squaredcos_cap_v2")).save_pretrained(path)
+    before = digest(path)
+    read = foreign.load(path)
+    assert read.schedule.spec == "cosine"
+    assert upgraded(path, out=out) == 0
+    assert digest(path) == before
+    new = dualout.Denoiser.from_pretrained(out)
+    closed = {"epsilon": "eps", "sample": "x0", "v_prediction": "eps"}[prediction]
+    assert torch.equal(first_of(new.route(closed)), first_of(read))
+
+
+def test_a_pipeline_with_a_learned_variance(tmp_path) -> None:
+    from diffusers import DDPMPipeline
+
+    network = build(NETWORK, 1, 8, 2)
+    DDPMPipeline(network, scheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "p")
+    assert foreign.load(tmp_path / "p").parameterization == LearnedVariance(Velocity())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prediction_type": "flow"}, "unknown prediction_type of the scheduler 'flow'"),
+        ({"beta_schedule": "zigzag"}, "unknown beta_schedule of the scheduler 'zigzag'"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+    ],
+)
+def test_a_scheduler_that_is_not_known(unet, tmp_path, capsys, changes, says) -> None:
+    from diffusers import DDPMPipeline
+
+    path = tmp_path / "pipeline"
+    DDPMPipeline(unet, scheduler()).save_pretrained(path)
+    file = path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert upgraded(path, out=tmp_path / "out") == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_its_scheduler_must_be_told_how_it_was_trained(unet, tmp_path, capsys) -> None:
+    unet.save_pretrained(tmp_path / "unet")
+    assert upgraded(tmp_path / "unet", out=tmp_path / "out") == 2
+    assert "say --parameterization eps (or x0, velocity) and --schedule" in capsys.readouterr().err
+    read = foreign.load(tmp_path / "unet", parameterization="v", schedule="cosine")
+    assert (read.parameterization.spec, read.schedule.spec) == ("velocity", "cosine")
+
+
+def test_weights_that_do_not_fit_are_listed(unet, tmp_path, capsys) -> None:
+    from safetensors.torch import load_file, save_file
+
+    unet.save_pretrained(tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_extra.weight"] = tensors.pop("conv_in.weight")
+    save_file(tensors, file)
+    told = ["--parameterization", "eps", "--schedule", "linear"]
+    assert upgraded(tmp_path / "unet", *told, out=tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "missing keys: conv_in.weight" in said
+    assert "unexpected keys: conv_extra.weight" in said
+
+
+@pytest.mark.parametrize("wrapped", [None, "state_dict", "ema"])
+def test_a_file_of_weights(unet, tmp_path, wrapped) -> None:
+    state = {f"module.{k}": v for k, v in unet.state_dict().items()}
+    file = tmp_path / "weights.pt"
+    torch.save(state if wrapped is None else {wrapped: state, "step": 7}, file)
+    before = digest(file)
+    out = tmp_path / "out"
+    assert upgraded(file, "--adapter", f"plain:network=({NETWORK}):size=8", out=out) == 0
+    assert digest(file) == before
+    read = dualout.Denoiser(unet, Epsilon(), dualout.schedules.Linear())
+    assert torch.equal(first_of(dualout.Denoiser.from_pretrained(out).route("eps")), first_of(read))
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def test_files_that_cannot_be_used(unet, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(unet.state_dict(), "good.pt")
+    torch.save({"net": unet.state_dict(), "trap": Trap()}, "trap.pt")
+    Path("torn.pt").write_bytes(Path("good.pt").read_bytes()[:3000])
+    Path("notes.txt").write_text("x")
+    torch.save([1, 2], "list.pt")
+    torch.save({"step": 3}, "empty.pt")
+    plain = ["--adapter", f"plain:network=({NETWORK}):size=8"]
+    cases = [
+        ("good.pt", [], "say which with --adapter; there are plain, starter-cnn, mnist-ddpm"),
+        ("good.pt", ["--adapter", "plane:size=8"], "did you mean 'plain'?"),
+        ("good.pt", ["--adapter", "plain:network=(tiny:width=16):size=8"], "of another shape: "),
+        ("good.pt", ["--adapter", "starter-cnn"], "has no table 'alpha_t'"),
+        ("good.pt", ["--adapter", "mnist-ddpm"], "has no table 'time_embed.weight'"),
+        ("good.pt", [*plain, "--schedule", "cosine"], "leave out --schedule cosine"),
+        ("good.pt", [*plain, "--data", "photos"], "images of 1 channels"),
+        ("trap.pt", plain, "needs code to be run"),
+        ("torn.pt", plain, "is damaged"),
+        ("notes.txt", plain, "is no file of weights"),
+        ("list.pt", plain, "holds a list, not weights by name"),
+        ("empty.pt", plain, "it holds step; say which by entry=NAME"),
+        ("nowhere/at/all", [], "there is no file or directory"),
+    ]
+    for file, arguments, says in cases:
+        assert upgraded(file, *arguments, out="out") == 2, (file, arguments)
+        assert says in capsys.readouterr().err
+        assert not Path("out").exists()
+    assert not Path("sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--scope", "rwos"], "did you mean 'rows'?"),
+        (["--start", "zero"], "leaves nothing to do"),
+        (["--adapter", "plain"], "--adapter is for files of weights"),
+        (["--schedule", "cosine"], "leave out --schedule cosine"),
+        (["--held_out", "2"], "--held_out is 16 or more"),
+        (["--bins", "2000"], "more than the 1000 noise levels"),
+        (["--layer", "conv_uot"], "no convolution and no linear layer|has no convolution or linear layer"),
+        (["--data", "digits:size=12"], "makes images of 8×8, the data are 12×12; --size 8 makes them fit"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(source, tmp_path, capsys, arguments, says) -> None:
+    import re
+
+    assert upgraded(source, *arguments, out=tmp_path / "out") == 2
+    assert re.search(re.escape(says).replace(r"\|", "|"), capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_something_else_and_a_dual_model_are_refused(source, closed, tmp_path, capsys) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert upgraded(source, out=tmp_path) == 2
+    assert "holds something else (thesis.tex)" in capsys.readouterr().err
+    assert upgraded(closed, out=tmp_path / "out") == 2
+    assert "two outputs already" in capsys.readouterr().err
+
+
+def test_few_images_are_refused(source, tmp_path, capsys) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((40, 8, 8), np.uint8))
+    assert upgraded(source, "--data", f"arrays:{tmp_path / 'x.npz'}", out=tmp_path / "out") == 2
+    assert "needs 64 images or more" in capsys.readouterr().err
+
+
+# weights of third parties
+
+
+def test_the_layouts_of_third_parties_are_found_from_their_weights(tmp_path) -> None:
+    from dualout.networks.outside import StarterCNN, TimeUNet
+
+    betas = torch.linspace(1e-4, 0.02, 11)
+    starter = StarterCNN(1, (8, 8), (4, 6), kernel=5, frequencies=3)
+    state = {f"gt.{k}": v for k, v in starter.state_dict().items()}
+    torch.save(state | {"beta_t": betas, "alpha_t": (1 - betas).cumprod(0)}, tmp_path / "a.pth")
+    read = foreign.load(tmp_path / "a.pth", "starter-cnn")
+    # their own words: z = sqrt(ᾱ)·x + sqrt(1 − ᾱ)·eps for x in [−0.5, 0.5], and time t / T, t counted from 1
+    x0, eps = torch.rand(2, 1, 8, 8) * 2 - 1, torch.randn(2, 1, 8, 8)
+    signal = (1 - betas).cumprod(0)[4]
+    z = signal.sqrt() * x0 / 2 + (1 - signal).sqrt() * eps
+    level = read.schedule.scalars(3)
+    p = read(level.alpha * x0 + level.sigma * eps, 3)
+    torch.testing.assert_close(p.parts["eps"], starter(z, torch.full((2,), 0.4)), rtol=1e-4, atol=1e-5)
+    torch.save({f"network.{k}": v for k, v in TimeUNet(50).state_dict().items()}, tmp_path / "b.pt")
+    other = foreign.load(tmp_path / "b.pt", "mnist-ddpm")
+    assert other.schedule.steps == 50
+    assert other(torch.zeros(2, 1, 28, 28), 3).x0.shape == (2, 1, 28, 28)
+    other.save_pretrained(tmp_path / "saved")
+    again = dualout.Denoiser.from_pretrained(tmp_path / "saved")
+    x = torch.randn(1, 1, 28, 28)
+    assert torch.equal(again(x, 3).x0, other(x, 3).x0)
