@@ -1,0 +1,151 @@
+"""Where a training step's time goes, and what changes it: number format, memory layout, attention, heads."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any
+
+import subjects
+import torch
+from report import Section, table
+from timing import Spread, Times, digits, interleaved
+from torch import nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from dualout.networks.precision import choose
+
+QUESTION = """## Precision: where the time of a training step goes
+
+Forward and backward of S (64 images) and M (8 images), one thread. The peak is what one large matrix product and the
+networks' own 3×3 convolutions reach. `bf16` is autocast alone; `attention in fp32` is what `dualout train` does on
+processors. The profile is of that, by kind of operation."""
+
+GFLOP = {"S": 3 * 64 * 0.618, "M": 3 * 8 * 12.1}
+"""Of forward and backward."""
+
+KINDS = {
+    "convolution": ("convolution", "conv2d"),
+    "attention": ("attention",),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "linear"),
+    "normalization": ("norm",),
+    "activation": ("silu",),
+    "casts and copies": ("copy_", "_to_copy", "cat", "clone"),
+}
+
+
+def measure(full: bool, peers: list[ModuleType]) -> Section:
+    section = Section(QUESTION)
+    section.tables.append(_peaks(5 if full else 3))
+    for name, build in {"S": subjects.small, "M": subjects.cifar10}.items():
+        cases = _cases(name, build)
+        times = interleaved(cases, (7 if name == "S" else 5) if full else 2)
+        section.times[f"{name}, seconds of forward and backward"] = times
+        section.tables.append(_table(name, times))
+        section.tables.append(_profile(name, cases["bf16, attention in fp32"]))
+    return section
+
+
+def _cases(name: str, build: Callable[..., nn.Module]) -> dict[str, Callable[[], None]]:
+    found = {
+        "fp32": _step(name, build()),
+        "bf16": _step(name, build(), bf16=True),
+        "bf16, attention in fp32": _step(name, build(), bf16=True, apart=True),
+        "fp32, channels_last": _step(name, build(), layout=torch.channels_last),
+        "bf16, attention in fp32, channels_last": _step(
+            name, build(), bf16=True, apart=True, layout=torch.channels_last
+        ),
+    }
+    if name == "S":
+        found["fp32, one head"] = _step(name, build(heads=1))
+        found["bf16, one head"] = _step(name, build(heads=1), bf16=True)
+        found["bf16, attention in fp32, one head"] = _step(name, build(heads=1), bf16=True, apart=True)
+    return found
+
+
+def _step(
+    name: str,
+    network: nn.Module,
+    *,
+    bf16: bool = False,
+    apart: bool = False,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Callable[[], None]:
+    """Forward and backward; `apart` keeps attention in float32."""
+    batch = 64 if name == "S" else 8
+    network.to(memory_format=layout)
+    x, t = subjects.images(batch).contiguous(memory_format=layout), torch.randint(0, 1000, (batch,))
+    target = torch.randn(x.shape)
+
+    def step() -> None:
+        with ExitStack() as stack:
+            if apart:
+                stack.enter_context(choose("bf16", x.device).autocast())
+            elif bf16:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            out = network(x, t)
+        F.mse_loss(out.float(), target).backward()
+        network.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _peaks(rounds: int) -> str:
+    """GFLOP/s of a large matrix product and of convolutions."""
+    cases, work = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048, dtype=dtype)
+        cases[f"matrix product, {dtype}"], work[f"matrix product, {dtype}"] = lambda a=a: a @ a, 2 * 2048**3
+        for batch, channels, side in ((64, 32, 32), (8, 256, 16)):
+            x = torch.randn(batch, channels, side, side, dtype=dtype, requires_grad=True)
+            convolution = nn.Conv2d(channels, channels, 3, padding=1).to(dtype)
+            ahead = f"convolution {batch}×{channels}×{side}×{side}"
+            flop = 2 * batch * side**2 * channels**2 * 9
+
+            def forward(x: Any = x, convolution: Any = convolution) -> None:
+                with torch.no_grad():
+                    convolution(x)
+
+            def both(x: Any = x, convolution: Any = convolution) -> None:
+                convolution(x).sum().backward()
+
+            cases[f"{ahead} forward, {dtype}"], work[f"{ahead} forward, {dtype}"] = forward, flop
+            cases[f"{ahead} forward and backward, {dtype}"], work[f"{ahead} forward and backward, {dtype}"] = (
+                both,
+                3 * flop,
+            )
+    times = interleaved(cases, rounds, calls=3)
+    rate = {name: work[name] / min(values) / 1e9 for name, values in times.items()}
+    names = [n.removesuffix(", torch.float32") for n in cases if n.endswith("torch.float32")]
+    rows = [[n, digits(rate[f"{n}, torch.float32"]), digits(rate[f"{n}, torch.bfloat16"])] for n in names]
+    return table(["GFLOP/s, best of the rounds", "fp32", "bf16"], rows)
+
+
+def _table(name: str, times: Times) -> str:
+    slow = statistics.median(times["fp32"])
+    rows = [
+        [
+            case,
+            Spread.of(v).text(1e-3),
+            f"{slow / statistics.median(v):.2f}",
+            digits(GFLOP[name] / statistics.median(v)),
+        ]
+        for case, v in times.items()
+    ]
+    return table([f"{name}: ms of forward and backward", "median [min..max]", "× fp32", "GFLOP/s"], rows)
+
+
+def _profile(name: str, step: Callable[[], None]) -> str:
+    with profile(activities=[ProfilerActivity.CPU]) as measured:
+        step()
+    shares: Counter[str] = Counter()
+    for event in measured.key_averages():
+        kind = next((k for k, words in KINDS.items() if any(w in event.key for w in words)), "other")
+        shares[kind] += event.self_cpu_time_total
+    total = sum(shares.values())
+    rows = [[kind, f"{share / total:.0%}"] for kind, share in shares.most_common()]
+    return table([f"{name}, bf16 with attention in fp32: kind of operation", "share of the time"], rows)

@@ -1,0 +1,135 @@
+"""What one training step costs, all of it: noise, forward, backward, clipping, optimizer and average."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import subjects
+import torch
+from report import Goal, Section, table
+from timing import Spread, Times, above, fastest, interleaved, ratio
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dualout
+from dualout.data.dataset import Dataset
+from dualout.training.config import TrainConfig
+from dualout.training.learner import Learner
+from dualout.training.loop import train
+
+QUESTION = """## Training: what a step costs
+
+One whole step with the same network, weights and images, one thread. S is a UNet of 1.74 million parameters and
+3×32×32 images (attention in 8 heads of width 8, diffusers' default), M is DDPM's CIFAR-10 UNet of 35.7 million. Ours is
+the loop behind `dualout train`, with an eps-network like the peers' and also with dual output; it draws each image's
+noise from its own seed, reads and prepares its batches, clips the gradient and averages the weights. The peers' steps
+are those of their examples, on a batch that lies ready; what some of them leave out is not added. `bf16` gives a peer
+our number format, by autocast around its network; `default` is as its example does it."""
+
+
+def measure(full: bool, peers: list[ModuleType]) -> Section:
+    section = Section(QUESTION)
+    _measure_step(section, "S, batch 64", subjects.small, 64, peers, rounds=9 if full else 3, full=full)
+    _measure_step(section, "M, batch 8", subjects.cifar10, 8, peers, rounds=5 if full else 2, full=full)
+    _measure_overhead(section, peers, rounds=41 if full else 11)
+    return section
+
+
+def _measure_step(
+    section: Section, name: str, build: Callable[..., nn.Module], batch: int, peers: list[ModuleType],
+    *, rounds: int, full: bool,
+) -> None:  # fmt: skip
+    network, images = build(), subjects.images(batch)
+    cases = {
+        "ours, default": ours(network, batch),
+        "ours, fp32": ours(network, batch, precision="fp32"),
+        "ours, dual output, default": ours(build(7), batch, parameterization="dual"),
+    }
+    if full:
+        cases["ours, compiled, default"] = ours(copy.deepcopy(network), batch, compile=True)
+        cases["ours, compiled, fp32"] = ours(copy.deepcopy(network), batch, compile=True, precision="fp32")
+    for peer in peers:
+        for kind, wrapped in (("default", network), ("bf16", InBf16(network))):
+            for label, step in peer.trainers(wrapped, images).items():
+                cases[f"{label}, {kind}"] = step
+    times = interleaved({k: _clean(step, network) for k, step in cases.items()}, rounds, warmup=1)
+    section.times[f"{name}, seconds a step"] = times
+    default, half = (
+        fastest(times, [n for n in times if n.endswith(kind) and not n.startswith("ours")])
+        for kind in ("default", "bf16")
+    )
+    small = name.startswith("S")
+    if default and half:
+        section.goals.append(_goal(times, name, default, "ours, default", 1.7 if small else 2.5))
+        if full and small:
+            section.goals.append(_goal(times, name, default, "ours, compiled, default", 2.2))
+        if not small:
+            section.goals.append(_goal(times, name, half, "ours, default", 1.2))
+            section.goals.append(_goal(times, name, default, "ours, fp32", 1.2))
+    slow = statistics.median(times[default]) if default else None
+    rows = [
+        [case, Spread.of(times[case]).text(1e-3), f"{slow / statistics.median(times[case]):.2f}" if slow else ""]
+        for case in sorted(times, key=lambda c: (not c.startswith("ours"), statistics.median(times[c])))
+    ]
+    section.tables.append(table([f"{name}: ms a step", "median [min..max]", "× fastest peer, default"], rows))
+
+
+def _goal(times: Times, name: str, peer: str, own: str, least: float) -> Goal:
+    return Goal(f"{name}: {peer} / {own}", ratio(times, peer, own), least, least=True)
+
+
+def _measure_overhead(section: Section, peers: list[ModuleType], rounds: int) -> None:
+    network, images, noise = subjects.small(), subjects.images(4), torch.randn(4, 3, 32, 32)
+    t = torch.randint(0, 1000, (4,))
+
+    def bare() -> None:
+        F.mse_loss(network(images, t), noise).backward()
+
+    cases = {"bare": bare, "ours": ours(network, 4, precision="fp32")}
+    for peer in peers:
+        cases |= peer.trainers(network, images)
+    times = interleaved({k: _clean(step, network) for k, step in cases.items()}, rounds, warmup=2)
+    section.times["S, batch 4, seconds a step"] = times
+    cost, whole = above(times, "bare"), Spread.of(times["bare"])
+    rows = [
+        [name, Spread.of(cost[name]).text(1e-3), f"{statistics.median(cost[name]) / whole.median:.0%}"]
+        for name in sorted(cost, key=lambda n: (n != "ours", statistics.median(cost[n])))
+    ]
+    heading = f"S, batch 4, fp32: ms above forward and backward ({whole.text(1e-3)} ms)"
+    section.tables.append(table([heading, "median [min..max]", "share"], rows))
+
+
+def ours(network: nn.Module, batch: int, *, images: Dataset | None = None, **options: Any) -> Callable[[], Any]:
+    """Steps of the loop behind `dualout train`."""
+    options = {"parameterization": "eps", "steps": 10**9, "log_every": 50, "batch_size": batch, **options}
+    config = TrainConfig(**options)
+    parameterization = dualout.Parameterization.parse(config.parameterization or "")
+    denoiser = dualout.Denoiser(network, parameterization, dualout.schedules.Linear())
+    steps = train(Learner(denoiser, config), images or subjects.dataset())
+    return lambda: next(steps)
+
+
+class InBf16(nn.Module):
+    """A network in bfloat16 as accelerate makes it: autocast inside, float32 outside."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.network(x, t).float()
+
+
+def _clean(step: Callable[[], Any], network: nn.Module) -> Callable[[], None]:
+    """A step that leaves no gradient behind for the next case, which has the same weights."""
+
+    def clean() -> None:
+        step()
+        network.zero_grad(set_to_none=True)
+
+    return clean

@@ -1,0 +1,63 @@
+"""What is measured: networks with random weights, and random images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from dualout.data.dataset import Dataset
+from dualout.networks import build
+
+
+class Prepared(nn.Module):
+    """A network that costs nothing: it returns a tensor that was made before."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.output
+
+
+class Plain(nn.Module):
+    """A UNet2DModel as (x_t, t) -> tensor; t may have no dimensions."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.unet(x, t).sample
+
+
+def small(channels: int = 3, heads: int = 8) -> nn.Module:
+    """S: 1.74 million parameters, 0.62 GFLOP an image of 3×32×32 forward.
+
+    Args:
+        channels: of the output.
+        heads: of attention. diffusers' default for its 64 channels is 8, of width 8; ours is 1.
+    """
+    unet = UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=channels, layers_per_block=1, block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=64 // heads,
+    )  # fmt: skip
+    return Plain(unet)
+
+
+def cifar10(channels: int = 3) -> nn.Module:
+    """M: DDPM's UNet for CIFAR-10, 35.7 million parameters, 12.1 GFLOP an image forward."""
+    return Plain(build("ddpm-cifar10:dropout=0.0", 3, 32, channels))
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    """(B, 3, 32, 32), uniform in [−1, 1]."""
+    return torch.rand((count, 3, 32, 32), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def dataset(count: int = 1024) -> Dataset:
+    """Images of 3×32×32, uint8, in memory."""
+    return Dataset("random", np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
