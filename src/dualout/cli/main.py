@@ -20,7 +20,7 @@ from dualout.version import __version__
 
 _ORDER = (
     "demo", "train", "sample", "evaluate", "compare", "analyze",
-    "calibrate", "upgrade", "export", "report", "app", "info",
+    "calibrate", "upgrade", "export", "report", "app", "info", "completion",
 )  # fmt: skip
 _HELPERS = ("__init__", "main", "console", "options")
 

@@ -35,10 +35,10 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
     parser = _Parser(prog=f"dualout {command}", description=description, exit_on_error=False)
     positional = [f for f in dataclasses.fields(options) if f.metadata.get("positional")]  # type: ignore[arg-type]
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
-    helps = _attribute_help(options)
+    helps = attribute_help(options)
     for f in positional:
         optional: dict[str, Any] = {} if f.default is dataclasses.MISSING else {"nargs": "?", "default": f.default}
-        kind = _types(options)[f.name]
+        kind = types(options)[f.name]
         if get_origin(kind) is list:
             # one or more
             (kind,) = get_args(kind)
@@ -63,7 +63,7 @@ _TRUTHS = ("true", "false", "True", "False", "yes", "no", "null")
 
 def _spell_switches(options: type, arguments: Sequence[str]) -> list[str]:
     """``--flag`` alone means true where the field is a bool; jsonargparse wants the word."""
-    switches = {f"--{name}" for name, kind in _types(options).items() if kind is bool or bool in get_args(kind)}
+    switches = {f"--{name}" for name, kind in types(options).items() if kind is bool or bool in get_args(kind)}
     following = [*arguments[1:], ""]
     return [
         f"{argument}=true" if argument in switches and after not in _TRUTHS else argument
@@ -71,17 +71,19 @@ def _spell_switches(options: type, arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _types(options: type) -> dict[str, Any]:
+def types(options: type) -> dict[str, Any]:
+    """The type of each field."""
     import typing
 
     return typing.get_type_hints(options)
 
 
-def _attribute_help(options: type) -> dict[str, str]:
+def attribute_help(options: type) -> dict[str, str]:
+    """The docstring beneath each field, also of those that are inherited."""
     import docstring_parser
 
-    parsed = docstring_parser.parse_from_object(options)
-    return {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
+    parsed = [docstring_parser.parse_from_object(c) for c in reversed(options.__mro__) if dataclasses.is_dataclass(c)]
+    return {p.arg_name: " ".join((p.description or "").split()) for one in parsed for p in one.params}
 
 
 class _Parser(jsonargparse.ArgumentParser):
