@@ -31,7 +31,10 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def bash(script: str, *words: str) -> list[str]:
     """What the Tab key offers after these words."""
-    code = 'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); _shtab_dualout; printf "%s\\n" "${COMPREPLY[@]}"'
+    code = (
+        'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); '
+        '_shtab_dualout; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
     done = subprocess.run(["bash", "-c", code, "x", script, *words], capture_output=True, text=True, check=False)
     return done.stdout.split()
 
