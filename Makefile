@@ -46,5 +46,15 @@ $(VENV)/installed-dev: $(VENV)/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/installed
 
+# strict: a warning is an error. The variable silences the theme's advertisement of its successor.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html opens in a browser; python3 -m http.server -d site also serves its search"
+
+$(VENV)/installed-docs: $(VENV)/python pyproject.toml constraints.txt
+	@echo "Installing dualout and what builds its documentation into $(VENV)"
+	$(INSTALL) --editable '.[docs]'
+	@touch $@ $(VENV)/installed
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site dist src/*.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,157 @@
+"""The documentation does what it says: every block of shell and Python in README.md and docs/ is run, as it is written.
+
+A page is one test: its blocks run in order, in an empty folder. ``dualout`` runs in this process, everything else in
+bash. What stands in the page is all there is, with three conventions that a reader sees:
+
+- A block whose first line is ``# needs …`` (several GPUs, the Hugging Face Hub, Slurm) is not run. Its Python is
+  compiled, and each dualout command in it is parsed and checked, up to where it would begin its work.
+- A yaml or Python block whose first line is ``# FILE``, such as ``# grid.yaml``, is that file, and is written.
+- The pages of results and the log tell what was done on another day; their shell blocks are parsed, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from dualout.cli.main import commands, main
+from dualout.cli.options import parse
+
+HOME = Path(__file__).parents[2]
+RECORDS = [*sorted((HOME / "docs" / "results").glob("*.md")), HOME / "docs" / "LOG.md"]
+PAGES = [HOME / "README.md", *(p for p in sorted((HOME / "docs").rglob("*.md")) if p not in RECORDS)]
+
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.M | re.S)
+_FILE = re.compile(r"# ([\w./-]+\.(?:yaml|py))\n")
+_COMMANDS = rf"(?:{'|'.join(commands())})\b"
+_STARTS = re.compile(rf"(?:\bdualout|-m dualout(?:\.cli\.main)?) (?={_COMMANDS})")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    text: str
+    line: int
+    """Where it begins."""
+
+    @property
+    def needs(self) -> bool:
+        """Whether it says that it needs what is not everywhere."""
+        return self.text.startswith("# needs ")
+
+    @property
+    def file(self) -> str | None:
+        """The file that it is, if it is one."""
+        match = _FILE.match(self.text)
+        return match[1] if match else None
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(m["language"], re.sub(rf"^{m['indent']}", "", m["text"], flags=re.M), text.count("\n", 0, m.start()) + 1)
+        for m in _FENCE.finditer(text)
+    ]
+
+
+def lines(block: Block) -> Iterator[str]:
+    """The commands of a shell block: those that go over several lines are joined, comments are left out."""
+    for line in re.sub(r"\\\n\s*", " ", block.text).splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield line.strip()
+
+
+def check(line: str) -> None:
+    """Parse each dualout command of a line, whoever starts it."""
+    for match in _STARTS.finditer(line):
+        words = re.split(r"(?<!\S)(?:[|>&;]|&&)", line[match.end() :])[0]
+        name, *arguments = shlex.split(words, comments=True)
+        options = importlib.import_module(f"dualout.cli.{name}").Options
+        # a variable of the shell stands for a number or a path
+        parse(options, name, [re.sub(r"\$\{?\w+\}?", "1", argument) for argument in arguments])
+
+
+def run(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] == "dualout" and not set(words) & {"|", ">", "&&", ";", "&"}:
+        try:
+            code = main(words[1:])
+        except SystemExit as stop:  # of --help and --print_config
+            code = stop.code or 0
+        assert code == 0, f"exit code {code}: {line}"
+        return
+    there = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", there + line], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}: {line}\n{done.stderr[-2000:]}"
+
+
+def perform(page: Path, block: Block, names: dict[str, Any]) -> None:
+    """Do what a block says; names are those of the Python of its page."""
+    if block.language in ("python", "yaml") and block.file and not block.needs:
+        path = Path(block.file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text, encoding="utf-8")
+    elif block.language == "python":
+        # errors point at the line of the page
+        code = compile("\n" * block.line + block.text, str(page), "exec")
+        if not block.needs:
+            exec(code, names)
+    elif block.language == "sh":
+        for line in lines(block):
+            if block.needs:
+                check(line)
+            else:
+                run(line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HOME)))
+def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        try:
+            perform(page, block, names)
+        except BaseException as error:
+            error.add_note(f"in the block of {page.relative_to(HOME)} at line {block.line}")
+            raise
+
+
+@pytest.mark.parametrize("page", RECORDS, ids=lambda page: str(page.relative_to(HOME)))
+def test_commands_of_a_record_exist(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "sh":
+            for line in lines(block):
+                check(line)
+
+
+def test_what_is_wrong_in_a_page_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = HOME / "docs" / "index.md"
+    wrong = [
+        Block("sh", "# needs 8 GPUs\ntorchrun --nproc-per-node 8 -m dualout.cli.main train --stepz 3\n", 1),
+        Block("sh", "# needs 8 GPUs\naccelerate launch -m dualout.cli.main train --parameterization dul\n", 1),
+        Block("sh", "# needs Slurm\nsrun dualout sample runs/x --images many\n", 1),
+        Block("sh", "dualout info nowhere\n", 1),
+        Block("sh", "cat nowhere\n", 1),
+        Block("python", "# needs a GPU\nx = = 1\n", 1),
+        Block("python", "assert 1 == 2\n", 1),
+    ]
+    for block in wrong:
+        with pytest.raises((AssertionError, ValueError, SyntaxError)):
+            perform(page, block, {})
+    right = "# needs 8 GPUs\nsrun torchrun --nproc-per-node 8 \\\n    -m dualout.cli.main train --steps $N | tee log\n"
+    perform(page, Block("sh", right, 1), {})
+    perform(page, Block("yaml", "# sub/a.yaml\nsteps: 1\n", 1), {})
+    assert Path("sub/a.yaml").read_text().endswith("steps: 1\n")
