@@ -182,7 +182,9 @@ def _dry_run(options: Options) -> None:
         "network": f"{type(denoiser.network).__name__}, {cost.parameters:,} parameters{trained}",
         "computed": f"on {job.device}, in {job.precision.name} ({job.precision.why}), {_processes(job)} process(es)",
         "memory": f"about {cost.memory / 2**20:,.0f} MiB beside the images and the libraries",
-        "time": f"about {_duration(seconds)}: {cost.step:.3g} s a step, {options.batch_size / cost.step:,.0f} images/s",
+        "work": f"{cost.flops:.3g} floating-point operations an image forward, three times that to train: "
+        f"{3.0 * cost.flops * options.batch_size * options.steps:.2g} in all",
+        "time": f"about {_duration(seconds)}: {cost.step:.3g} s a step, {options.batch_size / cost.step:.3g} images/s",
         "run": f"goes on from step {done}" if done else "is new",
     }
     for name, value in rows.items():
