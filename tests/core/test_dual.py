@@ -225,3 +225,35 @@ def test_a_network_that_learned_a_ratio_is_read_without_it() -> None:
     for route, ratio in {"eps": 0.0, "x0": 1.0, "velocity": "velocity", "flow": "flow", 0.5: 0.5}.items():
         without = read(Dual(ratio=ratio), raw[:, :4], x_t, t)
         torch.testing.assert_close(read(Dual().route(route), raw, x_t, t).x0, without.x0)
+
+
+def test_the_blends_own_error_is_that_of_v_prediction():
+    """With the ratio "velocity" the blend is v-prediction with v = alpha·eps_θ − sigma·x0_θ, and so is its loss."""
+    x0, noise, eps, direct = (torch.randn(4, 3, 5, 5, dtype=torch.float64) for _ in range(4))
+    t = torch.tensor([0, 300, 700, 999])
+    level = Linear().level(t).like(x0)
+    x_t = level.alpha * x0 + level.sigma * noise
+    dual = Dual(ratio="velocity", blend_weight=2.0)
+    losses = dual.losses(dual.read(torch.cat([eps, direct], 1), x_t, level), x0, noise)
+    v = Velocity()
+    expected = v.losses(v.read(level.alpha * eps - level.sigma * direct, x_t, level), x0, noise)["v"]
+    torch.testing.assert_close(losses["blend"], expected)
+    assert dual.weights(Linear())["blend"] == pytest.approx(2 / 3)
+
+
+def test_the_blends_error_teaches_both_outputs_and_the_ratio():
+    raw = torch.randn(2, 7, 4, 4, dtype=torch.float64, requires_grad=True)
+    x0, noise = (torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(2))
+    level = Linear().level(torch.tensor([200, 600])).like(x0)
+    dual = Dual(gate="balanced", blend_weight=1.0)
+    losses = dual.losses(dual.read(raw, level.alpha * x0 + level.sigma * noise, level), x0, noise)
+    losses["blend"].sum().backward()
+    assert (raw.grad.abs().amax((0, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["eps_weight", "x0_weight", "blend_weight"])
+def test_weights_are_numbers_from_0(name):
+    with pytest.raises(InputError, match=name):
+        Dual(**{name: -1.0})
+    with pytest.raises(InputError, match=name):
+        Dual(**{name: float("nan")})

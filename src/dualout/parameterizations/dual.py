@@ -20,6 +20,7 @@ gain_t²·|x0 − x0_mix|².
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -50,12 +51,19 @@ class Dual(Parameterization):
             error is divided by its own mean |x0_θ − x0_eps|², so that every t teaches alike.
         detach: whether the routes are detached in the gate's loss (the paper).
         gate_weight: weight of the gate's loss; None is 1 for "posterior" and 0.05 for "balanced".
+        eps_weight: weight of |eps − eps_θ|².
+        x0_weight: weight of |x0 − x0_θ|².
+        blend_weight: weight of the blend's own error in v, |v − v_mix|² with v_mix = alpha·eps_mix − sigma·x0_mix, which
+            teaches both outputs and the ratio what is made of them; the paper has none.
     """
 
     ratio: str | float = "pixel"
     gate: str = "posterior"
     detach: bool = True
     gate_weight: float | None = None
+    eps_weight: float = 1.0
+    x0_weight: float = 1.0
+    blend_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, str) and self.ratio not in RATIOS:
@@ -64,6 +72,9 @@ class Dual(Parameterization):
             raise InputError(f"a fixed ratio is a number from 0 (eps only) to 1 (x0 only), got {self.ratio!r}")
         if self.gate not in GATES:
             raise unknown("gate", self.gate, GATES)
+        for name in ("eps_weight", "x0_weight", "blend_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is a number, 0 or more; got {getattr(self, name)!r}")
 
     @property
     def learns_ratio(self) -> bool:
@@ -122,6 +133,11 @@ class Dual(Parameterization):
         losses = {"eps": mean_square(eps - parts["eps"]), "x0": mean_square(x0 - parts["x0"])}
         if self.ratio in LEARNED or not self.detach:
             losses["mu"] = self._gate_loss(prediction, x0)
+        if self.blend_weight:
+            # v_mix is affine in x0_mix at fixed x_t
+            alpha, sigma, _ = prediction.level
+            gain = (alpha**2 + sigma**2) / sigma
+            losses["blend"] = mean_square(gain * (x0 - prediction.x0))
         return losses
 
     def _gate_loss(self, prediction: Prediction, x0: Tensor) -> Tensor:
@@ -140,11 +156,12 @@ class Dual(Parameterization):
         return error / apart.clamp(min=torch.finfo(apart.dtype).eps)
 
     def weights(self, schedule: Schedule) -> Mapping[str, float]:
-        """A third each; the gate's times `gate_weight`."""
+        """A third each, times their weights."""
         gate = self.gate_weight
         if gate is None:
             gate = 1.0 if self.gate == "posterior" else 0.05
-        return {"eps": 1 / 3, "x0": 1 / 3, "mu": gate / 3}
+        parts = {"eps": self.eps_weight, "x0": self.x0_weight, "mu": gate, "blend": self.blend_weight}
+        return {name: weight / 3 for name, weight in parts.items()}
 
     def route(self, route: Route) -> Parameterization:
         """Read with another ratio: "eps" is 0, "x0" is 1, "velocity" and "flow" the blends of those names."""
