@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dualout import Denoiser, Dual, InputError, schedules
-from dualout.calibrated import Calibration
+from dualout.calibrated import NEUTRAL, Calibration
 from dualout.cli.main import main
 from dualout.networks.build import build
 
@@ -27,7 +27,7 @@ def test_calibrates_and_applies(run, tmp_path, capsys):
     assert main(["calibrate", str(run), *COMMAND]) == 0
     path = run / "calibration" / "dpmsolver-3-trailing-order=2.json"
     found = json.loads(path.read_text())
-    assert set(found["values"]) == {"x0_scale", "eps_scale", "ratio_gain", "ratio_shift"}
+    assert set(found["values"]) == set(NEUTRAL)
     assert all(len(v) == 3 for v in found["values"].values())
     assert found["protocol"]["held_out_after"] < found["protocol"]["held_out_before"]
 

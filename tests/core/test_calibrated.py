@@ -1,5 +1,7 @@
 """Corrected Predictions stay Predictions, and the fit finds what a trajectory lacks."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -36,6 +38,20 @@ def test_corrected_predictions_keep_the_invariant():
     same = corrected(p)
     torch.testing.assert_close(same.x0, p.x0)
     torch.testing.assert_close(same.x_t, p.x_t)
+
+
+def test_only_fine_detail_is_scaled():
+    """Squares of 2×2 pixels keep their mean, and what differs from it is scaled; odd sizes are cut short."""
+    denoiser = Denoiser(lambda x, t: torch.zeros_like(x), CleanImage(), SCHEDULE)
+    x0 = torch.tensor([[1.0, 3.0, 5.0], [5.0, 7.0, 9.0], [2.0, 4.0, 6.0]], dtype=torch.float64)
+    p = denoiser(torch.randn(1, 1, 3, 3, dtype=torch.float64), 500)
+    p = dataclasses.replace(p, x0=x0[None, None])
+    q = corrected(p, x0_scale=2.0, x0_fine=0.5)
+    by_hand = [[2.5, 3.5, 6.0], [4.5, 5.5, 8.0], [2.5, 3.5, 6.0]]
+    torch.testing.assert_close(q.x0[0, 0], 2 * torch.tensor(by_hand, dtype=torch.float64))
+    eps = p.eps
+    torch.testing.assert_close(corrected(p, eps_fine=0.0).eps[0, 0, :2, :2], eps[0, 0, :2, :2].mean().expand(2, 2))
+    torch.testing.assert_close(q.eps, eps)
 
 
 def test_a_step_by_hand():

@@ -1,8 +1,8 @@
 """Fit a few numbers a step to what a K-step trajectory wants; minutes, with the weights left as they are.
 
-The numbers (a scale on x0 and on eps, and for dual output a gain and shift of the ratio's logit) are found by gradients
-through all K steps, against the training images; noise and images that the fit never sees decide when to stop. They are
-written beside the weights, and ``--calibrated`` of sample and evaluate applies them. Judge them as anything else: with
+The numbers (a scale on x0, on eps and on the fine detail of each, and for dual output a gain and shift of the ratio's
+logit) are found by gradients through all K steps, against the training images; noise and images that the fit never sees
+decide when to stop. They are written beside the weights, and ``--calibrated`` of sample and evaluate applies them. Judge them as anything else: with
 dualout evaluate, by seeds, images and features that were not used here.
 """
 
@@ -40,7 +40,8 @@ class Options:
     images: int = 20000
     """How many of them at most"""
     numbers: str | None = None
-    """Which to fit, of x0_scale, eps_scale, ratio_gain, ratio_shift; by default all that the model has"""
+    """Which to fit, of x0_scale, eps_scale, x0_fine, eps_fine, ratio_gain, ratio_shift; by default all that the model
+    has"""
     iterations: int = 300
     """Updates of the numbers"""
     batch_size: int = 192

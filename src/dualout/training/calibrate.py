@@ -67,7 +67,8 @@ class Progress(NamedTuple):
 
 def parameters_of(denoiser: Denoiser) -> tuple[str, ...]:
     """The names of the numbers that a denoiser's steps can have: dual output has the ratio's as well."""
-    return tuple(NEUTRAL) if denoiser.parameterization.learns_ratio else ("x0_scale", "eps_scale")
+    of_ratio = denoiser.parameterization.learns_ratio
+    return tuple(name for name in NEUTRAL if of_ratio or not name.startswith("ratio"))
 
 
 def fit(
