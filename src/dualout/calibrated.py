@@ -8,7 +8,8 @@ standard deviation 0.30 into 0.11. A calibration corrects what a step sees, at i
     eps  →  eps_scale·(low(eps) + eps_fine·(eps − low(eps)))
     x_t  →  alpha·x0 + sigma·eps of these,
 
-since what few steps lose depends on the variance of the data, which images have little of in fine detail; so that a Prediction it stays, and every sampler that reads x_t, x0 and eps from Predictions is corrected alike.
+since what few steps lose depends on the variance of the data, of which images have little in fine detail. A Prediction
+it stays, so that every sampler that reads x_t, x0 and eps from Predictions is corrected alike.
 """
 
 from __future__ import annotations

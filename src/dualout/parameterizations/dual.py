@@ -53,8 +53,8 @@ class Dual(Parameterization):
         gate_weight: weight of the gate's loss; None is 1 for "posterior" and 0.05 for "balanced".
         eps_weight: weight of |eps − eps_θ|².
         x0_weight: weight of |x0 − x0_θ|².
-        blend_weight: weight of the blend's own error in v, |v − v_mix|² with v_mix = alpha·eps_mix − sigma·x0_mix, which
-            teaches both outputs and the ratio what is made of them; the paper has none.
+        blend_weight: weight of the blend's own error in v, |v − v_mix|² with v_mix = alpha·eps_mix − sigma·x0_mix. It
+            reaches both outputs and the ratio; the paper has none.
     """
 
     ratio: str | float = "pixel"
