@@ -30,6 +30,8 @@ def test_calibrates_and_applies(run, tmp_path, capsys):
     assert set(found["values"]) == set(NEUTRAL)
     assert all(len(v) == 3 for v in found["values"].values())
     assert found["protocol"]["held_out_after"] < found["protocol"]["held_out_before"]
+    assert set(found["protocol"]["nearest"]) == {"before", "after", "held_out_images"}
+    assert "nearest image of the fit" in capsys.readouterr().err
 
     common = ["--images", "8", "--sampler", "dpmsolver", "--steps", "3", "--format", "npz"]
     assert main(["sample", str(run), *common, "--out", str(tmp_path / "plain")]) == 0

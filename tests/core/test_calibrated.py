@@ -7,7 +7,7 @@ import torch
 
 from dualout import CleanImage, Denoiser, Dual, InputError, noise, samplers, schedules
 from dualout.calibrated import Calibrated, corrected
-from dualout.training.calibrate import Fit, fit
+from dualout.training.calibrate import Fit, fit, nearest
 
 SCHEDULE = schedules.Linear()
 MEAN, SPREAD = 0.1, 0.3
@@ -116,3 +116,10 @@ def test_too_few_images():
     denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
     with pytest.raises(InputError, match="64 images"):
         next(fit(denoiser, samplers.DDIM(steps=2), torch.zeros(20, 1, 4, 4), Fit()))
+
+
+def test_nearness_is_the_rms_distance_to_the_nearest_image():
+    real = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
+    made = torch.stack([torch.full((1, 4, 4), 0.25), torch.full((1, 4, 4), 0.9)])
+    assert nearest(made, real) == pytest.approx((0.25 + 0.1) / 2, rel=1e-5)
+    assert nearest(real, real) == pytest.approx(0, abs=1e-6)

@@ -1,9 +1,9 @@
 """Fit a few numbers a step to what a K-step trajectory wants; minutes, with the weights left as they are.
 
 The numbers (a scale on x0, on eps and on the fine detail of each, and for dual output a gain and shift of the ratio's
-logit) are found by gradients through all K steps, against the training images; noise and images that the fit never sees
-decide when to stop. They are written beside the weights, and ``--calibrated`` of sample and evaluate applies them. Judge them as anything else: with
-dualout evaluate, by seeds, images and features that were not used here.
+logit) are found by gradients through all K steps, against the training images; noise and images that the fit never
+sees decide when to stop. They are written beside the weights, and ``--calibrated`` of sample and evaluate applies them.
+Judge them as anything else: with dualout evaluate, by seeds, images and features that were not used here.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ def run(arguments: list[str]) -> int | None:
     ]
     console.table(rows, ["step", "t", *found.values], f"{options.run}: distance on held-out {before:.4g} → {after:.4g}")
     path = found.save(Path(options.run).expanduser())
+    near = protocol["nearest"]
+    console.say(
+        f"distance to the nearest image of the fit: {near['before']:.3g} → {near['after']:.3g} (RMS of a pixel); of "
+        f"unseen real images {near['held_out_images']:.3g}"
+    )
     if after >= before:
         console.say("nothing better than the uncalibrated sampler was found; the numbers change nothing")
     console.wrote(path, f"use it with --sampler {options.sampler} --steps {options.steps} --calibrated")
