@@ -1,14 +1,18 @@
 """dualout compare: what is chosen, what is averaged, and that nothing is done twice."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from dualout.analysis import compare
 from dualout.analysis.compare import Grid
+from dualout.cli.compare import Options
 from dualout.cli.main import main
+from dualout.cli.options import parse
 from dualout.errors import InputError
+from dualout.schedules import Linear
 
 
 def row(method, spacing, seed, fd, training_seed=0):
@@ -97,3 +101,30 @@ def test_a_grid_costs_only_what_is_new(grid_file, capsys):
 def test_a_grid_is_looked_at_before_anything_is_trained(change, message):
     with pytest.raises(InputError, match=message):
         Grid(**change)
+
+
+def test_further_parts_of_a_grid_are_added_and_what_they_repeat_is_not():
+    grid = Grid(spacings=["trailing"], steps=[5, 10], also=[{"steps": [5], "calibrated": [True, False]}])
+    settings = [(s.spec, c) for part in grid.parts() for s, c in part.settings(Linear())]
+    assert len(settings) == 8
+    assert len(set(settings)) == 6
+    assert ("ddim:steps=5", True) in settings
+    assert ("ddim:steps=10", True) not in settings
+
+
+@pytest.mark.parametrize(
+    ("part", "told"), [({"step": [5]}, "did you mean 'steps'"), ({"steps": 5}, "a list"), ({"samplers": ["no"]}, "no")]
+)
+def test_a_further_part_that_cannot_be_used_is_told(part, told):
+    with pytest.raises(InputError, match=told):
+        Grid(also=[part])
+
+
+GRIDS = sorted((Path(__file__).parents[2] / "recipes" / "compare").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", GRIDS, ids=lambda r: r.stem)
+def test_compare_takes_every_recipe(recipe):
+    written, read = yaml.safe_load(recipe.read_text()), parse(Options, "compare", ["--config", str(recipe)])
+    assert all(getattr(read, key) == value for key, value in written.items())
+    assert len(read.models()) == len(written["methods"]) * len(written["training_seeds"])

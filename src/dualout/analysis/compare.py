@@ -29,6 +29,7 @@ from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
 from dualout.evaluation.scoring import Results, Scoring, check_count, first_seed
 from dualout.networks.device import device as find_device
 from dualout.samplers import Sampler
+from dualout.schedules import Schedule
 from dualout.training.calibrate import Fit, fit
 from dualout.training.config import TrainConfig
 from dualout.training.run import Run
@@ -57,6 +58,8 @@ class Grid:
     """Numbers of steps"""
     calibrated: list[bool] = field(default_factory=lambda: [False])
     """Whether samplers are calibrated: [false], [true] or [false, true]"""
+    also: list[dict[str, Any]] = field(default_factory=list)
+    """Further parts of the grid: mappings of samplers, spacings, steps and calibrated, where these differ"""
     calibration: dict[str, Any] = field(default_factory=dict)
     """Options of the fit: iterations, batch, lr, distance"""
     features: list[str] = field(default_factory=lambda: ["digits"])
@@ -100,9 +103,25 @@ class Grid:
                 raise unknown("option of the calibration:", key, known)
         for spec in self.features:
             Features.parse(spec)
-        for spec, spacing, steps in product(self.samplers, self.spacings, self.steps):
-            build_sampler(spec, steps, spacing)
+        for part in self.parts():
+            for spec, spacing, steps in product(part.samplers, part.spacings, part.steps):
+                build_sampler(spec, steps, spacing)
         self.models()
+
+    def parts(self) -> list[Part]:
+        """The grid's parts, its own first."""
+        own = Part(self.samplers, self.spacings, self.steps, self.calibrated)
+        found = [own]
+        for more in self.also:
+            for name, value in more.items():
+                if name not in Part._fields:
+                    raise unknown("option of a further part of the grid:", name, Part._fields)
+                if not isinstance(value, list) or not value:
+                    raise InputError(
+                        f"{name} of a further part of the grid is a list with something in it; got {value!r}"
+                    )
+            found.append(own._replace(**more))
+        return found
 
     @staticmethod
     def _options(method: Any) -> dict[str, Any]:
@@ -124,6 +143,20 @@ class Grid:
                     raise unknown("training option", key, known)
             found.append(Training(name, seed, TrainConfig(device=self.device, **options), routes))
         return found
+
+
+class Part(NamedTuple):
+    """What is combined with each other in one part of a grid."""
+
+    samplers: list[str]
+    spacings: list[str]
+    steps: list[int]
+    calibrated: list[bool]
+
+    def settings(self, schedule: Schedule) -> Iterator[tuple[Sampler, bool]]:
+        """Every sampler, and whether it is calibrated."""
+        for spec, spacing, steps, calibrated in product(*self):
+            yield build_sampler(spec, steps, spacing, schedule), calibrated
 
 
 class Training(NamedTuple):
@@ -163,7 +196,8 @@ def run(grid: Grid, out: Path) -> Iterator[Doing | list[Row]]:
         model = Model.load(directory, find_device(grid.device))
         if not references:
             references = _references(grid, model)
-        for sampler, calibrated in product(_samplers(grid, model), grid.calibrated):
+        settings = [setting for part in grid.parts() for setting in part.settings(model.denoiser.schedule)]
+        for sampler, calibrated in dict.fromkeys(settings):
             if calibrated:
                 yield from _calibrated(grid, training, model, directory, sampler)
             for route in ["mix"] if calibrated else training.routes:
@@ -192,11 +226,6 @@ def _trained(training: Training, directory: Path) -> Iterator[Doing]:
             directory.mkdir(parents=True, exist_ok=True)
             for step in training_run:
                 yield Doing(f"training {training.method} seed {training.seed}", step.index, config.steps)
-
-
-def _samplers(grid: Grid, model: Model) -> Iterator[Sampler]:
-    for spec, spacing, steps in product(grid.samplers, grid.spacings, grid.steps):
-        yield build_sampler(spec, steps, spacing, model.denoiser.schedule)
 
 
 def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, sampler: Sampler) -> Iterator[Doing]:
