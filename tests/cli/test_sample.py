@@ -115,3 +115,30 @@ def test_a_directory_with_something_else(checkpoint, tmp_path, capsys):
     assert main(["sample", str(checkpoint), "--images", "2", "--steps", "2", "--out", str(tmp_path)]) == 2
     assert "holds something else (notes.txt)" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_backend_makes_the_same_images_and_is_written_down(checkpoint, tmp_path, capsys):
+    command = ["sample", str(checkpoint), "--images", "5", "--steps", "3", "--device", "cpu", "--batch_size", "4"]
+    eager, other = tmp_path / "eager", tmp_path / "onnx"
+    assert main([*command, "--out", str(eager)]) == 0
+    assert main([*command, "--out", str(other), "--backend", "onnx"]) == 0
+    for name in ("000000.png", "000004.png"):
+        one, two = (np.asarray(Image.open(out / name)).astype(int) for out in (eager, other))
+        assert np.abs(one - two).max() <= 1
+    said = [json.loads((out / "protocol.json").read_text()) for out in (eager, other)]
+    assert [p["computed_by"]["backend"] for p in said] == ["eager", "onnx"]
+    assert said[1]["computed_by"]["difference"] < said[1]["computed_by"]["tolerance"]
+    # auto has nothing to gain from 5 images
+    auto = tmp_path / "auto"
+    assert main([*command, "--out", str(auto), "--backend", "auto"]) == 0
+    chosen = json.loads((auto / "protocol.json").read_text())
+    assert (chosen["backend"], chosen["computed_by"]["backend"]) == ("auto", "eager")
+    assert (auto / "000004.png").read_bytes() == (eager / "000004.png").read_bytes()
+    capsys.readouterr()
+    # it goes on with itself, and not with another
+    assert main([*command, "--out", str(other), "--backend", "onnx"]) == 0
+    assert "5 images are there already" in capsys.readouterr().err
+    assert main([*command, "--out", str(other)]) == 2
+    assert "backend was onnx, now None" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "new"), "--backend", "openvino", "--precision", "fp16"]) == 2
+    assert not (tmp_path / "new").exists()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dualout.evaluation.features import Features
     from dualout.evaluation.model import Model
     from dualout.evaluation.reference import Reference
+    from dualout.evaluation.sampling import Sampling
     from dualout.evaluation.scoring import Row, Scoring
     from dualout.parameterizations.base import Parameterization, Route
 
@@ -66,6 +67,8 @@ class Options:
     """cpu, cuda, cuda:1, mps, or auto"""
     precision: str = "fp32"
     """Of the model's network: fp32, bf16, fp16, auto"""
+    backend: str = "eager"
+    """What computes the network: eager, compile, openvino, onnx, or auto, which measures and takes the fastest"""
     calibrated: bool = False
     """Apply what dualout calibrate found for each sampler, spacing and number of steps"""
 
@@ -88,6 +91,7 @@ def run(arguments: list[str]) -> int | None:
     todo = [scoring for scoring in scorings if not all(results.find(row) for row in scoring.pending())]
     if len(todo) < len(scorings):
         console.say(f"{len(scorings) - len(todo)} of {len(scorings)} combinations are there already, and are kept")
+    _prepare([scoring.sampling for scoring in todo], options)
     with console.progress("row") as bar:
         task = bar.add_task("images", total=len(todo) * options.images, row="")
         for done, scoring in enumerate(todo):
@@ -103,6 +107,14 @@ def run(arguments: list[str]) -> int | None:
     console.wrote(results.path, f"{len(results.rows)} rows")
     console.wrote(out / "results.csv")
     return None
+
+
+def _prepare(samplings: Sequence[Sampling], options: Options) -> None:
+    """Get backends ready, knowing of all that each model will be called for."""
+    batch_size, batches = min(options.batch_size, options.images), -(-options.images // options.batch_size)
+    for sampling in samplings:
+        same = [other.sampler.evaluations for other in samplings if other.model is sampling.model]
+        sampling.prepare(batch_size, batches * sum(same))
 
 
 def _print(rows: Sequence[Row], options: Options) -> None:
@@ -154,6 +166,7 @@ def _scorings(options: Options) -> list[Scoring]:
                 guidance=options.guidance,
                 precision=options.precision,
                 calibrated=options.calibrated,
+                backend=options.backend,
             ),
         )
         for model in models

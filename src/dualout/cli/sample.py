@@ -51,6 +51,8 @@ class Options:
     """cpu, cuda, cuda:1, mps, or auto"""
     precision: str = "fp32"
     """Of the network: fp32, bf16, fp16, auto"""
+    backend: str = "eager"
+    """What computes the network: eager, compile, openvino, onnx, or auto, which measures and takes the fastest"""
     calibrated: bool = False
     """Apply what dualout calibrate found for this sampler, spacing and number of steps"""
 
@@ -75,6 +77,7 @@ def run(arguments: list[str]) -> int | None:
         guidance=options.guidance,
         precision=options.precision,
         calibrated=options.calibrated,
+        backend=options.backend,
     )
     out = Path(options.out).expanduser()
     making = generate(sampling, options.images, out, store=options.format, batch_size=options.batch_size, part=part)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dualout import checkpoint
 from dualout.errors import InputError, unknown
-from dualout.evaluation.protocol import differences, listed, software
+from dualout.evaluation.protocol import differences, listed
 from dualout.evaluation.sampling import Sampling
 
 PROTOCOL = "protocol.json"
@@ -61,11 +61,14 @@ def generate(
     if store not in STORES:
         raise unknown("format", store, STORES)
     place = STORES[store](Path(out).expanduser(), sampling.model.shape, images, batch_size, sampling.labels)
-    place.begin(sampling, alone=part[1] == 1)
+    place.begin(sampling, batch_size, part[1])
     blocks = list(place.blocks())[part[0] :: part[1]]
     todo = [place.missing(block) for block in blocks]
     done = sum(map(len, blocks)) - sum(map(len, todo))
     yield done
+    left = sum(-(-len(missing) // batch_size) for missing in todo)
+    if left:
+        sampling.prepare(min(batch_size, images), left * sampling.sampler.evaluations)
     for missing in todo:
         made: list[Tensor] = []
         for start in range(0, len(missing), batch_size):
@@ -112,12 +115,13 @@ class Store(ABC):
     def shard_size(self, batch_size: int) -> int:
         """How many images are written together, and at most lost when writing is interrupted."""
 
-    def begin(self, sampling: Sampling, alone: bool = True) -> None:
+    def begin(self, sampling: Sampling, batch_size: int, processes: int = 1) -> None:
         """Make the directory, or see that it was begun with the same request.
 
         Args:
             sampling: the request.
-            alone: no other process writes there now.
+            batch_size: how many are made at a time.
+            processes: how many write there now.
         """
         path = self.directory / PROTOCOL
         wanted = {"format": self.kind, "images": self.images} | self.request() | sampling.protocol()
@@ -133,9 +137,12 @@ class Store(ABC):
             self._refuse_foreign()
             with checkpoint.explained(path):
                 self.directory.mkdir(parents=True, exist_ok=True)
-            protocol = wanted | software(sampling.device)
+            # what is chosen by measurement is chosen before it is written down
+            batches = -(-self.images // (batch_size * processes))
+            sampling.prepare(min(batch_size, self.images), batches * sampling.sampler.evaluations)
+            protocol = wanted | sampling.computed()
             checkpoint.write_text(path, json.dumps(protocol, indent=2, ensure_ascii=False) + "\n")
-        if alone:
+        if processes == 1:
             # what a killed process was writing
             for left in self.directory.rglob(".*.tmp"):
                 left.unlink(missing_ok=True)
@@ -180,13 +187,13 @@ class Png(Store):
         """Every batch is written as it is made."""
         return batch_size
 
-    def begin(self, sampling: Sampling, alone: bool = True) -> None:
+    def begin(self, sampling: Sampling, batch_size: int, processes: int = 1) -> None:
         """Refuse what PNG cannot hold."""
         if self.shape[0] not in (1, 3):
             raise InputError(
                 f"a PNG holds grey or colour images, these have {self.shape[0]} channels: take --format npz"
             )
-        super().begin(sampling, alone)
+        super().begin(sampling, batch_size, processes)
 
     def missing(self, block: range) -> list[int]:
         """Those without a file that is whole to its end."""

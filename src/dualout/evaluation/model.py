@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dualout import checkpoint
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.evaluation.features.base import file_hash
+from dualout.networks.backends import Chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Model:
             itself stands for no class.
         details: which weights these are, as plain JSON values.
         class_names: what the classes are called, where that is known.
+        prepared: its network as backends have made it ready, for all samplings of the model.
     """
 
     run: str
@@ -34,6 +36,7 @@ class Model:
     classes: int | None
     details: dict[str, Any]
     class_names: tuple[str, ...] = ()
+    prepared: dict[Any, Chosen] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device | str = "cpu") -> Model:

@@ -9,7 +9,7 @@ import torch
 from dualout.version import __version__
 
 ENOUGH = 10_000
-INCIDENTAL = ("software", "device")
+INCIDENTAL = ("software", "device", "computed_by")
 """Written down, but no reason to make the same images again."""
 
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualout.calibrated import Calibrated, Calibration
 from dualout.data.pixels import to_uint8
 from dualout.errors import InputError
 from dualout.evaluation.model import Model
+from dualout.evaluation.protocol import software
 from dualout.guidance import ClassifierFree
+from dualout.networks import backends
 from dualout.networks.precision import choose
 from dualout.parameterizations.base import Route
 from dualout.randomness import SeededDraw, noise
@@ -68,10 +70,13 @@ class Sampling:
             classes.
         guidance: scale of classifier-free guidance; None is none.
         precision: of the network: "fp32", "bf16", "fp16", "auto".
+        calibrated: apply the calibration that was found for this sampler.
+        backend: what computes the network: "eager", "compile", "openvino", "onnx", or "auto", the one that measures
+            fastest. Images are eager's within `dualout.networks.backends.TOLERANCE` of the network's output.
 
     Raises:
-        InputError: for a route that the model has not, labels that it does not know, or a precision that its device
-            does not compute.
+        InputError: for a route that the model has not, labels that it does not know, or a precision or backend that
+            its device does not compute.
     """
 
     model: Model
@@ -82,6 +87,7 @@ class Sampling:
     guidance: float | None = None
     precision: str = "fp32"
     calibrated: bool = False
+    backend: str = "eager"
     calibration: Calibration | None = field(init=False, default=None)
     """What is applied, when it is."""
     view: Denoises = field(init=False, repr=False)
@@ -91,7 +97,10 @@ class Sampling:
         self.labels = self._checked_labels()
         self.sampler.timesteps(self.model.denoiser.schedule)
         self.chosen = choose(self.precision, self.device)
-        view: Denoises = self.model.denoiser.route(self.route)
+        backends.check(self.backend, self.chosen)
+        self._reading = self.model.denoiser.route(self.route)
+        self._prepared: backends.Chosen | None = None
+        view: Denoises = self._reading
         if self.calibrated:
             self.calibration = self._own_calibration()
             view = Calibrated.of(view, self.calibration)
@@ -138,12 +147,9 @@ class Sampling:
         Raises:
             InputError: when an image is not finite.
         """
+        self.prepare(len(indices), self.sampler.evaluations)
         seeds, shape = [self.seed + i for i in indices], self.model.shape
-        conditions = {}
-        if self.labels is not None:
-            chosen = [self.labels[i % len(self.labels)] for i in indices]
-            conditions["class_labels"] = torch.tensor(chosen, device=self.device)
-        start = noise(seeds, shape, device=self.device)
+        conditions, start = self._conditions(indices), noise(seeds, shape, device=self.device)
         draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
         with self.chosen.autocast():
             x0 = self.sampler.sample(self.view, start, draw, **conditions)
@@ -154,6 +160,48 @@ class Sampling:
                 f"{self.sampler.spec} in {self.chosen.name}; try --precision fp32, or another sampler"
             )
         return to_uint8(x0).cpu()
+
+    def _conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        if self.labels is None:
+            return {}
+        chosen = [self.labels[i % len(self.labels)] for i in indices]
+        return {"class_labels": torch.tensor(chosen, device=self.device)}
+
+    def prepare(self, batch_size: int, calls: int) -> None:
+        """Get the backend ready, unless it is.
+
+        Args:
+            batch_size: how many images will be made at a time.
+            calls: how often the network will be called, by this sampling and others of the model; "auto" prepares
+                what so many calls repay.
+
+        Raises:
+            InputError: when the backend cannot compute this network, or not near enough to eager.
+        """
+        if self.backend == "eager" or self._prepared is not None:
+            return
+        network: nn.Module = self._reading.network  # type: ignore[assignment]
+        examples = self._examples(network, range(batch_size))
+        shapes = [tuple(v.shape) for v in examples[0].tensors]
+        key = (self.backend, self.chosen.name, *examples[0].conditions, *shapes)
+        if key not in self.model.prepared:
+            self.model.prepared[key] = backends.choose(self.backend, network, examples, self.chosen, calls)
+        self._prepared = self.model.prepared[key]
+        self._reading.network = self._prepared.network
+
+    @torch.no_grad()
+    def _examples(self, network: nn.Module, indices: Sequence[int]) -> list[backends.Call]:
+        """What the network is called with in the first, the middle and the last step, were they all of pure noise."""
+        start = noise([self.seed + i for i in indices], self.model.shape, device=self.device)
+        times = self.sampler.timesteps(self.model.denoiser.schedule)
+        listening = _Listening(network)
+        self._reading.network = listening
+        try:
+            for t in (times[0], times[len(times) // 2], times[-1]):
+                self.view(start, t, **self._conditions(indices))
+        finally:
+            self._reading.network = network
+        return listening.calls
 
     def batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """Images 0 … count − 1, in batches: uint8 (B, C, H, W), on the CPU."""
@@ -177,4 +225,23 @@ class Sampling:
             "precision": self.chosen.name,
             "calibration": None if self.calibration is None else self.calibration.record(),
             "pixels": "clipped to [−1, 1], rounded to 0 … 255",
-        }
+        } | ({} if self.backend == "eager" else {"backend": self.backend})
+
+    def computed(self) -> dict[str, Any]:
+        """What computed the images: software, device, and which backend it came to be, as plain JSON values."""
+        record = {"backend": self.backend} if self._prepared is None else self._prepared.record
+        return software(self.device) | {"computed_by": record}
+
+
+class _Listening(nn.Module):
+    """A network that keeps what it is called with."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.calls: list[backends.Call] = []
+
+    def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Any:
+        """The network's own output."""
+        self.calls.append(backends.Call(x_t, t.contiguous(), conditions))
+        return self.network(x_t, t, **conditions)

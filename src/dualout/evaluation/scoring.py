@@ -13,7 +13,7 @@ from typing import Any
 from dualout import checkpoint
 from dualout.errors import InputError
 from dualout.evaluation.metrics import NEIGHBOURS
-from dualout.evaluation.protocol import differences, software, warning
+from dualout.evaluation.protocol import differences, warning
 from dualout.evaluation.reference import Reference
 from dualout.evaluation.sampling import Sampling
 from dualout.evaluation.statistics import Statistics
@@ -97,7 +97,7 @@ class Scoring:
                     | protocol
                     | reference.protocol()
                     | ({"warning": note} if note else {})
-                    | software(self.sampling.device),
+                    | self.sampling.computed(),
                 }
             )
         return rows

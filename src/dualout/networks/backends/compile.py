@@ -1,0 +1,43 @@
+"""torch.compile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dualout.errors import InputError
+from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
+from dualout.networks.precision import Precision
+
+
+@dataclass(frozen=True)
+class Compile(Backend):
+    """Fused kernels; on a GPU replayed as a CUDA graph, so that a call is one launch."""
+
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
+    seconds: ClassVar[float] = 60.0
+
+    def prepare(self, network: nn.Module, call: Call, precision: Precision) -> nn.Module:
+        """Compiled for one size of batch; the weights are shared."""
+        graphs = precision.device.type == "cuda"
+        compiled: Any = torch.compile(
+            Plain(network, tuple(call.conditions)), dynamic=False, mode="reduce-overhead" if graphs else "default"
+        )
+
+        def replayed(*tensors: Tensor) -> Tensor:
+            # the next replay writes where this one did, and a multistep sampler still holds this one's result
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*tensors).clone()
+
+        fixed = FixedBatch(replayed if graphs else compiled, call)
+        try:
+            with torch.no_grad(), precision.autocast():
+                fixed(call.x, call.t, **call.conditions)
+        except Exception as error:  # of the compiler's own, and of the C++ compiler that it calls
+            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(f"torch.compile cannot compile this network here: {said}; take --backend eager") from error
+        return fixed
