@@ -11,6 +11,7 @@ bash. What stands in the page is all there is, with three conventions that a rea
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import shlex
@@ -32,6 +33,7 @@ PAGES = [HOME / "README.md", *(p for p in sorted((HOME / "docs").rglob("*.md")) 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.M | re.S)
 _FILE = re.compile(r"# ([\w./-]+\.(?:yaml|py))\n")
 _COMMANDS = rf"(?:{'|'.join(commands())})\b"
+_OPERATORS = {"|", "||", "&", "&&", ";", ">", ">>"}
 _STARTS = re.compile(rf"(?:\bdualout|-m dualout(?:\.cli\.main)?) (?={_COMMANDS})")
 
 
@@ -73,16 +75,18 @@ def lines(block: Block) -> Iterator[str]:
 def check(line: str) -> None:
     """Parse each dualout command of a line, whoever starts it."""
     for match in _STARTS.finditer(line):
-        words = re.split(r"(?<!\S)(?:[|>&;]|&&)", line[match.end() :])[0]
+        end = r"\)" if line[: match.start()].endswith("$(") else r"(?<!\S)[|>&;]"
+        words = re.split(end, line[match.end() :])[0]
         name, *arguments = shlex.split(words, comments=True)
         options = importlib.import_module(f"dualout.cli.{name}").Options
-        # a variable of the shell stands for a number or a path
-        parse(options, name, [re.sub(r"\$\{?\w+\}?", "1", argument) for argument in arguments])
+        # a variable of the shell stands for a number or a path; recipes are where a reader has them, in the clone
+        with contextlib.chdir(HOME):
+            parse(options, name, [re.sub(r"\$\{?\w+\}?", "1", argument) for argument in arguments])
 
 
 def run(line: str) -> None:
     words = shlex.split(line, comments=True)
-    if words[0] == "dualout" and not set(words) & {"|", ">", "&&", ";", "&"}:
+    if words[0] == "dualout" and not set(words) & _OPERATORS:
         try:
             code = main(words[1:])
         except SystemExit as stop:  # of --help and --print_config

@@ -184,11 +184,15 @@ def _dry_run(options: Options) -> None:
         "memory": f"about {cost.memory / 2**20:,.0f} MiB beside the images and the libraries",
         "work": f"{cost.flops:.3g} floating-point operations an image forward, three times that to train: "
         f"{3.0 * cost.flops * options.batch_size * options.steps:.2g} in all",
-        "time": f"about {_duration(seconds)}: {cost.step:.3g} s a step, {options.batch_size / cost.step:.3g} images/s",
+        "time": f"about {_duration(seconds)}: {cost.step:.3g} s a step, {_rate(options.batch_size / cost.step)}",
         "run": f"goes on from step {done}" if done else "is new",
     }
     for name, value in rows.items():
         console.out.print(f"# {name:<10} {value}", markup=False)
+
+
+def _rate(images: float) -> str:
+    return f"{images:,.0f} images/s" if images >= 10 else f"{images:.2g} images/s"
 
 
 def _duration(seconds: float) -> str:
