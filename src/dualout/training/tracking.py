@@ -56,13 +56,15 @@ def start(name: str | None, directory: Path, config: dict[str, Any], step: int =
         step: the run goes on from; later ones that are there already are made again.
 
     Raises:
-        InputError: as `check`.
+        InputError: as `check`, or when the tracker does not start, say without an account.
     """
     check(name)
     if name is None:
         return NoTracker()
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
+    # accelerate's trackers log, and its log asks which process this is
+    PartialState()
     place = directory / "tracking"
     place.mkdir(exist_ok=True)
     if name == "tensorboard":
@@ -71,6 +73,11 @@ def start(name: str | None, directory: Path, config: dict[str, Any], step: int =
         tracker = tracking.WandBTracker("dualout", name=directory.name, dir=str(place), resume="allow")
     else:
         tracker = tracking.TrackioTracker("dualout", name=directory.name)
-    tracker.start()
+    try:
+        tracker.start()
+    except Exception as error:
+        # whatever another program says: it is not set up
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"--track {name} did not start: {reason}") from error
     tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
     return tracker  # type: ignore[return-value]
