@@ -2,7 +2,8 @@
 
 Every combination of run, route, sampler, spacing, number of steps and seed is one row of results.json and results.csv,
 written when it is finished, with the protocol that tells which numbers can be compared. The same command again goes on
-where it was interrupted. Set s of N images is made from the seeds s·N … s·N + N − 1: no two sets have one in common.
+where it was interrupted. With torchrun, every process makes its share of the images, and the first scores them all. Set
+s of N images is made from the seeds s·N … s·N + N − 1: no two sets have one in common.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from dualout.evaluation.features import Features
+    from dualout.evaluation.group import Group
     from dualout.evaluation.model import Model
     from dualout.evaluation.reference import Reference
     from dualout.evaluation.sampling import Sampling
@@ -79,26 +81,38 @@ def run(arguments: list[str]) -> int | None:
     if options.batch_size < 1:
         raise InputError(f"--batch_size is a whole number, 1 or more; got {options.batch_size}")
 
+    from dualout.evaluation.group import Group
+
+    with Group.here() as group:
+        return _evaluate(options, group)
+
+
+def _evaluate(options: Options, group: Group) -> None:
     from dualout.evaluation.card import put_on_card
     from dualout.evaluation.scoring import Results
 
     if options.card and (remote := [name for name in listed(options.runs) if not Path(name).expanduser().is_dir()]):
         raise InputError(f"--card writes into a checkpoint's directory; {remote[0]} is none here")
     # everything is looked at before anything is made
-    scorings = _scorings(options)
-    out = out_directory(_out(options), holds="scores", marker="results.json")
-    results = Results(out)
-    todo = [scoring for scoring in scorings if not all(results.find(row) for row in scoring.pending())]
-    if len(todo) < len(scorings):
+    scorings = group.in_turn(lambda: _scorings(options, group))
+    out, first = out_directory(_out(options), holds="scores", marker="results.json"), group.rank == 0
+    results = group.in_turn(lambda: Results(out))
+    missing = [not all(results.find(row) for row in scoring.pending()) for scoring in scorings]
+    todo = [scoring for scoring, made in zip(scorings, group.agreed(missing), strict=True) if made]
+    if first and len(todo) < len(scorings):
         console.say(f"{len(scorings) - len(todo)} of {len(scorings)} combinations are there already, and are kept")
-    _prepare([scoring.sampling for scoring in todo], options)
+    _prepare([scoring.sampling for scoring in todo], options, group)
+    share = len(group.share(options.images))
     with console.progress("row") as bar:
-        task = bar.add_task("images", total=len(todo) * options.images, row="")
+        task = bar.add_task("images", total=len(todo) * share, row="", visible=first)
         for done, scoring in enumerate(todo):
             bar.update(task, row=scoring.title)
             for count in scoring.run(options.batch_size):
-                bar.update(task, completed=done * options.images + count)
-            results.add(scoring.rows())
+                bar.update(task, completed=done * share + count)
+            if first:
+                results.add(scoring.rows())
+    if not first:
+        return
     rows = [row for scoring in scorings for key in scoring.pending() if (row := results.find(key))]
     _print(rows, options)
     if options.card:
@@ -106,13 +120,13 @@ def run(arguments: list[str]) -> int | None:
             console.wrote(put_on_card(name, [row for row in rows if row["run"] == name]))
     console.wrote(results.path, f"{len(results.rows)} rows")
     console.wrote(out / "results.csv")
-    return None
 
 
-def _prepare(samplings: Sequence[Sampling], options: Options) -> None:
+def _prepare(samplings: Sequence[Sampling], options: Options, group: Group) -> None:
     """Get backends ready, knowing of all that each model will be called for."""
-    batch_size, batches = min(options.batch_size, options.images), -(-options.images // options.batch_size)
-    for sampling in samplings:
+    share = len(group.share(options.images))
+    batch_size, batches = min(options.batch_size, share), -(-share // options.batch_size)
+    for sampling in samplings if share else ():
         same = [other.sampler.evaluations for other in samplings if other.model is sampling.model]
         sampling.prepare(batch_size, batches * sum(same))
 
@@ -139,7 +153,7 @@ def _out(options: Options) -> Path:
     )
 
 
-def _scorings(options: Options) -> list[Scoring]:
+def _scorings(options: Options, group: Group) -> list[Scoring]:
     """Every combination, checked; the references, which take longer, come last."""
     from dualout.evaluation.features import Features
     from dualout.evaluation.model import Model
@@ -176,7 +190,9 @@ def _scorings(options: Options) -> list[Scoring]:
         for seed in seeds
     ]
     references = _references(options, [model.shape for model in models], features, place)
-    return [Scoring(sampling, options.images, references[sampling.model.shape], seed) for seed, sampling in samplings]
+    return [
+        Scoring(sampling, options.images, references[sampling.model.shape], seed, group) for seed, sampling in samplings
+    ]
 
 
 def _routes(models: Sequence[Model], routes: Sequence[Route]) -> dict[str, list[Route]]:

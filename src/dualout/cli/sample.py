@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int | None:
     from dualout.networks.device import device
 
     part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    model = Model.load(options.run, device(_own_device(options.device)))
+    model = Model.load(options.run, device(options.device))
     sampling = Sampling(
         model,
         build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule, options.clip),
@@ -95,17 +95,6 @@ def run(arguments: list[str]) -> int | None:
             console.wrote(out / "grid.png")
         console.wrote(out / PROTOCOL, "how they were made")
     return None
-
-
-def _own_device(name: str) -> str:
-    """Of several processes on a machine with several GPUs, each takes its own."""
-    local = os.environ.get("LOCAL_RANK")
-    if name == "auto" and local is not None:
-        import torch
-
-        if torch.cuda.device_count() > int(local):
-            return f"cuda:{local}"
-    return name
 
 
 def _labels(text: str, names: Sequence[str]) -> list[int]:

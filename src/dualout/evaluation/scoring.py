@@ -12,6 +12,7 @@ from typing import Any
 
 from dualout import checkpoint
 from dualout.errors import InputError
+from dualout.evaluation.group import Group
 from dualout.evaluation.metrics import NEIGHBOURS
 from dualout.evaluation.protocol import differences, warning
 from dualout.evaluation.reference import Reference
@@ -37,29 +38,40 @@ class Scoring:
         images: how many.
         references: what they are compared with.
         seed: which set of images this is, for the rows; `first_seed` gives the seed of its first image.
+        group: the processes that share the images; the first of them has the scores.
 
     Raises:
         InputError: when the features do not take the model's images, or there are too few.
     """
 
-    def __init__(self, sampling: Sampling, images: int, references: Sequence[Reference], seed: int = 0) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        images: int,
+        references: Sequence[Reference],
+        seed: int = 0,
+        group: Group | None = None,
+    ) -> None:
         check_count(images)
         channels, *size = sampling.model.shape
         for reference in references:
             reference.features.check(channels, (size[0], size[1]))
         self.sampling, self.images, self.references, self.seed = sampling, images, references, seed
+        self.group = group or Group()
         self.seconds = 0.0
         self._statistics = [Statistics() for _ in references]
 
     def run(self, batch_size: int = 256) -> Iterator[int]:
-        """Make the images and look at them; yields how many are done."""
-        began = time.perf_counter()
-        for batch in self.sampling.batches(self.images, batch_size):
+        """Make this process's share of the images and look at them; yields how many are done."""
+        began, share = time.perf_counter(), self.group.share(self.images)
+        for start in range(share.start, share.stop, batch_size):
+            batch = self.sampling.images(range(start, min(start + batch_size, share.stop)))
             self.seconds += time.perf_counter() - began
             for reference, statistics in zip(self.references, self._statistics, strict=True):
                 statistics.add(reference.features(batch.to(self.sampling.device)))
             yield self._statistics[0].count if self._statistics else 0
             began = time.perf_counter()
+        self._statistics = [self.group.merged(statistics) for statistics in self._statistics]
 
     @property
     def title(self) -> str:

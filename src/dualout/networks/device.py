@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from dualout.errors import InputError
@@ -10,10 +12,15 @@ from dualout.errors import InputError
 def device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" is the accelerator of this machine, or else its processor.
 
+    Of several processes that torchrun started on a machine with several GPUs, each takes its own.
+
     Raises:
         InputError: when there is no such device here.
     """
     if name == "auto":
+        local = os.environ.get("LOCAL_RANK")
+        if local is not None and torch.cuda.device_count() > int(local):
+            return torch.device("cuda", int(local))
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         asked = torch.device(name)
