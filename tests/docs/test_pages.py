@@ -67,9 +67,26 @@ def blocks(page: Path) -> list[Block]:
 
 def lines(block: Block) -> Iterator[str]:
     """The commands of a shell block: those that go over several lines are joined, comments are left out."""
+    whole = ""
     for line in re.sub(r"\\\n\s*", " ", block.text).splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield line.strip()
+        if not whole and (not line.strip() or line.lstrip().startswith("#")):
+            continue
+        whole += line
+        if _closed(whole):
+            yield whole.strip()
+            whole = ""
+        else:
+            whole += "\n"
+    assert not whole, f"a quotation is not closed: {whole}"
+
+
+def _closed(text: str) -> bool:
+    """Whether every quotation that begins also ends."""
+    try:
+        shlex.split(text, comments=True)
+    except ValueError:
+        return False
+    return True
 
 
 def check(line: str) -> None:
