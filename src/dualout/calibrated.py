@@ -44,7 +44,7 @@ class Calibration:
     sampler: dict[str, Any]
     """The sampler they were fitted for, as `Sampler.config()` writes it."""
     times: Sequence[int]
-    """Its K time steps."""
+    """Its K time steps, those that it asks for or others that were found to do better."""
     values: Mapping[str, Sequence[float]]
     """By name of `NEUTRAL`, one number a step."""
     protocol: dict[str, Any] = field(default_factory=dict)

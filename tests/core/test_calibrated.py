@@ -1,13 +1,14 @@
 """Corrected Predictions stay Predictions, and the fit finds what a trajectory lacks."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
 
 from dualout import CleanImage, Denoiser, Dual, InputError, noise, samplers, schedules
 from dualout.calibrated import Calibrated, corrected
-from dualout.training.calibrate import Fit, fit, nearest
+from dualout.training.calibrate import Fit, fit, moved, nearest
 
 SCHEDULE = schedules.Linear()
 MEAN, SPREAD = 0.1, 0.3
@@ -123,3 +124,30 @@ def test_nearness_is_the_rms_distance_to_the_nearest_image():
     made = torch.stack([torch.full((1, 4, 4), 0.25), torch.full((1, 4, 4), 0.9)])
     assert nearest(made, real) == pytest.approx((0.25 + 0.1) / 2, rel=1e-5)
     assert nearest(real, real) == pytest.approx(0, abs=1e-6)
+
+
+def test_time_steps_move_to_where_the_distance_is_least():
+    best = [990, 700, 300, 60]
+    visited = []
+
+    def far(times):
+        visited.append(list(times))
+        return sum(abs(a - b) for a, b in zip(times, best, strict=True))
+
+    found = moved([999, 749, 499, 249], 999, far, rounds=6)
+    assert far(found) < 0.1 * far([999, 749, 499, 249])
+    assert all(999 >= a > b >= 0 for times in visited for a, b in pairwise([*times, -1]) if b >= 0)
+    assert moved([3, 2, 1, 0], 3, far, rounds=5) == [3, 2, 1, 0]  # there is no room
+
+
+def test_moved_time_steps_are_those_that_are_sampled():
+    denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
+    generator = torch.Generator().manual_seed(0)
+    images = MEAN + SPREAD * torch.randn(512, 1, 4, 4, generator=generator)
+    sampler = samplers.DDIM(steps=3, clip=None)
+    *_, last = fit(denoiser, sampler, images, Fit(iterations=2, batch=64, move_times=1))
+    found = last.calibration
+    assert found.sampler == sampler.config()
+    assert list(found.times) != sampler.timesteps(SCHEDULE)
+    stepping = dataclasses.replace(sampler, spacing=tuple(found.times))
+    stepping.sample(Calibrated.of(denoiser, found), noise(range(2), (1, 4, 4)))

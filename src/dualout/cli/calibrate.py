@@ -50,6 +50,9 @@ class Options:
     """Adam's learning rate, which falls to 0 along a cosine"""
     distance: str = "sliced"
     """sliced (Wasserstein) or energy, in pixels and in the features of a fixed random conv net"""
+    move_times: int = 0
+    """Rounds in which time steps are moved to where the images are nearer, before the numbers are fitted; 0 keeps the
+    spacing"""
     seed: int = 0
     """Of the noise, the order of the images and the random features"""
     device: str = "auto"
@@ -100,6 +103,7 @@ def _fitted(options: Options, model: Model) -> Calibration:
         batch=options.batch_size,
         lr=options.lr,
         distance=options.distance,
+        move_times=options.move_times,
         seed=options.seed,
     )
     sampler = build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,8 @@ class Sampling:
     backend: str = "eager"
     calibration: Calibration | None = field(init=False, default=None)
     """What is applied, when it is."""
+    stepping: Sampler = field(init=False, repr=False)
+    """The sampler at the time steps that are visited: its own, or those of the calibration."""
     view: Denoises = field(init=False, repr=False)
     """The denoiser as it is read: by one route, guided."""
 
@@ -100,10 +102,12 @@ class Sampling:
         backends.check(self.backend, self.chosen)
         self._reading = self.model.denoiser.route(self.route)
         self._prepared: backends.Chosen | None = None
+        self.stepping = self.sampler
         view: Denoises = self._reading
         if self.calibrated:
             self.calibration = self._own_calibration()
             view = Calibrated.of(view, self.calibration)
+            self.stepping = replace(self.sampler, spacing=tuple(self.calibration.times))
         if self.guidance is not None and self.model.classes is not None:
             view = ClassifierFree(view, self.guidance, class_labels=self.model.classes)
         self.view = view
@@ -152,7 +156,7 @@ class Sampling:
         conditions, start = self._conditions(indices), noise(seeds, shape, device=self.device)
         draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
         with self.chosen.autocast():
-            x0 = self.sampler.sample(self.view, start, draw, **conditions)
+            x0 = self.stepping.sample(self.view, start, draw, **conditions)
         if not torch.isfinite(x0).all():
             bad = [i for i, x in zip(indices, x0, strict=True) if not torch.isfinite(x).all()]
             raise InputError(
@@ -193,7 +197,7 @@ class Sampling:
     def _examples(self, network: nn.Module, indices: Sequence[int]) -> list[backends.Call]:
         """What the network is called with in the first, the middle and the last step, were they all of pure noise."""
         start = noise([self.seed + i for i in indices], self.model.shape, device=self.device)
-        times = self.sampler.timesteps(self.model.denoiser.schedule)
+        times = self.stepping.timesteps(self.model.denoiser.schedule)
         listening = _Listening(network)
         self._reading.network = listening
         try:
@@ -214,7 +218,7 @@ class Sampling:
             "model": self.model.protocol(),
             "route": self.route,
             "sampler": self.sampler.config(),
-            "times": self.sampler.timesteps(self.model.denoiser.schedule),
+            "times": self.stepping.timesteps(self.model.denoiser.schedule),
             "spacing": self.sampler.config()["spacing"],
             "steps": self.sampler.steps,
             "nfe": self.evaluations,

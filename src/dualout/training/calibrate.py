@@ -11,8 +11,8 @@ et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +42,16 @@ class Fit:
     check_every: int = 25
     patience: int = 6
     """Checks without a better held-out distance, after which it stops."""
+    move_times: int = 0
+    """Rounds in which every time step is moved to where the distance is least, before the numbers are fitted."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch", "held_out", "check_every", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is 1 or more, got {getattr(self, name)}")
+        if self.move_times < 0:
+            raise InputError(f"move_times is 0 or more, got {self.move_times}")
         if not self.lr > 0:
             raise InputError(f"lr is above 0, got {self.lr}")
         Distance.parse(self.distance)
@@ -100,15 +104,26 @@ def fit(
     images = images[torch.from_numpy(_shuffled(how.seed, len(images)))]
     real, real_held = images[held:], images[:held]
     views, distance = Views(real[:2048], how.seed), Distance.parse(how.distance)
+
+    def far(made: Tensor, real: Tensor, seed: int) -> Tensor:
+        return torch.stack([distance(a, b, seed) for a, b in zip(views(made), views(real), strict=True)]).sum()
+
+    asked, last = sampler.config(), denoiser.schedule.steps - 1
     times = sampler.timesteps(denoiser.schedule)
+    if how.move_times:
+
+        @torch.no_grad()
+        def far_at(times: Sequence[int]) -> float:
+            there, rows = replace(sampler, spacing=tuple(times)), real[: max(how.batch, 512)]
+            return float(far(_made(denoiser, there, rows, how.seed + 3, 0, grad=False), rows, how.seed))
+
+        times = moved(times, last, far_at, how.move_times)
+        sampler = replace(sampler, spacing=tuple(times))
     values = {
         name: torch.full((len(times),), NEUTRAL[name], device=images.device, requires_grad=True) for name in names
     }
     wrapped = Calibrated(_Recomputed(denoiser), times, values)
     optimizer = torch.optim.Adam(values.values(), lr=how.lr, betas=(0.9, 0.95))
-
-    def far(made: Tensor, real: Tensor, seed: int) -> Tensor:
-        return torch.stack([distance(a, b, seed) for a, b in zip(views(made), views(real), strict=True)]).sum()
 
     @torch.no_grad()
     def held_out() -> tuple[float, float]:
@@ -152,7 +167,7 @@ def fit(
                 "images": len(real),
                 "held_out_images": held,
             }
-            found = Calibration(sampler.config(), times, best_values, protocol)
+            found = Calibration(asked, times, best_values, protocol)
             yield Progress(i, float(torch.stack(since).mean()), now, best, found)
             since.clear()
             if worse >= how.patience:
@@ -198,6 +213,27 @@ def _made(denoiser: Denoises, sampler: Sampler, like: Tensor, seed: int, first: 
     for moment in sampler.trajectory(denoiser, x, draw, differentiable=grad):
         x = moment.x_next
     return x if sampler.clip is None else x.clamp(*sampler.clip)
+
+
+def moved(times: Sequence[int], last: int, far: Callable[[Sequence[int]], float], rounds: int) -> list[int]:
+    """Time steps, moved towards their neighbours where that brings the images nearer.
+
+    Args:
+        times: K of them, decreasing.
+        last: T − 1.
+        far: how far the images of given time steps are.
+        rounds: how often each is tried, by half of the way in the first, half of that in the next, and so on.
+    """
+    times, best = list(times), far(times)
+    for part in range(1, rounds + 1):
+        for k in range(len(times)):
+            t, above, below = times[k], times[k - 1] if k else last + 1, times[k + 1] if k + 1 < len(times) else -1
+            for other in (t + (above - t) // 2**part, t - (t - below) // 2**part):
+                if below < other < above and other != t:
+                    tried = [*times[:k], other, *times[k + 1 :]]
+                    if (distance := far(tried)) < best:
+                        times, best = tried, distance
+    return times
 
 
 def nearest(made: Tensor, real: Tensor) -> float:
