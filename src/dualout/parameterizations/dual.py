@@ -165,11 +165,21 @@ class Dual(Parameterization):
 
     def route(self, route: Route) -> Parameterization:
         """Read with another ratio: "eps" is 0, "x0" is 1, "velocity" and "flow" the blends of those names."""
-        if route == "mix":
-            return self
-        if isinstance(route, str) and route not in ("eps", "x0", "velocity", "flow"):
-            raise unknown("route", route, ["mix", "eps", "x0", "velocity", "flow", "a number from 0 to 1"])
-        return replace(self, ratio={"eps": 0.0, "x0": 1.0}.get(route, route) if isinstance(route, str) else route)
+        return self if route == "mix" else replace(self, ratio=ratio_of(route))
+
+
+def ratio_of(route: Route) -> str | float:
+    """The ratio that believes one route.
+
+    Raises:
+        InputError: for a route that dual output has not.
+    """
+    if not isinstance(route, str):
+        return route
+    known: dict[str, str | float] = {"eps": 0.0, "x0": 1.0, "velocity": "velocity", "flow": "flow"}
+    if route not in known:
+        raise unknown("route", route, ["mix", *known, "a number from 0 to 1"])
+    return known[route]
 
 
 class StepRatio(nn.Module):

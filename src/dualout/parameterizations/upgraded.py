@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualout.errors import InputError, unknown
 from dualout.parameterizations.base import Parameterization, Route, check_channels, mean_square, subtract
 from dualout.parameterizations.clean import CleanImage
-from dualout.parameterizations.dual import Dual, blend
+from dualout.parameterizations.dual import Dual, blend, ratio_of
 from dualout.parameterizations.epsilon import Epsilon
 from dualout.prediction import Prediction
 from dualout.schedules import Level, Scalar, Schedule
@@ -127,11 +127,7 @@ class Upgraded(Parameterization):
 
     def route(self, route: Route) -> Parameterization:
         """Read with another ratio: "eps" is 0, "x0" is 1, "velocity" and "flow" the blends of those names."""
-        if route == "mix":
-            return self
-        if isinstance(route, str) and route not in ("eps", "x0", "velocity", "flow"):
-            raise unknown("route", route, ["mix", "eps", "x0", "velocity", "flow", "a number from 0 to 1"])
-        return replace(self, ratio={"eps": 0.0, "x0": 1.0}.get(route, route) if isinstance(route, str) else route)
+        return self if route == "mix" else replace(self, ratio=ratio_of(route))
 
 
 class GateTable(nn.Module):
