@@ -222,8 +222,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     import safetensors.torch
 
-    try:
+    with reading(path):
         return safetensors.torch.load_file(path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what reading a safetensors file raises into an error that says which file it is."""
+    import safetensors
+
+    try:
+        yield
     except FileNotFoundError as error:
         raise InputError(f"{path.parent} is missing {path.name}") from error
     except (safetensors.SafetensorError, OSError) as error:

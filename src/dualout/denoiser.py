@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dualout import checkpoint, hub
+from dualout import bounded, checkpoint, hub
 from dualout.errors import InputError
 from dualout.parameterizations.base import Parameterization, Route, check_channels
 from dualout.prediction import Prediction
@@ -191,7 +191,7 @@ class Denoiser(nn.Module):
         directory = checkpoint.locate(path)
         config = checkpoint.read_config(directory)
         denoiser = cls(
-            checkpoint.construct(config["network"]) if network is None else network,
+            _rebuilt(directory, config["network"]) if network is None else network,
             Parameterization.from_config(config["parameterization"]),
             Schedule.from_config(config["schedule"]),
         )
@@ -216,6 +216,11 @@ class Denoiser(nn.Module):
             rows = self.times.to(x_t.device)[:, None].expand(-1, x_t.shape[0]).unbind()
             self._rows = here, rows
         return rows[t]
+
+
+def _rebuilt(directory: Path, described: Any) -> nn.Module:
+    with bounded.no_larger_than(directory / checkpoint.WEIGHTS):
+        return checkpoint.construct(described)
 
 
 def _tensor(output: Any) -> Tensor:

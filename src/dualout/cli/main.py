@@ -64,6 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"dualout {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "take smaller images, a smaller network, or a smaller --batch_size"
+        print(f"dualout {arguments[0]}: there is not enough memory ({_first_line(error)}); {advice}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\ndualout {arguments[0]}: stopped", file=sys.stderr)
         return 130
@@ -71,6 +77,21 @@ def main(arguments: list[str] | None = None) -> int:
         # nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+_NO_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "std::bad_alloc",
+    "storage size calculation overflowed", "array is too big", "maximum allowed dimension exceeded",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy or torch says that there is not enough memory for what was asked."""
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _run(arguments: list[str]) -> int:

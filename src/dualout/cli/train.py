@@ -161,14 +161,14 @@ def _dry_run(options: Options) -> None:
     from dualout.training.setup import assemble
 
     path = Path(options.out or options.default_out()).expanduser()
-    if known := read_run(path):
+    if known := read_run(path) if states(path) else None:
         refuse_changes(path, known, options)
     with _loading() as told:
         job = assemble(options, progress=told)
     cost = estimate(job)
     if int(os.environ.get("RANK", "0")):
         return
-    done = states(path)[-1][0] if known and states(path) else 0
+    done = states(path)[-1][0] if known else 0
     seconds = cost.step * max(options.steps - done, 0)
     denoiser = job.denoiser
     resolved = options.asdict() | {

@@ -53,7 +53,8 @@ def generate(
         how many of this process's images there are: first, how many there were, then after each batch.
 
     Raises:
-        InputError: before anything is made, when `out` holds something else; or when it cannot be written.
+        InputError: before anything is made, when `out` holds something else; or when it cannot be written, or an image
+            is not finite. Where no image was made, nothing is left behind.
     """
     for name, value in (("images", images), ("batch_size", batch_size)):
         if value < 1:
@@ -69,15 +70,19 @@ def generate(
     left = sum(-(-len(missing) // batch_size) for missing in todo)
     if left:
         sampling.prepare(min(batch_size, images), left * sampling.sampler.evaluations)
-    for missing in todo:
-        made: list[Tensor] = []
-        for start in range(0, len(missing), batch_size):
-            made.append(sampling.images(missing[start : start + batch_size]))
-            if start + batch_size >= len(missing):
-                place.write(missing, torch.cat(made))
-            done += len(made[-1])
-            yield done
-    place.finish()
+    try:
+        for missing in todo:
+            made: list[Tensor] = []
+            for start in range(0, len(missing), batch_size):
+                made.append(sampling.images(missing[start : start + batch_size]))
+                if start + batch_size >= len(missing):
+                    place.write(missing, torch.cat(made))
+                done += len(made[-1])
+                yield done
+        place.finish()
+    except (InputError, MemoryError, RuntimeError):
+        place.withdraw()
+        raise
 
 
 def stored(out: str | Path, count: int) -> Tensor:
@@ -110,6 +115,7 @@ class Store(ABC):
     ) -> None:
         self.directory, self.shape, self.images, self.labels = directory, shape, images, labels
         self.shard = self.shard_size(batch_size)
+        self._begun = self._new = False
 
     @abstractmethod
     def shard_size(self, batch_size: int) -> int:
@@ -135,6 +141,7 @@ class Store(ABC):
                 )
         else:
             self._refuse_foreign()
+            self._begun, self._new = processes == 1, not self.directory.exists()
             with checkpoint.explained(path):
                 self.directory.mkdir(parents=True, exist_ok=True)
             # what is chosen by measurement is chosen before it is written down
@@ -146,6 +153,15 @@ class Store(ABC):
             # what a killed process was writing
             for left in self.directory.rglob(".*.tmp"):
                 left.unlink(missing_ok=True)
+
+    def withdraw(self) -> None:
+        """Take back what `begin` made now, where nothing has been written since: it would stand in the way."""
+        if not self._begun or any(p.is_file() for p in self.directory.rglob("*") if p.name != PROTOCOL):
+            return
+        (self.directory / PROTOCOL).unlink(missing_ok=True)
+        for empty in [self.directory / "shards", *([self.directory] if self._new else [])]:
+            if empty.is_dir():
+                empty.rmdir()
 
     def _refuse_foreign(self) -> None:
         there = self.directory.iterdir() if self.directory.is_dir() else iter(())

@@ -14,6 +14,9 @@ from dualout.errors import InputError
 from dualout.evaluation.features.base import file_hash
 from dualout.networks.backends import Chosen
 
+_LARGEST = 16384
+"""Channels, and pixels a side."""
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -86,10 +89,10 @@ def image_shape(config: dict[str, Any], directory: Path) -> tuple[int, int, int]
     channels = image.get("channels", arguments.get("in_channels"))
     size = image.get("size", arguments.get("sample_size"))
     shape: tuple[Any, ...] = (channels, *size) if isinstance(size, list | tuple) else (channels, size, size)
-    if len(shape) != 3 or not all(isinstance(v, int) and v > 0 for v in shape):
+    if len(shape) != 3 or not all(type(v) is int and 0 < v <= _LARGEST for v in shape):
         raise InputError(
-            f"{directory / checkpoint.CONFIG} does not say what shape its images have; write it in as "
-            '"image": {"channels": C, "size": [H, W]}, as save_pretrained(path, image=…) does'
+            f"{directory / checkpoint.CONFIG} does not say what shape its images have, in numbers up to {_LARGEST}; "
+            'write it in as "image": {"channels": C, "size": [H, W]}, as save_pretrained(path, image=…) does'
         )
     return shape[0], shape[1], shape[2]
 

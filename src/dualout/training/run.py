@@ -170,7 +170,8 @@ class Run:
         """Take the directory; returns what the run in it is, None for a new one."""
         tracking.check(self.config.track)
         self._directory = RunDirectory(self.path)
-        known = read_run(self.path)
+        # one that never came to a checkpoint has nothing to go on from, and may begin in another way
+        known = read_run(self.path) if states(self.path) else None
         if known is not None:
             refuse_changes(self.path, known, self.config)
         return known
