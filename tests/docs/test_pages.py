@@ -112,7 +112,7 @@ def run(line: str) -> None:
         return
     there = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", there + line], capture_output=True, text=True, timeout=300, check=False
+        ["bash", "-euo", "pipefail", "-c", there + line], capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, f"exit code {done.returncode}: {line}\n{done.stderr[-2000:]}"
 
