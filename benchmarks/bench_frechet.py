@@ -28,8 +28,8 @@ def measure(full: bool, present: Sequence[Any]) -> Section:
     from torchmetrics.image.fid import _compute_fid
 
     section = Section(
-        f"Matrix term of the Fréchet distance at {FEATURES} features, float64, against torchmetrics {version}: time, "
-        "and by how much the distances differ."
+        "## The matrix term of the Fréchet distance\n\n"
+        f"At {FEATURES} features, float64, against torchmetrics {version}: time, and by how much the distances differ."
     )
     zero = torch.zeros(FEATURES, dtype=torch.float64)
     rows = []
