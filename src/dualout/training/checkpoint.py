@@ -158,9 +158,12 @@ class RunDirectory:
 
     def describe(self, run: dict[str, Any], yaml: str) -> None:
         """Write down what the run is."""
+        # what makes it a run comes first: whatever is there after a crash is then known to be its own
         if run != read_run(self.path):
-            write_text(self.path / YAML, yaml)
+            (self.path / YAML).unlink(missing_ok=True)
             write_text(self.path / STATE / RUN, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        if not (self.path / YAML).exists():
+            write_text(self.path / YAML, yaml)
 
     def save(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any], keep: int) -> Path:
         """Write a state, whole or not at all, then remove all but the newest `keep`."""

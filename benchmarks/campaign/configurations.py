@@ -1,0 +1,86 @@
+"""Mutated configurations: the YAML of --config with foreign tags and classes, bombs, wrong types, lost characters."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from campaign import subjects
+from campaign.harness import Count, box, tried, scaled
+from campaign.mutate import FOREIGN, VALUES, dumped, text, tree
+
+CASES = 300
+TAGS = (
+    "steps: !!python/object/apply:os.system ['touch canary']",
+    "network: !!python/object/new:subprocess.Popen [['touch', 'canary']]",
+    "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c]\n"
+    "e: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nnetwork: {class: *e}",
+    "[" * 3000, "{a: " * 2000, "&a [*a]", "network: &n {class: diffusers.UNet2DModel, arguments: *n}", "? ? ? x", "\t- a",
+    "config: other.yaml", "config: /dev/stdin", "out: ../../outside", "cache: /proc/x", "data: folder:/proc", "init: ../..",
+    "--- a\n--- b", "%YAML 9.9\n---\n", "steps: 2001-12-14t21:59:43.10-05:00", "steps: !!binary aGk=", "print_config: true",
+    "network: {name: tiny, width: 1000000000000}", "network: {name: tiny, multipliers: []}", "batch_size: 999999999999",
+    "network: {class: diffusers.UNet2DModel, arguments: {block_out_channels: [1000000, 1000000]}}", "size: [0, 8]",
+    "network: {class: diffusers.UNet2DModel, arguments: {block_out_channels: [30, 30], norm_num_groups: 7}}", "betas: [.nan, 2]",
+    "network: {class: diffusers.UNet2DModel, arguments: {layers_per_block: 100000}}", "lr: .nan", "ema: .inf", "betas: 3",
+    "dry_run: !!python/name:os.system ''", "<<: {steps: 3}", "1: 2", "null: 1", "? [a]\n: b", "\ufeffsteps: 1", "\0", "\x80",
+)  # fmt: skip
+
+
+def run(part: float, seed: int) -> Iterator[Count]:
+    """Tags and bombs, foreign classes, values, and text."""
+    subjects.trained()
+    draw = random.Random(seed)
+    share = scaled(CASES // 3, part)
+    good = yaml.safe_load((subjects.trained() / "train.yaml").read_text())
+    good = {k: v for k, v in good.items() if k != "out"} | {"steps": 1}
+    kinds = {
+        "configurations: tags, bombs, foreign classes": [*TAGS, *map(foreign, FOREIGN)][: None if part >= 1 else share],
+        "configurations: exchanged values": [dumped(valued(draw, good)) for _ in range(share)],
+        "configurations: damaged text": [text(draw, yaml.safe_dump(good)) for _ in range(share)],
+    }
+    for kind, written in kinds.items():
+        failures, refused = [], 0
+        for config in written:
+            with box() as where:
+                file = where.given / "config.yaml"
+                file.write_bytes(config.encode("utf-8", "surrogatepass"))
+                # the steps are few whatever the file says, and its directory is the box's
+                arguments = [
+                    "train",
+                    "--config",
+                    str(file),
+                    "--steps",
+                    "1",
+                    "--sample_every",
+                    "0",
+                    "--out",
+                    str(where.out),
+                ]
+                dry = draw.random() < 0.5
+                outcome, wrong = tried(
+                    [*arguments, *(["--dry_run"] if dry else [])], where, seconds=120,
+                    correct=None if dry or "print_config" in config else lambda out=where.out: subjects.of_a_run(out),
+                )  # fmt: skip
+                refused += outcome.code == 2
+                failures += [f"{config[:200]!r}{' --dry_run' if dry else ''}: {fault}" for fault in wrong]
+        yield Count(kind, len(written), failures, f"{refused} refused, the others right")
+
+
+def foreign(name: str) -> str:
+    """A configuration whose network is of another class."""
+    return dumped({"network": {"class": name, "arguments": {"command": "touch canary"}}})
+
+
+def valued(draw: random.Random, good: dict[str, Any]) -> Any:
+    """The configuration with values exchanged."""
+    changed = tree(draw, good)
+    if isinstance(changed, dict):
+        changed.pop("out", None)
+        if draw.random() < 0.3:
+            changed["network"] = {
+                "class": draw.choice(("diffusers.UNet2DModel", "diffusers.DiTTransformer2DModel"))
+            } | {"arguments": {"block_out_channels": draw.choice(VALUES), "layers_per_block": draw.choice(VALUES)}}
+    return changed

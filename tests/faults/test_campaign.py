@@ -1,0 +1,220 @@
+"""A part of benchmarks/campaign, without its processes: whatever is damaged, the answer is right or an InputError."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from campaign import checkpoints, every_step_count, images, mutate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import dualout
+from dualout import data
+from dualout.bounded import no_larger_than
+from dualout.checkpoint import write_text
+from dualout.cli.main import main
+from dualout.errors import InputError
+from dualout.schedules import Linear
+from dualout.training.checkpoint import RunDirectory, read_run, states
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from dualout.networks.build import build
+
+    path = tmp_path_factory.mktemp("model") / "run"
+    denoiser = dualout.Denoiser(build("tiny:width=8", 1, 8, 3), dualout.Dual(), Linear())
+    denoiser.save_pretrained(path, image={"channels": 1, "size": [8, 8]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def spoilt(model, tmp_path_factory):
+    """A function that makes a fresh copy to break."""
+    place = tmp_path_factory.mktemp("spoilt") / "run"
+
+    def copy():
+        shutil.rmtree(place, ignore_errors=True)
+        return shutil.copytree(model, place)
+
+    return copy
+
+
+WAYS = [
+    checkpoints.values,
+    checkpoints.damaged_text,
+    checkpoints.foreign,
+    checkpoints.weights,
+    checkpoints.tensors,
+]
+
+
+@pytest.mark.parametrize("damage", WAYS, ids=lambda way: way.__name__)
+@settings(max_examples=15)
+@given(seed=SEEDS)
+def test_a_damaged_checkpoint_is_refused_or_a_whole_model(spoilt, damage, seed):
+    broken = spoilt()
+    damage(random.Random(seed), broken)
+    try:
+        denoiser = dualout.Denoiser.from_pretrained(broken)
+    except InputError:
+        return
+    assert all(p.isfinite().all() for p in denoiser.parameters())
+
+
+def test_a_checkpoint_that_names_a_network_of_terabytes_is_refused_before_it_is_built(spoilt):
+    broken = spoilt()
+    config = json.loads((broken / "config.json").read_text())
+    config["network"]["arguments"]["layers_per_block"] = 100_000
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="holds far fewer weights"):
+        dualout.Denoiser.from_pretrained(broken)
+
+
+def test_building_is_counted_in_this_thread_only_and_no_longer(model):
+    file = model / "model.safetensors"
+    with no_larger_than(file), pytest.raises(InputError, match="far fewer"):
+        torch.nn.Linear(10_000, 10_000, device="meta")
+    assert torch.nn.Linear(10_000, 10_000, device="meta").weight.numel() == 10**8
+
+
+def sample(run, out, *more):
+    return main(["sample", str(run), "--images", "2", "--steps", "1", "--device", "cpu", "--out", str(out), *more])
+
+
+def test_images_that_are_not_finite_leave_nothing_behind(spoilt, tmp_path, capsys):
+    broken = spoilt()
+    tensors = load_file(broken / "model.safetensors")
+    save_file({k: v * 1e38 if v.ndim > 1 else v for k, v in tensors.items()}, broken / "model.safetensors")
+    assert sample(broken, tmp_path / "out") == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    # a directory that was there stays, empty
+    (tmp_path / "mine").mkdir()
+    assert sample(broken, tmp_path / "mine") == 2
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [([2**31, 2**31], "up to 16384"), ([True, 8], "up to 16384"), ([16384, 16384], "not enough memory")],
+)
+def test_images_that_no_memory_holds_are_refused(spoilt, tmp_path, capsys, monkeypatch, size, says):
+    def refuse(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("dualout.evaluation.sampling.noise", refuse)
+    broken = spoilt()
+    config = json.loads((broken / "config.json").read_text()) | {"image": {"channels": 1, "size": size}}
+    (broken / "config.json").write_text(json.dumps(config))
+    assert sample(broken, tmp_path / "out") == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_errors_of_the_library_are_not_taken_for_a_lack_of_memory(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a mistake in the program")
+
+    monkeypatch.setattr("dualout.evaluation.sampling.noise", fail)
+    with pytest.raises(RuntimeError, match="a mistake in the program"):
+        sample(model, tmp_path / "out")
+
+
+def test_a_training_without_a_checkpoint_may_begin_in_another_way(tmp_path, capsys, monkeypatch):
+    command = [
+        "train", "--network", "tiny:width=4", "--batch_size", "2", "--steps", "1", "--sample_every", "0",
+        "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    loss = dualout.Denoiser.loss
+
+    def infinite(self, *arguments, **conditions):
+        found = loss(self, *arguments, **conditions)
+        return found._replace(total=found.total * float("inf"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dualout.Denoiser, "loss", infinite)
+        assert main(command) == 2
+    assert "There is no checkpoint yet. Lower --lr" in capsys.readouterr().err
+    # as the message advises
+    assert main([*command, "--lr", "1e-4"]) == 0
+    assert [step for step, _ in states(tmp_path / "run")] == [1]
+    assert "lr: 0.0001" in (tmp_path / "run" / "train.yaml").read_text()
+
+
+@settings(max_examples=40)
+@given(seed=SEEDS, form=st.sampled_from(images.FORMATS))
+def test_a_damaged_picture_is_left_out_by_name_or_read(tmp_path_factory, seed, form):
+    folder = tmp_path_factory.mktemp("pictures")
+    good = images.encoded(images.picture(), "PNG")
+    for i in range(2):
+        (folder / f"{i}.png").write_bytes(good)
+    (folder / f"odd.{form.lower()}").write_bytes(
+        mutate.raw(random.Random(seed), images.encoded(images.picture(), form))
+    )
+    found = data.load(f"folder:{folder}:size=8:grey=false", strict=1.0)
+    assert len(found) + sum("odd" in note for note in found.notes) == 3
+    first, second = np.asarray(found.gather(np.array([0, 1])))
+    assert (first == second).all()
+
+
+@pytest.mark.parametrize("name", images.RIGHT)
+def test_odd_pictures_are_read_as_they_look(name):
+    assert images.shown_right(images.RIGHT[name]) is None
+
+
+@pytest.mark.parametrize("sampler", [*every_step_count.SAMPLERS, every_step_count.OF_DIFFUSERS], ids=lambda s: s.spec)
+def test_every_sampler_at_a_few_of_a_thousand_step_counts(sampler):
+    denoiser = every_step_count.Gaussian(Linear())
+    x = torch.randn(1, 1, 1, every_step_count.PIXELS, dtype=torch.float64)
+    for steps in (1, 2, 3, 7, 48, 333, 999, 1000) if sampler.name != "diffusers" else (1, 3, 48):
+        assert every_step_count.faults(dataclasses.replace(sampler, steps=steps), denoiser, x) == []
+
+
+def test_a_sampler_that_is_wrong_is_noticed():
+    # a step too few at the end, and eps that is a hundredth off
+    class Off(every_step_count.Gaussian):
+        def __call__(self, x_t, t, **conditions):
+            p = super().__call__(x_t, t)
+            return dataclasses.replace(p, x0=p.x0 + 0.02)
+
+    x = torch.randn(1, 1, 1, every_step_count.PIXELS, dtype=torch.float64)
+    assert every_step_count.faults(dualout.samplers.DDIM(steps=1000, clip=None), Off(Linear()), x)
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_training_killed_as_it_writes_what_it_is_begins_again(tmp_path, monkeypatch, writes):
+    class Killed(BaseException):
+        pass
+
+    done = []
+
+    def killing(path, text):
+        if len(done) == writes:
+            raise Killed
+        done.append(path)
+        write_text(path, text)
+
+    directory = RunDirectory(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("dualout.training.checkpoint.write_text", killing)
+        with pytest.raises(Killed):
+            directory.describe(WHAT, "steps: 1\n")
+    directory.close()
+    again = RunDirectory(tmp_path)
+    again.describe(WHAT, "steps: 1\n")
+    again.close()
+    assert read_run(tmp_path) == WHAT
+    assert (tmp_path / "train.yaml").read_text() == "steps: 1\n"
+
+
+WHAT = {"config": {}, "precision": "fp32", "denoiser": {}, "data": {}}
