@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -69,7 +70,7 @@ def tell(count: Count) -> None:
 def record(name: str, about: str, counts: list[Count], seconds: float, options: argparse.Namespace) -> None:
     """Put the counts of one file into the results, and write the page anew."""
     kept = RESULTS / "reliability.json"
-    with FileLock(HERE / ".lock"):
+    with FileLock(Path(tempfile.gettempdir()) / "dualout-reliability.lock"):
         _record(kept, name, about, counts, seconds, options)
 
 

@@ -106,15 +106,7 @@ def construct(description: Any) -> nn.Module:
             network.set_submodule(name, construct(layer), strict=True)
     except InputError:
         raise
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        IndexError,
-        RuntimeError,
-        ArithmeticError,
-    ) as error:
+    except Exception as error:  # constructors raise whatever damaged arguments lead them to
         raise InputError(f"{description['class']} cannot be built: {error}. Its arguments: {arguments!r}") from error
     return network
 
@@ -248,9 +240,12 @@ def load_weights(directory: Path, module: nn.Module, *, as_saved: bool = False) 
     load_strictly(module, tensors, str(path))
 
 
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def _take_precision(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, own in [*module.named_parameters(), *module.named_buffers()]:
-        if name in tensors and own.is_floating_point() and tensors[name].is_floating_point():
+        if name in tensors and own.is_floating_point() and tensors[name].dtype in _PRECISIONS:
             own.data = own.data.to(tensors[name].dtype)
 
 
@@ -259,7 +254,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
     problems = _mismatch(module.state_dict(), tensors)
     if problems:
         raise InputError(f"{source} does not fit this architecture, nothing was loaded; {problems}")
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    # of 8-bit floats torch computes nothing
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v.float()).all()]
     if bad:
         raise InputError(f"{source} holds NaN or infinite weights, nothing was loaded; in {_some(bad)}")
     module.load_state_dict(tensors)

@@ -59,7 +59,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("damage", WAYS, ids=lambda way: way.__name__)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(seed=SEEDS)
 def test_a_damaged_checkpoint_is_refused_or_a_whole_model(spoilt, damage, seed):
     broken = spoilt()
@@ -78,6 +78,22 @@ def test_a_checkpoint_that_names_a_network_of_terabytes_is_refused_before_it_is_
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="holds far fewer weights"):
         dualout.Denoiser.from_pretrained(broken)
+
+
+def test_what_a_constructor_trips_over_is_told(spoilt):
+    broken = spoilt()
+    config = json.loads((broken / "config.json").read_text())
+    config["network"]["arguments"]["time_embedding_type"] = "none such"
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="cannot be built"):
+        dualout.Denoiser.from_pretrained(broken)
+
+
+def test_weights_of_eight_bits_are_read_in_the_precision_of_the_network(spoilt):
+    broken = spoilt()
+    tensors = load_file(broken / "model.safetensors")
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}, broken / "model.safetensors")
+    assert {p.dtype for p in dualout.Denoiser.from_pretrained(broken).parameters()} == {torch.float32}
 
 
 def test_building_is_counted_in_this_thread_only_and_no_longer(model):
@@ -210,7 +226,12 @@ def test_a_training_killed_as_it_writes_what_it_is_begins_again(tmp_path, monkey
         with pytest.raises(Killed):
             directory.describe(WHAT, "steps: 1\n")
     directory.close()
+    for torn in (tmp_path / ".train.yaml.x.tmp", tmp_path / "state" / ".run.json.x.tmp"):
+        torn.write_text("st")
+    if not writes:
+        (tmp_path / ".train.yaml.x.tmp").unlink()
     again = RunDirectory(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
     again.describe(WHAT, "steps: 1\n")
     again.close()
     assert read_run(tmp_path) == WHAT

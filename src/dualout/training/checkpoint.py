@@ -136,6 +136,10 @@ class RunDirectory:
                 ) from None
             for left in (self.path / STATE).glob(".step-*"):
                 shutil.rmtree(left)
+            # and the files that a killed process was writing
+            for place in (self.path, self.path / STATE, self.path / "samples"):
+                for left in place.glob(".*.tmp"):
+                    left.unlink(missing_ok=True)
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
