@@ -75,19 +75,24 @@ def film(
         labels: the class of each image, for a network that is told it.
     """
     for m in _trajectory(denoiser, sampler, seeds, shape, labels):
-        parts = m.prediction.parts
-        both = {"eps", "x0"} <= parts.keys()
-        subtractive = subtract(parts["eps"], m.prediction.x_t, m.prediction.level) if both else None
-        yield Frame(
-            m.k,
-            m.t,
-            m.x_t,
-            sampler.clipped(m.prediction.x0),
-            m.x_next,
-            None if subtractive is None else sampler.clipped(subtractive),
-            sampler.clipped(parts["x0"]) if both else None,
-            parts.get("ratio"),
-        )
+        yield frame(m, sampler)
+
+
+def frame(m: Moment, sampler: Sampler) -> Frame:
+    """What is to be seen of one step."""
+    parts = m.prediction.parts
+    both = {"eps", "x0"} <= parts.keys()
+    subtractive = subtract(parts["eps"], m.prediction.x_t, m.prediction.level) if both else None
+    return Frame(
+        m.k,
+        m.t,
+        m.x_t,
+        sampler.clipped(m.prediction.x0),
+        m.x_next,
+        None if subtractive is None else sampler.clipped(subtractive),
+        sampler.clipped(parts["x0"]) if both else None,
+        parts.get("ratio"),
+    )
 
 
 def _trajectory(

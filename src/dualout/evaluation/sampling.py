@@ -20,7 +20,7 @@ from dualout.networks.precision import choose
 from dualout.parameterizations.base import Route
 from dualout.randomness import SeededDraw, noise
 from dualout.samplers import Sampler
-from dualout.samplers.base import Denoises
+from dualout.samplers.base import Denoises, Moment
 from dualout.schedules import Schedule
 
 
@@ -164,6 +164,20 @@ class Sampling:
                 f"{self.sampler.spec} in {self.chosen.name}; try --precision fp32, or another sampler"
             )
         return to_uint8(x0).cpu()
+
+    def trajectory(self, indices: Sequence[int]) -> Iterator[Moment]:
+        """The way of these images, one step at a time; what a step is worth to look at, it is before rounding."""
+        seeds, shape = [self.seed + i for i in indices], self.model.shape
+        start = noise(seeds, shape, device=self.device)
+        draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
+        steps = self.stepping.trajectory(self.view, start, draw, **self._conditions(indices))
+        while True:
+            # what is around a step is not around what is done between two
+            with torch.no_grad(), self.chosen.autocast():
+                moment = next(steps, None)
+            if moment is None:
+                return
+            yield moment
 
     def _conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
         if self.labels is None:

@@ -1,0 +1,1 @@
+"""The web page: `studio` makes what it shows, `page` shows it."""

@@ -1,0 +1,187 @@
+"""The page in a real browser: making, switching, cancelling, two at once. Needs Chromium and its driver."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from dualout import Denoiser, Dual, Epsilon, InputError, schedules
+from dualout.app.server import serve
+from dualout.app.studio import Studio
+from dualout.cli.main import main
+from dualout.networks.build import build
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,1000",
+)  # fmt: skip
+needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver on this machine")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory, found = tmp_path_factory.mktemp("runs"), []
+    for name, parameterization in {"dual": Dual(), "eps": Epsilon()}.items():
+        torch.manual_seed(0)
+        denoiser = Denoiser(
+            build("tiny:width=8", 1, (8, 8), parameterization.channels(1)), parameterization, schedules.Linear()
+        )
+        denoiser.save_pretrained(directory / name, image={"channels": 1, "size": [8, 8]})
+        found.append(str(directory / name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    page, address = serve(Studio(runs))
+    yield address
+    page.close(verbose=False)
+
+
+@contextmanager
+def browser(address):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get(address)
+        wait(driver, lambda: driver.find_elements("css selector", "#start") and "Ready" in status(driver))
+        yield driver
+    finally:
+        driver.quit()
+
+
+def wait(driver, condition, seconds=60):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(driver, seconds).until(lambda _: condition())
+
+
+def status(driver):
+    return driver.find_element("id", "status").text
+
+
+def press(driver, selector):
+    element = driver.find_element("css selector", selector)
+    driver.execute_script("arguments[0].click()", element)
+
+
+def make(driver):
+    press(driver, "#start")
+    wait(driver, lambda: "Working" in status(driver) or "step" in status(driver))
+    wait(driver, lambda: "images of" in status(driver))
+    return picture(driver)
+
+
+def picture(driver, letter="A", what="picture"):
+    """The image that is shown, as the browser has it."""
+    script = """
+        const i = document.querySelector(arguments[0]);
+        if (!i || !i.complete || !i.naturalWidth) return null;
+        const c = document.createElement('canvas');
+        c.width = i.naturalWidth; c.height = i.naturalHeight;
+        c.getContext('2d').drawImage(i, 0, 0);
+        return c.toDataURL();"""
+    return wait(driver, lambda: driver.execute_script(script, f"#{what}-{letter} img"))
+
+
+def choose(driver, letter, text):
+    """One of the routes."""
+    press(driver, f"#route-{letter} input[value='{text}']")
+
+
+def command(driver, letter="A"):
+    return driver.find_element("css selector", f"#command-{letter} textarea").get_attribute("value")
+
+
+@needs_browser
+def test_a_visit(address):
+    with browser(address) as driver:
+        learned = make(driver)
+        assert picture(driver, what="film")
+        assert picture(driver, what="ratio")
+        assert "--route" not in command(driver)
+        # the same seeds by another route are other images, and back again the same
+        choose(driver, "A", "eps only")
+        assert make(driver) != learned
+        assert "--route eps" in command(driver)
+        choose(driver, "A", "learned")
+        assert make(driver) == learned
+        assert driver.find_element("id", "download").is_displayed()
+        refused = [m for m in driver.get_log("performance") if '"url":"http' in m["message"]]
+        there = [m for m in refused if address.rstrip("/") not in m["message"]]
+        assert not there, there[:2]
+
+
+@needs_browser
+def test_a_mistake_is_told_and_work_can_be_cancelled(address):
+    with browser(address) as driver:
+        calibrated = driver.find_element("xpath", "//label[contains(., 'Calibrated')]//input")
+        driver.execute_script("arguments[0].click()", calibrated)
+        press(driver, "#start")
+        wait(driver, lambda: "has no calibration" in status(driver))
+        driver.execute_script("arguments[0].click()", calibrated)
+        steps = driver.find_element("css selector", "#steps-A input[type=number]")
+        steps.clear()
+        steps.send_keys("100\t")
+        press(driver, "#start")
+        wait(driver, lambda: "step" in status(driver))
+        press(driver, "#cancel")
+        wait(driver, lambda: "Stopped" in status(driver))
+
+
+@needs_browser
+def test_two_browsers_do_not_disturb_each_other(address):
+    with browser(address) as one, browser(address) as other:
+        choose(one, "A", "x0 only")
+        press(one, "#start")
+        alone = make(other)
+        wait(one, lambda: "images of" in status(one))
+        assert "--route x0" in command(one)
+        assert "--route" not in command(other)
+        assert picture(one) != alone
+        assert make(other) == alone
+
+
+@needs_browser
+def test_it_fits_a_phone(address):
+    with browser(address) as driver:
+        driver.set_window_size(400, 900)
+        make(driver)
+        wide, shown = (
+            driver.execute_script(f"return document.documentElement.{k}") for k in ("scrollWidth", "clientWidth")
+        )
+        assert wide <= shown
+
+
+def test_a_taken_port_is_told(runs):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} is taken"):
+            serve(Studio(runs[:1]), port=port)
+
+
+def test_the_command_refuses_what_it_cannot_show(tmp_path, capsys):
+    assert main(["app", str(tmp_path / "nothing")]) == 2
+    assert main(["app", str(tmp_path), "--port", "70000"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_without_gradio_it_says_what_to_install(runs, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(InputError, match=r"dualout\[app\]"):
+        serve(Studio(runs[:1]))
