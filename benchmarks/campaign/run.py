@@ -96,11 +96,13 @@ def _record(
 def page(known: dict[str, dict]) -> str:
     """docs/results/reliability.md."""
     rows = [row for name in NAMES if name in known for row in known[name]["rows"]]
+    total = sum(row["cases"] for row in rows)
+    faults = total - sum(row["cases"] for row in known.get("every_step_count", {"rows": []})["rows"])
     machine = next(iter(known.values()))["machine"]
     lines = [
         "# Reliability",
         "",
-        f"{sum(row['cases'] for row in rows):,} cases, {sum(row['failures'] for row in rows)} failures, by",
+        f"{faults:,} faulty runs and {total - faults:,} numbers of steps, {sum(row['failures'] for row in rows)} failures, by",
         "",
         "    python benchmarks/campaign/run.py",
         "",
@@ -108,6 +110,7 @@ def page(known: dict[str, dict]) -> str:
         "when it ends in a traceback or by a signal that was not sent, does not end, ends with another exit code than 0",
         "or 2, is wrong where it says 0, leaves a partial file or anything at all where it says 2, writes outside --out,",
         "starts a program, opens a connection, or unpickles an object. What it found on the way is in [the log](../LOG.md).",
+        "--part tells which share of a file's cases was run; a file that is missing below was not.",
         "",
         f"Machine: {machine['processor']}; {machine['system']}; {machine['versions']}.",
     ]  # fmt: skip
