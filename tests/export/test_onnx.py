@@ -193,8 +193,10 @@ def test_every_way_of_reading(parameterization: Any, schedule: Schedule, tmp_pat
 def test_classes_guidance_and_a_calibration(tmp_path: Path) -> None:
     denoiser, labels, sampler = small(Dual(), classes=4), torch.tensor([0, 2, 1]), samplers.DDIM(3)
     times = sampler.timesteps(denoiser.schedule)
-    values = {"x0_scale": [1.1, 0.9, 1.05], "eps_scale": [1.0, 1.2, 0.9], "x0_fine": [0.8, 1.0, 1.3], "eps_fine": [0.9, 1.0, 1.1], "ratio_gain": [2.0, 1.0, 0.5],
-              "ratio_shift": [0.3, -0.2, 0.0]}  # fmt: skip
+    values = {
+        "x0_scale": [1.1, 0.9, 1.05], "eps_scale": [1.0, 1.2, 0.9], "x0_fine": [0.8, 1.0, 1.3],
+        "eps_fine": [0.9, 1.0, 1.1], "ratio_gain": [2.0, 1.0, 0.5], "ratio_shift": [0.3, -0.2, 0.0],
+    }  # fmt: skip
     calibration = Calibration(sampler.config(), times, values)
     write_onnx(denoiser, tmp_path, SHAPE, calibration=calibration)
     graph = OnnxDenoiser(tmp_path)

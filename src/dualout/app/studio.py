@@ -257,8 +257,12 @@ def _pictures(x: torch.Tensor) -> np.ndarray:
 
 
 def _only(seen: Frame, image: int) -> Frame:
-    values = [v[image : image + 1].cpu() if isinstance(v, torch.Tensor) else v for v in seen]
-    return Frame(*values)
+    """The frame of one image."""
+
+    def one(x: Any) -> Any:
+        return x[image : image + 1].cpu() if isinstance(x, torch.Tensor) else x
+
+    return Frame(*map(one, seen))
 
 
 def samplers() -> list[str]:

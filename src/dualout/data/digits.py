@@ -38,7 +38,7 @@ class Digits(Source):
         if self.split != "all":
             place = np.empty_like(labels)
             for digit in range(10):
-                place[labels == digit] = np.arange((labels == digit).sum())
+                place[labels == digit] = np.arange(np.count_nonzero(labels == digit))
             test = place % TEST_EVERY == TEST_EVERY - 1
             rows = np.flatnonzero(test if self.split == "test" else ~test)
             labels = labels[rows]

@@ -170,7 +170,8 @@ class Sampling:
         seeds, shape = [self.seed + i for i in indices], self.model.shape
         start = noise(seeds, shape, device=self.device)
         draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
-        steps = self.stepping.trajectory(self.view, start, draw, **self._conditions(indices))
+        conditions: dict[str, Any] = dict(self._conditions(indices))
+        steps = self.stepping.trajectory(self.view, start, draw, **conditions)
         while True:
             # what is around a step is not around what is done between two
             with torch.no_grad(), self.chosen.autocast():
