@@ -46,7 +46,7 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        from gradio.themes import Default
+        from gradio import themes
         from starlette.middleware import Middleware
     except ImportError as error:
         raise InputError("dualout app needs gradio: pip install 'dualout[app]'") from error
@@ -57,7 +57,7 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
         _, address, _ = page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
             ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, footer_links=[], css=CSS,
-            theme=Default(font=_FONTS, font_mono=["ui-monospace", "monospace"]),
+            theme=themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"]),
             app_kwargs={"middleware": [Middleware(Policy)]},
         )  # fmt: skip
     except OSError as error:
