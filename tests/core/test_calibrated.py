@@ -81,7 +81,8 @@ def test_the_fit_restores_the_variance_that_few_steps_lose():
     *_, last = fit(denoiser, sampler, data, Fit(iterations=100, batch=128, lr=0.05, check_every=50))
     seeds = range(10_000, 12_000)
     before = sampler.sample(denoiser, noise(seeds, (1, 4, 4)))
-    after = sampler.sample(Calibrated.of(denoiser, last.calibration), noise(seeds, (1, 4, 4)))
+    found = last.calibration
+    after = found.stepping(sampler).sample(Calibrated.of(denoiser, found), noise(seeds, (1, 4, 4)))
     assert before.std() < 0.6 * SPREAD
     assert abs(after.std() / SPREAD - 1) < 0.05
     assert abs(after.mean() - MEAN) < 0.02
@@ -149,5 +150,5 @@ def test_moved_time_steps_are_those_that_are_sampled():
     found = last.calibration
     assert found.sampler == sampler.config()
     assert list(found.times) != sampler.timesteps(SCHEDULE)
-    stepping = dataclasses.replace(sampler, spacing=tuple(found.times))
+    stepping = found.stepping(sampler)
     stepping.sample(Calibrated.of(denoiser, found), noise(range(2), (1, 4, 4)))

@@ -1,9 +1,10 @@
 """Fit a few numbers a step to what a K-step trajectory wants; minutes, with the weights left as they are.
 
-The numbers (a scale on x0, on eps and on the fine detail of each, and for dual output a gain and shift of the ratio's
-logit) are found by gradients through all K steps, against the training images; noise and images that the fit never
-sees decide when to stop. They are written beside the weights, and ``--calibrated`` of sample and evaluate applies them.
-Judge them as anything else: with dualout evaluate, by seeds, images and features that were not used here.
+First the time steps are moved to where the images come nearer to real ones. Then the numbers (a scale on x0, on eps and
+on the fine detail of each, and for dual output a gain and shift of the ratio's logit) are found by gradients through
+all K steps, against the training images; noise and images that the fit never sees decide whether and when to stop. All
+are written beside the weights, and ``--calibrated`` of sample and evaluate applies them. Judge them as anything else:
+with dualout evaluate, by seeds, images and features that were not used here.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Options:
     """Adam's learning rate, which falls to 0 along a cosine"""
     distance: str = "sliced"
     """sliced (Wasserstein) or energy, in pixels and in the features of a fixed random conv net"""
-    move_times: int = 0
+    move_times: int = 3
     """Rounds in which time steps are moved to where the images are nearer, before the numbers are fitted; 0 keeps the
     spacing"""
     seed: int = 0

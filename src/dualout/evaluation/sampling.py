@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class Sampling:
         if self.calibrated:
             self.calibration = self._own_calibration()
             view = Calibrated.of(view, self.calibration)
-            self.stepping = replace(self.sampler, spacing=tuple(self.calibration.times))
+            self.stepping = self.calibration.stepping(self.sampler)
         if self.guidance is not None and self.model.classes is not None:
             view = ClassifierFree(view, self.guidance, class_labels=self.model.classes)
         self.view = view

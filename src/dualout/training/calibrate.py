@@ -42,7 +42,7 @@ class Fit:
     check_every: int = 25
     patience: int = 6
     """Checks without a better held-out distance, after which it stops."""
-    move_times: int = 0
+    move_times: int = 3
     """Rounds in which every time step is moved to where the distance is least, before the numbers are fitted."""
     seed: int = 0
 
@@ -108,33 +108,33 @@ def fit(
     def far(made: Tensor, real: Tensor, seed: int) -> Tensor:
         return torch.stack([distance(a, b, seed) for a, b in zip(views(made), views(real), strict=True)]).sum()
 
-    asked, last = sampler.config(), denoiser.schedule.steps - 1
-    times = sampler.timesteps(denoiser.schedule)
+    @torch.no_grad()
+    def held_out(denoiser: Denoises, sampler: Sampler) -> tuple[float, float]:
+        """The distance, and how near made images are to images of the fit."""
+        batches = [slice(i, i + how.batch) for i in range(0, held, how.batch)]
+        made = torch.cat([_made(denoiser, sampler, real_held[b], how.seed + 1, b.start, grad=False) for b in batches])
+        return float(far(made, real_held, how.seed)), nearest(made, real)
+
+    @torch.no_grad()
+    def far_at(times: Sequence[int]) -> float:
+        there, rows = replace(sampler, spacing=tuple(times)), real[: max(how.batch, 512)]
+        return float(far(_made(denoiser, there, rows, how.seed + 3, 0, grad=False), rows, how.seed))
+
+    asked, times = sampler.config(), sampler.timesteps(denoiser.schedule)
+    start, near = held_out(denoiser, sampler)
+    nearness = {"before": near, "after": near, "held_out_images": nearest(real_held, real)}
+    best = start
     if how.move_times:
-
-        @torch.no_grad()
-        def far_at(times: Sequence[int]) -> float:
-            there, rows = replace(sampler, spacing=tuple(times)), real[: max(how.batch, 512)]
-            return float(far(_made(denoiser, there, rows, how.seed + 3, 0, grad=False), rows, how.seed))
-
-        times = moved(times, last, far_at, how.move_times)
-        sampler = replace(sampler, spacing=tuple(times))
+        others = moved(times, denoiser.schedule.steps - 1, far_at, how.move_times)
+        there = replace(sampler, spacing=tuple(others))
+        now, near = held_out(denoiser, there)
+        if now < best:
+            best, times, sampler, nearness["after"] = now, others, there, near
     values = {
         name: torch.full((len(times),), NEUTRAL[name], device=images.device, requires_grad=True) for name in names
     }
     wrapped = Calibrated(_Recomputed(denoiser), times, values)
     optimizer = torch.optim.Adam(values.values(), lr=how.lr, betas=(0.9, 0.95))
-
-    @torch.no_grad()
-    def held_out() -> tuple[float, float]:
-        """The distance, and how near made images are to images of the fit."""
-        batches = [slice(i, i + how.batch) for i in range(0, held, how.batch)]
-        made = torch.cat([_made(wrapped, sampler, real_held[b], how.seed + 1, b.start, grad=False) for b in batches])
-        return float(far(made, real_held, how.seed)), nearest(made, real)
-
-    start, near = held_out()
-    nearness = {"before": near, "after": near, "held_out_images": nearest(real_held, real)}
-    best = start
     frozen = {p: p.requires_grad for p in denoiser.parameters()}
     best_values = _floats(values)
     worse, since = 0, []
@@ -153,7 +153,7 @@ def fit(
             since.append(loss.detach())
             if i % how.check_every and i != how.iterations:
                 continue
-            now, near = held_out()
+            now, near = held_out(wrapped, sampler)
             worse = 0 if now < best else worse + 1
             if now < best:
                 best, best_values = now, _floats(values)
