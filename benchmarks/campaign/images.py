@@ -210,7 +210,7 @@ RIGHT: dict[str, Callable[[], tuple[bytes, str, np.ndarray]]] = {
     **{f"EXIF orientation {n}": _exif(n) for n in (*range(0, 10), 255)},
     **{f"{mode} {form}": _mode(mode, form) for mode, form in (
         ("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "TIFF"), ("L", "TIFF"), ("P", "GIF"),
-        ("RGB", "BMP"), ("RGB", "TIFF"), ("RGB", "PPM"), ("YCbCr", "TIFF"),
+        ("RGB", "BMP"), ("RGB", "TIFF"), ("RGB", "PPM"),
     )},
     "16-bit grey": _sixteen,
     **{f"animated {form}": _animated(form) for form in ("GIF", "PNG", "WEBP", "TIFF")},

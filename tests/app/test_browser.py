@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -39,8 +40,13 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(runs):
-    page, address = serve(Studio(runs))
+def studio(runs):
+    return Studio(runs)
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    page, address = serve(studio)
     yield address
     page.close(verbose=False)
 
@@ -144,7 +150,16 @@ def test_a_visit(address):
 
 
 @needs_browser
-def test_a_mistake_is_told_and_work_can_be_cancelled(address):
+def test_a_mistake_is_told_and_work_can_be_cancelled(address, studio, monkeypatch):
+    make_at_once, looked = studio.make, []
+
+    def make_slowly(request):
+        for item in make_at_once(request):
+            looked.append(item)
+            time.sleep(0.2)
+            yield item
+
+    monkeypatch.setattr(studio, "make", make_slowly)
     with browser(address) as driver:
         calibrated = driver.find_element("xpath", "//label[contains(., 'Calibrated')]//input")
         driver.execute_script("arguments[0].click()", calibrated)
@@ -158,6 +173,11 @@ def test_a_mistake_is_told_and_work_can_be_cancelled(address):
         wait(driver, lambda: "step" in status(driver))
         press(driver, "#cancel")
         wait(driver, lambda: "Stopped" in status(driver))
+        time.sleep(1)
+        done = len(looked)
+        time.sleep(1)
+        assert len(looked) == done < 100
+        assert "Stopped" in status(driver)
 
 
 @needs_browser
