@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,20 @@ def progress(*columns: str) -> Iterator[Progress]:
     )  # fmt: skip
     with bar:
         yield bar
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Tell how far several pieces of work are, by a function of what is done, how much, and of how much (0: unknown)."""
+    with progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield told
 
 
 def track(items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -46,7 +44,7 @@ def run(arguments: list[str]) -> int | None:
 
     if options.dry_run:
         return _dry_run(options)
-    with _loading() as told, Run(options, progress=told) as training:
+    with console.stages() as told, Run(options, progress=told) as training:
         _announce(training)
         if training.finished:
             if training.main:
@@ -140,20 +138,6 @@ def _draw_samples(sampling: Sampling, path: Path, count: int) -> None:
         aside.write_bytes(png_of(tiles(images, columns), max(1, 64 // images.shape[1])))
 
 
-@contextmanager
-def _loading() -> Iterator[Callable[[str, int, int], None]]:
-    """Tell how far loading the images is, once that takes a while."""
-    with console.progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def told(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done, total=total or None)
-
-        yield told
-
-
 def _dry_run(options: Options) -> None:
     from dualout.training.checkpoint import read_run, states
     from dualout.training.estimate import estimate
@@ -163,7 +147,7 @@ def _dry_run(options: Options) -> None:
     path = Path(options.out or options.default_out()).expanduser()
     if known := read_run(path) if states(path) else None:
         refuse_changes(path, known, options)
-    with _loading() as told:
+    with console.stages() as told:
         job = assemble(options, progress=told)
     cost = estimate(job)
     if int(os.environ.get("RANK", "0")):

@@ -8,10 +8,7 @@ the same command is given again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from dualout.cli import console
 from dualout.cli.options import parse
@@ -29,7 +26,7 @@ def run(arguments: list[str]) -> int | None:
 
     from dualout.training.interrupt import interruptible
 
-    with _shown() as told, Upgrade(options, told) as work:
+    with console.stages() as told, Upgrade(options, told) as work:
         if work.finished:
             console.say(f"{work.path} has all of it; a higher --steps goes on")
             return 0
@@ -58,17 +55,3 @@ def _line(check: Check) -> str:
         f"{check.stage}{where}: x0 error {100 * math.expm1(check.score):+.1f}% (geometric mean over t), "
         f"gate open in {check.open} of {len(check.rows)} parts of t{worse}; {kept}, {check.seconds:.1f} s"
     )
-
-
-@contextmanager
-def _shown() -> Iterator[Callable[[str, int, int], None]]:
-    """Tell how far loading, solving and training are."""
-    with console.progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def told(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done, total=total or None)
-
-        yield told
