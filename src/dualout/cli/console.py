@@ -48,7 +48,7 @@ def progress(*columns: str) -> Iterator[Progress]:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """Tell how far several pieces of work are, by a function of what is done, how much, and of how much (0: unknown)."""
+    """Tell how far pieces of work are, by a function of what is done, how much, and of how much (0: unknown)."""
     with progress() as bar:
         tasks: dict[str, Any] = {}
 
