@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,6 @@ NEUTRAL = {
 """Every number a step can have, and the value that changes nothing."""
 
 DIRECTORY = "calibration"
-
-Steps = TypeVar("Steps")
-"""A sampler."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,6 @@ class Calibration:
         wrong = [k for k, v in self.values.items() if len(v) != len(self.times)]
         if unknown or wrong:
             raise InputError(f"a calibration has one number a step of {', '.join(NEUTRAL)}; wrong: {unknown + wrong}")
-
-    def stepping(self, sampler: Steps) -> Steps:
-        """A sampler, at the time steps of this calibration."""
-        return replace(sampler, spacing=tuple(self.times))  # type: ignore[type-var]
 
     def save(self, run: str | Path) -> Path:
         """Write it beside the weights, as RUN/calibration/SAMPLER.json; returns where."""

@@ -82,7 +82,7 @@ def test_the_fit_restores_the_variance_that_few_steps_lose():
     seeds = range(10_000, 12_000)
     before = sampler.sample(denoiser, noise(seeds, (1, 4, 4)))
     found = last.calibration
-    after = found.stepping(sampler).sample(Calibrated.of(denoiser, found), noise(seeds, (1, 4, 4)))
+    after = sampler.at(found.times).sample(Calibrated.of(denoiser, found), noise(seeds, (1, 4, 4)))
     assert before.std() < 0.6 * SPREAD
     assert abs(after.std() / SPREAD - 1) < 0.05
     assert abs(after.mean() - MEAN) < 0.02
@@ -150,5 +150,7 @@ def test_moved_time_steps_are_those_that_are_sampled():
     found = last.calibration
     assert found.sampler == sampler.config()
     assert list(found.times) != sampler.timesteps(SCHEDULE)
-    stepping = found.stepping(sampler)
-    stepping.sample(Calibrated.of(denoiser, found), noise(range(2), (1, 4, 4)))
+    made = sampler.at(found.times).sample(Calibrated.of(denoiser, found), noise(range(2), (1, 4, 4)))
+    assert made.isfinite().all()
+    with pytest.raises(InputError, match="time steps"):
+        sampler.sample(Calibrated.of(denoiser, found), noise(range(2), (1, 4, 4)))

@@ -30,7 +30,7 @@ from dualout.evaluation.scoring import Results, Scoring, check_count, first_seed
 from dualout.networks.device import device as find_device
 from dualout.samplers import Sampler
 from dualout.schedules import Schedule
-from dualout.training.calibrate import Fit, fit
+from dualout.training.calibrate import Fit, evenly, fit
 from dualout.training.config import TrainConfig
 from dualout.training.run import Run
 
@@ -238,7 +238,7 @@ def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, s
     except InputError:
         pass  # there is none yet: it is fitted
     dataset = _data(grid, model, "train")
-    images = to_model(dataset.batch(_spread(len(dataset), 20_000))).to(model.device)
+    images = to_model(dataset.batch(evenly(len(dataset), 20_000))).to(model.device)
     last = None
     for last in fit(model.denoiser, sampler, images, how):
         yield Doing(
@@ -247,11 +247,6 @@ def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, s
     if last is not None:
         protocol = {**last.calibration.protocol, "weights": weights, "data": dataset.name}
         Calibration(sampler.config(), last.calibration.times, last.calibration.values, protocol).save(directory)
-
-
-def _spread(count: int, most: int) -> list[int]:
-    n = min(count, most)
-    return [i * count // n for i in range(n)]
 
 
 def _data(grid: Grid, model: Model, split: str) -> data.Dataset:

@@ -91,13 +91,11 @@ def run(arguments: list[str]) -> int | None:
 
 
 def _fitted(options: Options, model: Model) -> Calibration:
-    import torch
-
     from dualout import data
     from dualout.data.pixels import to_model
     from dualout.evaluation.features import cache_directory
     from dualout.evaluation.sampling import build_sampler
-    from dualout.training.calibrate import Fit, fit
+    from dualout.training.calibrate import Fit, evenly, fit
 
     how = Fit(
         iterations=options.iterations,
@@ -114,9 +112,8 @@ def _fitted(options: Options, model: Model) -> Calibration:
             f"the model makes images of {model.shape} (C, H, W), {options.data} has {dataset.shape}; a data source is "
             "made grey by :grey=true, colour by :grey=false"
         )
-    count = min(options.images, len(dataset))
-    # spread evenly: folders lie sorted by class
-    images = to_model(dataset.batch(torch.linspace(0, len(dataset) - 1, count).long())).to(model.device)
+    rows = evenly(len(dataset), options.images)
+    images = to_model(dataset.batch(rows)).to(model.device)
     numbers = None if options.numbers is None else listed(options.numbers)
     last = None
     with console.progress("distance") as bar:
@@ -126,7 +123,7 @@ def _fitted(options: Options, model: Model) -> Calibration:
     if last is None:
         raise InputError(f"--iterations {options.iterations} leaves nothing to fit")
     last.calibration.protocol["data"] = {
-        "name": options.data, "split": options.split, "images": count, "fingerprint": dataset.fingerprint,
+        "name": options.data, "split": options.split, "images": len(rows), "fingerprint": dataset.fingerprint,
     }  # fmt: skip
     last.calibration.protocol["weights"] = model.details["sha256"]
     return last.calibration

@@ -30,7 +30,7 @@ class Options(Grid):
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
     options = parse(Options, "compare", arguments, __doc__ or "")
-    out = out_directory(options.out, holds="a comparison", marker="results.json")
+    out = out_directory(options.out, holds="comparisons", marker="results.json")
     rows = _done(options, out)
     _write(rows, options, out)
     return None

@@ -107,7 +107,8 @@ class Sampling:
         if self.calibrated:
             self.calibration = self._own_calibration()
             view = Calibrated.of(view, self.calibration)
-            self.stepping = self.calibration.stepping(self.sampler)
+            if list(self.calibration.times) != self.sampler.timesteps(self.model.denoiser.schedule):
+                self.stepping = self.sampler.at(self.calibration.times)
         if self.guidance is not None and self.model.classes is not None:
             view = ClassifierFree(view, self.guidance, class_labels=self.model.classes)
         self.view = view
@@ -152,9 +153,7 @@ class Sampling:
             InputError: when an image is not finite.
         """
         self.prepare(len(indices), self.sampler.evaluations)
-        seeds, shape = [self.seed + i for i in indices], self.model.shape
-        conditions, start = self._conditions(indices), noise(seeds, shape, device=self.device)
-        draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
+        start, draw, conditions = self._begun(indices)
         with self.chosen.autocast():
             x0 = self.stepping.sample(self.view, start, draw, **conditions)
         if not torch.isfinite(x0).all():
@@ -166,11 +165,8 @@ class Sampling:
         return to_uint8(x0).cpu()
 
     def trajectory(self, indices: Sequence[int]) -> Iterator[Moment]:
-        """The way of these images, one step at a time; what a step is worth to look at, it is before rounding."""
-        seeds, shape = [self.seed + i for i in indices], self.model.shape
-        start = noise(seeds, shape, device=self.device)
-        draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
-        conditions: dict[str, Any] = dict(self._conditions(indices))
+        """The way of these images, one step at a time, computed by eager torch."""
+        start, draw, conditions = self._begun(indices)
         steps = self.stepping.trajectory(self.view, start, draw, **conditions)
         while True:
             # what is around a step is not around what is done between two
@@ -179,6 +175,12 @@ class Sampling:
             if moment is None:
                 return
             yield moment
+
+    def _begun(self, indices: Sequence[int]) -> tuple[Tensor, SeededDraw | None, dict[str, Any]]:
+        """What these images begin with: their noise, the fresh noise of later steps, and their conditions."""
+        seeds, shape = [self.seed + i for i in indices], self.model.shape
+        draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
+        return noise(seeds, shape, device=self.device), draw, dict(self._conditions(indices))
 
     def _conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
         if self.labels is None:

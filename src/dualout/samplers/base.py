@@ -10,10 +10,10 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -104,6 +104,10 @@ class Sampler(Registered, ABC):
     def timesteps(self, schedule: Schedule) -> list[int]:
         """The K time steps that are visited, decreasing."""
         return space(self.spacing, schedule, self.steps)
+
+    def at(self, times: Sequence[int]) -> Self:
+        """The same sampler at these time steps, K of them, decreasing."""
+        return replace(self, spacing=tuple(times))
 
     @abstractmethod
     def plan(self, schedule: Schedule, times: Sequence[int]) -> Sequence[Any]:

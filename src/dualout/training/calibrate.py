@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -117,16 +117,19 @@ def fit(
 
     @torch.no_grad()
     def far_at(times: Sequence[int]) -> float:
-        there, rows = replace(sampler, spacing=tuple(times)), real[: max(how.batch, 512)]
-        return float(far(_made(denoiser, there, rows, how.seed + 3, 0, grad=False), rows, how.seed))
+        rows = real[: max(how.batch, 512)]
+        return float(far(_made(denoiser, sampler.at(times), rows, how.seed + 3, 0, grad=False), rows, how.seed))
 
     asked, times = sampler.config(), sampler.timesteps(denoiser.schedule)
     start, near = held_out(denoiser, sampler)
     nearness = {"before": near, "after": near, "held_out_images": nearest(real_held, real)}
     best = start
     if how.move_times:
-        others = moved(times, denoiser.schedule.steps - 1, far_at, how.move_times)
-        there = replace(sampler, spacing=tuple(others))
+        try:
+            others = moved(times, denoiser.schedule.steps - 1, far_at, how.move_times)
+        except InputError as error:
+            raise InputError(f"the time steps cannot be moved ({error}); take --move_times 0") from error
+        there = sampler.at(others)
         now, near = held_out(denoiser, there)
         if now < best:
             best, times, sampler, nearness["after"] = now, others, there, near
@@ -243,6 +246,12 @@ def nearest(made: Tensor, real: Tensor) -> float:
     """
     distances = [torch.cdist(rows.flatten(1), real.flatten(1)).amin(1) for rows in made.split(256)]
     return float(torch.cat(distances).mean()) / made[0].numel() ** 0.5
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of `count` images, spread evenly: folders lie sorted by class."""
+    n = min(count, most)
+    return [i * count // n for i in range(n)]
 
 
 def _shuffled(seed: int, n: int) -> Any:

@@ -17,7 +17,7 @@ from dualout.networks.precision import Precision
 
 @dataclass(frozen=True)
 class Onnx(Backend):
-    """The network as an ONNX graph in memory; `dualout export --to onnx` writes one with the blend inside."""
+    """The network as an ONNX graph in memory; `dualout export --format onnx` writes one with the blend inside."""
 
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     seconds: ClassVar[float] = 15.0
