@@ -1,15 +1,23 @@
-"""The page in a real browser: making, switching, cancelling, two at once. Needs Chromium and its driver."""
+"""The page in Chromium: making, switching, cancelling, two visitors at once.
+
+DUALOUT_SCREENSHOTS names a directory that keeps what the page looked like.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import socket
 import time
+import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dualout import Denoiser, Dual, Epsilon, InputError, schedules
 from dualout.app.server import serve
@@ -51,8 +59,23 @@ def address(studio):
     page.close(verbose=False)
 
 
+@pytest.fixture
+def look(tmp_path):
+    """Takes a screenshot, in which something is to be seen."""
+    directory = Path(os.environ.get("DUALOUT_SCREENSHOTS", tmp_path))
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def take(driver, name):
+        path = directory / f"{name}.png"
+        assert driver.save_screenshot(str(path))
+        with Image.open(path) as seen:
+            assert len(seen.convert("RGB").getcolors(2**24)) > 50
+
+    return take
+
+
 @contextmanager
-def browser(address):
+def browser(address, downloads=None):
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -61,6 +84,8 @@ def browser(address):
         options.add_argument(flag)
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    if downloads is not None:
+        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
         driver.get(address)
@@ -133,24 +158,25 @@ def asked_elsewhere(driver, address):
 
 
 @needs_browser
-def test_a_visit(address):
+def test_a_visit(address, look):
     with browser(address) as driver:
         learned = make(driver)
         assert picture(driver, what="film")
         assert picture(driver, what="ratio")
         assert "--route" not in command(driver)
+        look(driver, "desktop")
         # the same seeds by another route are other images, and back again the same
         choose(driver, "A", "eps only")
         assert make(driver) != learned
         assert "--route eps" in command(driver)
-        choose(driver, "A", "learned")
+        choose(driver, "A", "as trained")
         assert make(driver) == learned
         assert driver.find_element("id", "download").is_displayed()
         assert asked_elsewhere(driver, address) == []
 
 
 @needs_browser
-def test_a_mistake_is_told_and_work_can_be_cancelled(address, studio, monkeypatch):
+def test_a_mistake_is_told_and_work_can_be_cancelled(address, studio, look, monkeypatch):
     make_at_once, looked = studio.make, []
 
     def make_slowly(request):
@@ -165,6 +191,7 @@ def test_a_mistake_is_told_and_work_can_be_cancelled(address, studio, monkeypatc
         driver.execute_script("arguments[0].click()", calibrated)
         press(driver, "#start")
         wait(driver, lambda: "has no calibration" in status(driver))
+        look(driver, "mistake")
         driver.execute_script("arguments[0].click()", calibrated)
         steps = driver.find_element("css selector", "#steps-A input[type=number]")
         steps.clear()
@@ -194,7 +221,32 @@ def test_two_browsers_do_not_disturb_each_other(address):
 
 
 @needs_browser
-def test_it_fits_a_phone(address):
+def test_two_settings_side_by_side_and_their_archive(address, runs, look, tmp_path):
+    with browser(address, tmp_path) as driver:
+        tab = next(b for b in driver.find_elements("css selector", "button[role=tab]") if "Setting B" in b.text)
+        driver.execute_script("arguments[0].click()", tab)
+        wait(driver, lambda: driver.find_elements("css selector", "#used-B input"))
+        press(driver, "#used-B input")
+        model = driver.find_element("css selector", "#run-B input")
+        model.click()
+        wait(driver, lambda: driver.find_elements("css selector", "[role=option]"))
+        option = next(o for o in driver.find_elements("css selector", "[role=option]") if o.text.endswith("eps"))
+        option.click()
+        # a model with one output has one route
+        wait(driver, lambda: len(driver.find_elements("css selector", "#route-B input")) == 1)
+        assert make(driver) != picture(driver, "B")
+        assert shlex.split(command(driver, "B"))[2] == runs[1]
+        look(driver, "two-settings")
+        press(driver, "#download")
+        with zipfile.ZipFile(wait(driver, lambda: next(tmp_path.glob("*.zip"), None))) as archive:
+            names = archive.namelist()
+            made_by = archive.read("B/command.txt").decode().strip()
+        assert {name.partition("/")[0] for name in names} == {"A", "B"}
+        assert made_by == command(driver, "B")
+
+
+@needs_browser
+def test_it_fits_a_phone(address, look):
     with browser(address) as driver:
         driver.set_window_size(400, 900)
         make(driver)
@@ -202,6 +254,7 @@ def test_it_fits_a_phone(address):
             driver.execute_script(f"return document.documentElement.{k}") for k in ("scrollWidth", "clientWidth")
         )
         assert wide <= shown
+        look(driver, "phone")
 
 
 def test_a_taken_port_is_told(runs):

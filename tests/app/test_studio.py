@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dualout import Calibration, Denoiser, Dual, Epsilon, InputError, samplers, schedules
-from dualout.app.studio import Made, Progress, Request, Setting, Studio, archive, command, sheet
+from dualout.app.studio import ROUTES, Made, Progress, Request, Setting, Studio, archive, command, sheet
 from dualout.cli.main import main
 from dualout.networks.build import build
 
@@ -149,3 +149,8 @@ def test_a_sheet_enlarges_small_images():
     found = sheet(images)
     assert found.shape == (128, 2 * 128 + 4, 1)
     assert (found[:16, :16] == images[0, 0, 0]).all()
+
+
+def test_each_model_has_its_own_routes(studio, runs):
+    assert studio.routes(runs["dual"]) == list(ROUTES)
+    assert studio.routes(runs["eps"]) == ["as trained"]

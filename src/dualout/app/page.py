@@ -32,7 +32,7 @@ CSS = """
 #status .bad { color: #b3261e; font-weight: 600; }
 footer { display: none !important; }
 """
-_FONTS = ["system-ui", "sans-serif"]
+FONTS = ["system-ui", "sans-serif"]
 
 
 class Controls(NamedTuple):
@@ -112,7 +112,8 @@ def _controls(studio: Studio, letter: str) -> Controls:
         1, min(100, model.denoiser.schedule.steps), 10, step=1, label="Steps K", elem_id=f"steps-{letter}"
     )
     eta = gr.Slider(0, 1, 0, step=0.05, label="η: fresh noise of DDIM's steps")
-    route = gr.Radio(studio.routes(runs[0]), value="learned", label="Route believed", elem_id=f"route-{letter}")
+    routes = studio.routes(runs[0])
+    route = gr.Radio(routes, value=routes[0], label="Route believed", elem_id=f"route-{letter}")
     ratio = gr.Slider(0, 1, 0.5, step=0.01, label="r: 0 believes eps only, 1 x0 only", visible=False)
     calibrated = gr.Checkbox(False, label=_calibrated_label(studio, runs[0]))
     classes = model.classes is not None
@@ -123,8 +124,9 @@ def _controls(studio: Studio, letter: str) -> Controls:
 
     def changed(name: str) -> list[Any]:
         told = studio.models[name].classes is not None
+        there = studio.routes(name)
         return [
-            gr.update(choices=studio.routes(name), value="learned"),
+            gr.update(choices=there, value=there[0]),
             gr.update(label=_calibrated_label(studio, name), value=False),
             gr.update(visible=told, value=1),
             gr.update(visible=told, value=_ALL, choices=_classes(studio, name)),

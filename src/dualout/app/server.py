@@ -50,14 +50,14 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
         from starlette.middleware import Middleware
     except ImportError as error:
         raise InputError("dualout app needs gradio: pip install 'dualout[app]'") from error
-    from dualout.app.page import _FONTS, CSS, build
+    from dualout.app.page import CSS, FONTS, build
 
     page = build(studio)
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
             ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, footer_links=[], css=CSS,
-            theme=themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"]),
+            theme=themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
             app_kwargs={"middleware": [Middleware(Policy)]},
         )  # fmt: skip
     except OSError as error:

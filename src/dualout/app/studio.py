@@ -29,7 +29,7 @@ from dualout.samplers import Sampler
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROUTES = {"learned": "mix", "eps only": "eps", "x0 only": "x0", "velocity (r = σ²)": "velocity", "fixed r": None}
+ROUTES = {"as trained": "mix", "eps only": "eps", "x0 only": "x0", "velocity (r = σ²)": "velocity", "fixed r": None}
 """What the page calls them."""
 MOST_IMAGES = 64
 _SIDE = 128
@@ -45,7 +45,7 @@ class Setting:
     spacing: str = "trailing"
     steps: int = 10
     eta: float = 0.0
-    route: str = "learned"
+    route: str = "as trained"
     ratio: float = 0.5
     calibrated: bool = False
     guidance: float = 1.0
@@ -155,9 +155,15 @@ class Studio:
                 raise InputError(f"{run} makes images of {model.shape[0]} channels; the page shows grey or colour ones")
 
     def routes(self, run: str) -> list[str]:
-        """The routes that a model has."""
-        dual = self.models[run].denoiser.parameterization.learns_ratio
-        return list(ROUTES) if dual else ["learned"]
+        """The routes that a model has, "as trained" first; one that reads it as an earlier one does is left out."""
+        parameterization = self.models[run].denoiser.parameterization
+        found: dict[Any, str] = {}
+        for name in ROUTES:
+            try:
+                found.setdefault(parameterization.route(Setting(run, route=name).read), name)
+            except InputError:
+                continue  # a route that this model has not
+        return list(found.values())
 
     def calibrations(self, run: str) -> list[str]:
         """What a model's steps are calibrated for."""
