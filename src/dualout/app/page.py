@@ -6,6 +6,7 @@ import html
 import io
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,10 +68,10 @@ def build(studio: Studio) -> gr.Blocks:
         gr.Markdown("# dualout\nThe same seeds, made in several ways, side by side.")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
+                images = gr.Slider(1, MOST_IMAGES, 16, step=1, label="Images")
                 with gr.Row():
                     seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=90, elem_id="seed")
-                    images = gr.Slider(1, MOST_IMAGES, 16, step=1, label="Images", min_width=120)
-                    filmed = gr.Number(0, label="Film of", precision=0, minimum=0, min_width=90)
+                    filmed = gr.Number(0, label="Film of image", precision=0, minimum=0, min_width=90)
                 with gr.Tabs():
                     columns = []
                     for letter in LETTERS:
@@ -104,7 +105,7 @@ def _controls(studio: Studio, letter: str) -> Controls:
     runs, first = list(studio.models), letter == LETTERS[0]
     model = studio.models[runs[0]]
     used = gr.Checkbox(first, label=f"Show {letter}", visible=not first, elem_id=f"used-{letter}")
-    run = gr.Dropdown(runs, value=runs[0], label="Model", elem_id=f"run-{letter}")
+    run = gr.Dropdown(_named(runs), value=runs[0], label="Model", elem_id=f"run-{letter}")
     with gr.Row():
         sampler = gr.Dropdown(samplers(), value="ddim", label="Sampler", min_width=120, elem_id=f"sampler-{letter}")
         spacing = gr.Dropdown(list(SPACINGS), value="trailing", label="Spacing", min_width=120)
@@ -135,6 +136,12 @@ def _controls(studio: Studio, letter: str) -> Controls:
 
     run.change(changed, run, [route, calibrated, guidance, label, steps], queue=False, show_progress="hidden")
     return Controls(used, run, sampler, spacing, steps, eta, route, ratio, calibrated, guidance, label)
+
+
+def _named(runs: list[str]) -> list[tuple[str, str]]:
+    """A name to show and the run: the last part of its path, where no other run ends alike."""
+    names = Counter(Path(run).name for run in runs)
+    return [(name if names[name := Path(run).name] == 1 else run, run) for run in runs]
 
 
 _ALL = "all in turn"

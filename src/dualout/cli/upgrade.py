@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from dualout.cli import console
 from dualout.cli.options import parse
-from dualout.training.upgrade_run import RECORD, Check, Upgrade, UpgradeConfig
+from dualout.training.upgrade_config import UpgradeConfig
+from dualout.training.upgrade_run import RECORD, Check, Upgrade
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -22,129 +22,18 @@ from torch import Tensor
 from dualout import checkpoint, data
 from dualout.data.base import Progress
 from dualout.denoiser import Denoiser
-from dualout.errors import InputError, unknown
+from dualout.errors import InputError
 from dualout.networks import foreign
 from dualout.networks.adapter import Adapter
 from dualout.networks.device import device
 from dualout.networks.trace import call
 from dualout.training import opening, readout
-from dualout.training.config import TrainConfig
 from dualout.training.run import Run
 from dualout.training.setup import check_data, check_fit
-from dualout.training.upgrade import SCOPES, open_gate, output_layer, set_scope, upgrade, upgraded_of
+from dualout.training.upgrade import open_gate, output_layer, set_scope, upgrade, upgraded_of
+from dualout.training.upgrade_config import UpgradeConfig, refuse_changes
 
 RECORD = "upgrade.json"
-FREE = frozenset({"steps", "out", "device", "check_every", "cache", "workers"})
-"""What may change when an upgrade goes on."""
-
-
-@dataclass(kw_only=True)
-class UpgradeConfig:
-    """An upgrade.
-
-    Raises:
-        InputError: for a value that cannot be used.
-    """
-
-    source: str = field(metadata={"positional": True})
-    """What to upgrade: a checkpoint or run of dualout, a directory of diffusers (pipeline or model), a Hub repository
-    of either, or a file of weights (.pt, .pth, .safetensors), for which --adapter names the layout. It is only read"""
-    data: str = "digits"
-    """Images to learn the second output from: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER or hub:NAME"""
-    size: int | None = None
-    """Height and width to crop and resize the images to; by default they are taken as they are"""
-    grey: bool | None = None
-    """Whether to turn images grey (true) or to colour (false); by default they are taken as they are"""
-    cache: str | None = None
-    """Where decoded images are kept, and mapped from; needed from 2 GiB of them on"""
-    flip: bool = False
-    """Mirror every second image, at random, when fine-tuning"""
-    adapter: str | None = None
-    """For files: plain (with options, as in plain:network=small:size=28), starter-cnn, mnist-ddpm"""
-    layer: str | None = None
-    """The network's output layer, by name, where it cannot be found"""
-    parameterization: str | None = None
-    """Of a diffusers model without its scheduler: what it was trained to predict, eps, x0 or velocity"""
-    schedule: str | None = None
-    """Of a diffusers model without its scheduler: linear, scaledlinear, cosine …"""
-    scope: str = "closed"
-    """What is trained: closed (the new rows, by least squares, in one pass), rows (the new rows, by gradients), last
-    (the last block) or all"""
-    start: str = "closed"
-    """How the new rows begin: closed (by least squares) or zero"""
-    images: int = 4000
-    """Images in the pass of the least squares"""
-    pixels: int = 256
-    """Positions of each batch of them that it looks at"""
-    steps: int = 600
-    """How many times the weights are updated, with --scope rows, last or all"""
-    batch_size: int = 64
-    """Images an update"""
-    lr: float = 5e-4
-    """Learning rate of AdamW, after a warm-up of 50 steps"""
-    ema: float = 0.99
-    """How much of the averaged weights is kept at a step"""
-    precision: str = "auto"
-    """Of the network while it is trained: fp32, bf16, fp16, auto"""
-    check_every: int = 100
-    """Steps between looks at the held-out images, at which the gate may open"""
-    held_out: int = 128
-    """Images that are not trained on, and decide where the gate opens; at most a quarter of all"""
-    bins: int = 20
-    """Parts of the noise levels that are decided on apart"""
-    seed: int = 0
-    """Of the order of the images, the time steps and the noise"""
-    workers: int = 1
-    """Threads that prepare batches ahead"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto"""
-    out: str | None = None
-    """A directory: new, empty, or of the same upgrade interrupted before; by default runs/upgraded"""
-
-    def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise unknown("scope", self.scope, SCOPES)
-        if self.start not in ("closed", "zero"):
-            raise unknown("start", self.start, ("closed", "zero"))
-        if self.scope == "closed" and self.start == "zero":
-            raise InputError("--start zero leaves nothing to do with --scope closed; take --scope rows, last or all")
-        least = {"images": 16, "pixels": 1, "held_out": 16, "bins": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise InputError(f"--{name} is {low} or more; got {getattr(self, name)}")
-        self.training()
-
-    @property
-    def path(self) -> Path:
-        """The directory."""
-        return Path(self.out or "runs/upgraded").expanduser()
-
-    def training(self, *, conditional: bool = False) -> TrainConfig:
-        """The fine-tuning."""
-        return TrainConfig(
-            data=self.data,
-            size=self.size,
-            grey=self.grey,
-            cache=self.cache,
-            flip=self.flip,
-            conditional=conditional,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            warmup=50,
-            ema=self.ema,
-            precision=self.precision,
-            seed=self.seed,
-            workers=self.workers,
-            device=self.device,
-            checkpoint_every=self.check_every,
-            sample_every=0,
-            out=str(self.path / "training"),
-        )
-
-    def asdict(self) -> dict[str, Any]:
-        """Every field, as plain JSON values."""
-        return {f.name: asdict(self)[f.name] for f in fields(UpgradeConfig)}
 
 
 @dataclass(frozen=True)
@@ -410,22 +299,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return {k: content[k] for k in ("config", "checks", "table")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged ({error}); take another --out") from error
-
-
-def refuse_changes(path: Path, known: dict[str, Any] | None, config: UpgradeConfig) -> None:
-    """Refuse a directory of something else, or of another upgrade."""
-    if known is None:
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {path} is a file, not a directory")
-        if path.is_dir() and any(path.iterdir()):
-            some = ", ".join(sorted(p.name for p in path.iterdir())[:5])
-            raise InputError(f"--out {path} holds something else ({some}); an upgrade goes to a new or empty directory")
-        return
-    now = config.asdict()
-    changed = [k for k, v in known["config"].items() if k not in FREE and now.get(k) != v]
-    if changed:
-        listed = ", ".join(f"{k} {known['config'][k]} → {now.get(k)}" for k in changed)
-        raise InputError(f"--out {path} is an upgrade with other settings: {listed}; give another --out")
 
 
 def _check_size(source: str, network: Any, size: tuple[int, int]) -> None:
