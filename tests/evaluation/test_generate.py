@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -152,3 +154,22 @@ def test_bad_numbers_are_refused_before_anything_is_written(sampling, tmp_path):
         with pytest.raises(InputError, match=r"whole number|unknown format 'jpg'.*npz, png"):
             next(generate(sampling, **{"images": 3, "out": out} | wrong))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("store", ["png", "npz"])
+def test_a_write_that_fails_is_told_with_its_reason_and_done_once_it_can_be(store, make_model, tmp_path):
+    resource = pytest.importorskip("resource", reason="this system has no limit on the size of files")
+    sampling = Sampling(make_model(shape=(3, 48, 48)), build_sampler("ddim", 1))
+    list(generate(sampling, 4, tmp_path / "whole", store=store))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(InputError, match=f"cannot write .*: {os.strerror(errno.EFBIG)}"):
+            list(generate(sampling, 4, tmp_path / "out", store=store))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.rglob("*.tmp"))
+    list(generate(sampling, 4, tmp_path / "out", store=store))
+    assert torch.equal(stored(tmp_path / "out", 4), stored(tmp_path / "whole", 4))

@@ -223,8 +223,12 @@ class Png(Store):
             path = png_path(self.directory, index)
             aside = path.with_name(f".{path.name}.tmp")
             with checkpoint.explained(path):
-                Image.fromarray(_channels_last(image[None])[0]).save(aside, "png")
-                aside.replace(path)
+                try:
+                    Image.fromarray(_channels_last(image[None])[0]).save(aside, "png")
+                    aside.replace(path)
+                except BaseException:
+                    aside.unlink(missing_ok=True)
+                    raise
 
     def finish(self) -> None:
         """Nothing: the files are the result."""
@@ -273,8 +277,11 @@ class Npz(Store):
         path = self.path(range(indices[0], indices[-1] + 1))
         with checkpoint.explained(path):
             self.shards.mkdir(exist_ok=True)
+        array = _channels_last(images)
         with checkpoint.atomically(path) as aside, aside.open("wb") as file:
-            np.save(file, _channels_last(images))
+            # not by np.save, whose error on a full disk tells how much was written, and not why
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)
 
     def finish(self) -> None:
         """Put the shards together, one in memory at a time, and remove them."""
