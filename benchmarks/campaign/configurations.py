@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from campaign import subjects
-from campaign.harness import Count, box, tried, scaled
+from campaign.flags import GRID
+from campaign.harness import Box, Count, box, tried, scaled
 from campaign.mutate import FOREIGN, VALUES, dumped, text, tree
 
-CASES = 300
+CASES = 320
 TAGS = (
     "steps: !!python/object/apply:os.system ['touch canary']",
     "network: !!python/object/new:subprocess.Popen [['touch', 'canary']]",
@@ -30,43 +31,45 @@ TAGS = (
 
 
 def run(part: float, seed: int) -> Iterator[Count]:
-    """Tags and bombs, foreign classes, values, and text."""
-    subjects.trained()
+    """Tags and bombs, foreign classes, values, and text, for train; values and text for the grid of compare."""
     draw = random.Random(seed)
-    share = scaled(CASES // 3, part)
+    share = scaled(CASES // 4, part)
     good = yaml.safe_load((subjects.trained() / "train.yaml").read_text())
     good = {k: v for k, v in good.items() if k != "out"} | {"steps": 1}
+    odd = [*TAGS, *map(foreign, FOREIGN)]
+    # the steps are few whatever the file says
+    few = ["--steps", "1", "--sample_every", "0"]
     kinds = {
-        "configurations: tags, bombs, foreign classes": [*TAGS, *map(foreign, FOREIGN)][: None if part >= 1 else share],
-        "configurations: exchanged values": [dumped(valued(draw, good)) for _ in range(share)],
-        "configurations: damaged text": [text(draw, yaml.safe_dump(good)) for _ in range(share)],
+        "train, tags, bombs, foreign classes": (odd if part >= 1 else draw.sample(odd, share), few),
+        "train, exchanged values": ([dumped(valued(draw, good)) for _ in range(share)], few),
+        "train, damaged text": ([text(draw, yaml.safe_dump(good)) for _ in range(share)], few),
+        "compare, exchanged values": ([dumped(tree(draw, GRID)) for _ in range(share)], []),
+        "compare, damaged text": ([text(draw, yaml.safe_dump(GRID)) for _ in range(share)], []),
     }
-    for kind, written in kinds.items():
-        failures, refused = [], 0
+    for kind, (written, more) in kinds.items():
+        failures, refused, command = [], 0, kind.partition(",")[0]
         for config in written:
             with box() as where:
-                file = where.given / "config.yaml"
-                file.write_bytes(config.encode("utf-8", "surrogatepass"))
-                # the steps are few whatever the file says, and its directory is the box's
-                arguments = [
-                    "train",
-                    "--config",
-                    str(file),
-                    "--steps",
-                    "1",
-                    "--sample_every",
-                    "0",
-                    "--out",
-                    str(where.out),
-                ]
-                dry = draw.random() < 0.5
-                outcome, wrong = tried(
-                    [*arguments, *(["--dry_run"] if dry else [])], where, seconds=120,
-                    correct=None if dry or "print_config" in config else lambda out=where.out: subjects.of_a_run(out),
-                )  # fmt: skip
-                refused += outcome.code == 2
-                failures += [f"{config[:200]!r}{' --dry_run' if dry else ''}: {fault}" for fault in wrong]
-        yield Count(kind, len(written), failures, f"{refused} refused, the others right")
+                code, wrong = read(command, config, more, where, draw)
+                refused += code == 2
+                failures += [f"{config[:300]!r}: {fault}" for fault in wrong]
+        yield Count(f"configurations: {kind}", len(written), failures, f"{refused} refused, the others right")
+
+
+def read(command: str, config: str, more: list[str], where: Box, draw: random.Random) -> tuple[int | None, list[str]]:
+    """Give a configuration to a command; of two trainings, one is dry."""
+    file = where.given / "config.yaml"
+    file.write_bytes(config.encode("utf-8", "surrogatepass"))
+    dry = command == "train" and draw.random() < 0.5
+    correct = {
+        "train": lambda: subjects.of_a_run(where.out),
+        "compare": lambda: None if (where.out / "summary.md").exists() else "wrote no summary",
+    }[command]
+    outcome, wrong = tried(
+        [command, "--config", str(file), *more, "--out", str(where.out), *(["--dry_run"] if dry else [])],
+        where, seconds=180, correct=None if dry or "print_config" in config else correct, keeps_out=command == "compare",
+    )  # fmt: skip
+    return outcome.code, [f"{'--dry_run: ' if dry else ''}{fault}" for fault in wrong]
 
 
 def foreign(name: str) -> str:

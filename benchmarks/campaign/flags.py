@@ -7,45 +7,67 @@ import importlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
 
 from campaign import subjects
 from campaign.harness import Box, Count, box, tried, scaled
 from campaign.mutate import WORDS, text
 
-CASES = 300
-_LONG = ("images", "iterations", "epochs", "workers")
+CASES = 400
+_LONG = ("images", "iterations", "epochs", "workers", "steps")
 """More of these is more work, not a mistake."""
+_PLACES = ("out", "cache", "push_to_hub", "private", "track")
+"""What is not exchanged: it says where things go."""
+_KEEP = ("calibrate", "demo")
+"""Commands that leave things where they are when they are refused: beside a model, or to go on with."""
+
+COMMANDS = (
+    "train", "sample", "train --dry_run", "info", "analyze", "calibrate", "export", "report", "evaluate", "demo",
+    "compare", "upgrade", "app", "completion",
+)  # fmt: skip
+GRID = {
+    "methods": {"dual": "dual"},
+    "train": {"data": "digits", "network": "tiny:width=8", "batch_size": 4, "steps": 1, "precision": "fp32"},
+    "samplers": ["ddim"], "spacings": ["trailing"], "steps": [2], "images": 12, "features": ["pixels"],
+    "choose_seeds": [], "device": "cpu",
+}  # fmt: skip
+"""The smallest comparison."""
 
 
 def run(part: float, seed: int) -> Iterator[Count]:
     """One count a command."""
-    model, draw = subjects.trained(), random.Random(seed)
+    draw = random.Random(seed)
+    subjects.trained()
     cases = scaled(CASES, part)
-    commands = ("train", "sample", "train --dry_run", "info", "analyze", "calibrate", "export", "report", "evaluate")
-    for command in commands:
-        share = cases // 3 if command in ("train --dry_run", "sample") else max(1, cases // 21)
+    for command in COMMANDS:
+        share = cases // 4 if command in ("train --dry_run", "sample") else max(1, cases // 24)
         failures, refused = [], 0
         for _ in range(share):
             with box() as where:
-                arguments = mutated(draw, command, model, where)
-                outcome, wrong = tried(arguments, where, seconds=120, keeps_out=command == "calibrate")
+                arguments = mutated(draw, command, where)
+                outcome, wrong = tried(
+                    arguments, where, seconds=180, keeps_out=command in _KEEP,
+                    before=at_once if command == "app" else None, starts=command == "demo",
+                )  # fmt: skip
                 refused += outcome.code == 2
-                failures += [f"{shown(arguments, model, where)}: {fault}" for fault in wrong]
+                failures += [f"{shown(arguments, where)}: {fault}" for fault in wrong]
         yield Count(f"flags: {command}", share, failures, f"{refused} refused, the others right")
 
 
-def mutated(draw: random.Random, command: str, model: Path, where: Box) -> list[str]:
+def mutated(draw: random.Random, command: str, where: Box) -> list[str]:
     """The arguments of a command, one to three of them spoilt."""
     name = command.partition(" ")[0]
-    arguments = whole(command, model, where)
+    arguments = whole(command, where)
     options = importlib.import_module(f"dualout.cli.{name}").Options
     names = [f.name for f in dataclasses.fields(options) if not f.metadata.get("positional")]
-    names = [n for n in names if n not in ("out", "cache", "push_to_hub", "private", "track")]
+    names = [n for n in names if n not in _PLACES] or ["config"]
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         what = draw.randrange(10)
         field = draw.choice(names)
         if what < 7:
-            words = WORDS if field not in (*_LONG, "steps") else [w for w in WORDS if not w.startswith("9999")]
+            words = [w for w in WORDS if not w.startswith("9999")] if field in _LONG else WORDS
             arguments += (
                 [f"--{field}", draw.choice(words)] if draw.random() < 0.5 else [f"--{field}={draw.choice(words)}"]
             )
@@ -61,25 +83,57 @@ def mutated(draw: random.Random, command: str, model: Path, where: Box) -> list[
     return [a.replace("\0", "").encode("utf-8", "replace").decode() for a in arguments]
 
 
-def whole(command: str, model: Path, where: Box) -> list[str]:
+def whole(command: str, where: Box) -> list[str]:
     """The arguments that work."""
-    out = str(where.out)
-    if command.startswith("train"):
-        return [*subjects.training(where.out, 1), *command.split()[1:]]
-    steps = {"sample": "2", "evaluate": "2", "calibrate": "2"}
+    name, *more = command.split()
+    out, model = str(where.out), str(subjects.trained())
+    match name:
+        case "train":
+            return [*subjects.training(where.out, 1), *more]
+        case "info":
+            return ["info", model]
+        case "app":
+            return ["app", model, "--device", "cpu"]
+        case "completion":
+            return ["completion", "bash"]
+        case "calibrate":
+            # it writes beside the weights
+            run = str(subjects.copied(Path(model), where.out))
+            return ["calibrate", run, "--iterations", "1", "--batch_size", "4", "--steps", "2"]
+        case "demo":
+            return ["demo", "--steps", "1", "--images", "8", "--out", out]
+        case "compare":
+            grid = where.given / "grid.yaml"
+            grid.write_text(yaml.safe_dump(GRID))
+            return ["compare", "--config", str(grid), "--out", out]
+        case "upgrade":
+            small = ["--images", "16", "--pixels", "4", "--held_out", "16", "--bins", "2", "--device", "cpu"]
+            return ["upgrade", str(subjects.trained("eps")), *small, "--out", out]
+        case "report":
+            return ["report", model, "--out", f"{out}.html"]
     small = {
-        "sample": ["--images", "3"],
-        "evaluate": ["--images", "12", "--features", "pixels", "--samplers", "ddim", "--data", "digits"],
-        "calibrate": ["--iterations", "1", "--batch_size", "4"],
+        "sample": ["--images", "3", "--steps", "2"],
+        "evaluate": ["--images", "12", "--features", "pixels", "--samplers", "ddim", "--data", "digits", "--steps", "2"],
         "analyze": ["--images", "8"],
-    }.get(command, [])
-    run = model if command != "calibrate" else subjects.copied(model, where.out)
-    chosen = ["--steps", steps[command]] if command in steps else []
-    placed = ["--out", out + (".html" if command == "report" else "")] if command not in ("info", "calibrate") else []
-    return [command, str(run), *small, *chosen, *placed]
+        "export": [],
+    }  # fmt: skip
+    return [name, model, *small[name], "--out", out]
 
 
-def shown(arguments: list[str], model: Path, where: Box) -> str:
+def at_once() -> None:
+    """End the page as soon as it is served, as by Ctrl-C, in the forked process."""
+    import dualout.cli.app as command
+
+    class Ended:
+        def wait(self) -> None:
+            raise KeyboardInterrupt
+
+    command.threading = SimpleNamespace(Event=Ended)  # type: ignore[attr-defined]
+
+
+def shown(arguments: list[str], where: Box) -> str:
     """What was typed, without the places of this machine."""
     typed = " ".join(repr(a) if not a.isprintable() or " " in a or not a else a for a in arguments)
-    return typed.replace(str(where.path), "BOX").replace(str(model), "RUN")[-300:]
+    for path, name in ((where.path, "BOX"), (subjects.trained(), "RUN"), (subjects.trained("eps"), "EPS")):
+        typed = typed.replace(str(path), name)
+    return typed[-300:]

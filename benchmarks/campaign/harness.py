@@ -1,8 +1,8 @@
 """One faulty run after another: each in a process forked from this one, watched, and judged.
 
-A case has a box: a directory with ``in`` (what it is given), ``cwd``, ``home``, ``tmp`` and ``out``. A process that
-writes anywhere but to ``out``, starts a program, opens a connection, ends in a traceback, does not end, or leaves a
-partial file has failed, whatever else it says.
+A case has a box: a directory with ``in`` (what it is given), ``cwd``, ``home``, ``tmp``, ``cache`` ($DUALOUT_CACHE) and
+``out``. A process that writes anywhere but to ``out`` and ``cache``, starts a program, opens a connection, ends in a
+traceback, does not end, or leaves a partial file has failed, whatever else it says.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _FORBIDDEN = (
     "socket.connect",
     "pickle.find_class",
 )
+_HERE = ("127.0.0.1", "::1", "localhost")
 _OPENED_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -80,7 +81,7 @@ class Box:
     made: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("in", "cwd", "home", "tmp", "log"):
+        for name in ("in", "cwd", "home", "tmp", "cache", "log"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
 
     @property
@@ -114,7 +115,11 @@ def box() -> Iterator[Box]:
 
 
 def start(
-    command: list[str], where: Box, before: Callable[[], Any] | None = None, die_at_write: int | None = None
+    command: list[str],
+    where: Box,
+    before: Callable[[], Any] | None = None,
+    die_at_write: int | None = None,
+    starts: bool = False,
 ) -> int:
     """Run a command in a process of its own; returns its number.
 
@@ -123,6 +128,7 @@ def start(
         where: its box.
         before: is called first, in that process.
         die_at_write: kill it with SIGKILL just before it changes the file system for this time.
+        starts: whether it may start Python with other commands of dualout.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -139,6 +145,8 @@ def start(
         os.dup2(null, 0)
         os.chdir(where.path / "cwd")
         os.environ.update(HOME=str(where.path / "home"), TMPDIR=str(where.path / "tmp"))
+        # matplotlib's list of fonts is a cache, too
+        os.environ.update(DUALOUT_CACHE=str(where.path / "cache"), MPLCONFIGDIR=str(where.path / "cache"))
         tempfile.tempdir = None
         sys.dont_write_bytecode = True
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -147,7 +155,7 @@ def start(
             before()
         from dualout.cli.main import main
 
-        _watch(where, die_at_write)
+        _watch(where, die_at_write, starts)
         code = main(command)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -160,9 +168,11 @@ def start(
         os._exit(code)
 
 
-def _watch(where: Box, die_at_write: int | None) -> None:
+def _watch(where: Box, die_at_write: int | None, starts: bool) -> None:
     """Note what is forbidden; a hook that is added cannot be taken away by what runs."""
-    allowed = (str(where.out), os.devnull)
+    from dualout.cli._workers import _CHILD
+
+    allowed = (str(where.out), str(where.path / "cache"), os.devnull)
     notes = os.open(where.path / "log" / "forbidden", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     writes = 0
 
@@ -185,7 +195,10 @@ def _watch(where: Box, die_at_write: int | None) -> None:
                 full = os.path.abspath(os.fsdecode(path))
                 if not full.startswith(allowed):
                     os.write(notes, f"{event} {full}\n".encode(errors="replace"))
-        if event in _FORBIDDEN:
+        own = starts and event == "subprocess.Popen" and list(arguments[1][:3]) == [sys.executable, "-c", _CHILD]
+        # asyncio wakes its loop over a connection to itself, and a page asks itself whether it is there
+        own = own or (event == "socket.connect" and str(arguments[1][0]) in _HERE)
+        if event in _FORBIDDEN and not own:
             os.write(notes, f"{event} {arguments!r:.100}\n".encode(errors="replace"))
 
     sys.addaudithook(hook)
@@ -224,6 +237,7 @@ def tried(
     codes: tuple[int, ...] = (0, 2),
     correct: Callable[[], str | None] | None = None,
     keeps_out: bool = False,
+    starts: bool = False,
 ) -> tuple[Outcome, list[str]]:
     """Run a command and judge it.
 
@@ -235,12 +249,13 @@ def tried(
         codes: the exit codes that are right.
         correct: after exit code 0, what is wrong with the result, or None.
         keeps_out: a refused command may leave what was in ``out`` there; otherwise it must leave nothing there.
+        starts: whether it may start Python with other commands of dualout.
     """
     things = where.elsewhere()
-    outcome = ended(start(command, where, before), where, seconds)
+    outcome = ended(start(command, where, before, starts=starts), where, seconds)
     found = judged(outcome, where, codes)
     if where.elsewhere() != things:
-        found.append("changed what it was given, or wrote outside --out")
+        found.append("changed what it was given, or wrote outside --out and the cache")
     if outcome.code == 2 and not keeps_out:
         left = [p for p in where.out.rglob("*") if p.is_file() and p.name != "lock"] if where.out.exists() else []
         if left:

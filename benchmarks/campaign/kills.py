@@ -60,7 +60,8 @@ def _png(where: Box) -> list[str]:
 
 
 def _npz(where: Box) -> list[str]:
-    return subjects.sampling(subjects.trained(), where.out, 40, "--batch_size", "8", "--format", "npz")
+    # three shards, each of more than one batch
+    return subjects.sampling(subjects.trained(), where.out, 1100, "--batch_size", "100", "--format", "npz")
 
 
 def killed(
@@ -98,10 +99,15 @@ def killed(
                 failures.append(f"case {number}: made {len(twice)} stored images again")
             if content(where.out) != expected:
                 failures.append(f"case {number}: differs from the uninterrupted one")
-    shards = {_png: 8, _npz: 40}
+    shards = {_png: 8, _npz: 512}
     if command in shards and lost > shards[command]:
         failures.append(f"{lost} images were lost, a shard has {shards[command]}")
-    return Count(kind, kills, failures, f"at most {lost} images made again" if command in shards else "")
+    return Count(
+        kind,
+        kills,
+        failures,
+        f"at most {lost} images made again, of a shard of {shards[command]}" if command in shards else "",
+    )
 
 
 def counted(file: Path) -> None:
@@ -125,9 +131,13 @@ def numbers(file: Path) -> list[int]:
 
 def there(out: Path) -> set[int]:
     """The images that are stored, whole."""
-    if (out / "images.npz").exists() or any((out / "shards").glob("[0-9]*.npy")):
-        return set(range(40))
-    return {int(p.stem) for p in out.glob("[0-9]*.png")}
+    if (out / "images.npz").exists():
+        return set(range(1100))
+    found = {int(p.stem) for p in out.glob("[0-9]*.png")}
+    for shard in (out / "shards").glob("[0-9]*.npy"):
+        first = int(shard.stem)
+        found |= set(range(first, min(first + 512, 1100)))
+    return found
 
 
 def _bits(out: Path) -> Any:

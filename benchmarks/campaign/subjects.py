@@ -28,21 +28,18 @@ def sampling(run: Path, out: Path, images: int, *more: str) -> list[str]:
 
 
 @functools.cache
-def trained() -> Path:
+def trained(parameterization: str = "dual") -> Path:
     """A run of four steps, made once; it also loads every library before a process is forked."""
-    import atexit
-
     from dualout import data
     from dualout.evaluation import generate, sampling  # noqa: F401
     from dualout.evaluation.model import Model
     from dualout.training import TrainConfig
     from dualout.training.run import Run
 
-    place = Path(tempfile.mkdtemp(prefix="campaign-run-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    place = _place()
     data.load("digits")
     config = TrainConfig(
-        data="digits", network="tiny:width=8", batch_size=4, steps=4, log_every=2, checkpoint_every=2,
+        data="digits", network="tiny:width=8", parameterization=parameterization, batch_size=4, steps=4, log_every=2, checkpoint_every=2,
         sample_every=0, device="cpu", precision="fp32", out=str(place / "run"),
     )  # fmt: skip
     with Run(config) as run:
@@ -50,6 +47,32 @@ def trained() -> Path:
             pass
     Model.load(place / "run")
     return place / "run"
+
+
+@functools.cache
+def cheap() -> Path:
+    """A model of 3×32×32 images whose network costs almost nothing."""
+    from diffusers.models import UNet2DModel
+
+    from dualout import Denoiser, Dual, schedules
+
+    trained()
+    network = UNet2DModel(
+        32, 3, 7, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(4,),
+        layers_per_block=1, norm_num_groups=2, add_attention=False,
+    )  # fmt: skip
+    place = _place() / "run"
+    Denoiser(network, Dual(), schedules.Linear()).save_pretrained(place, image={"channels": 3, "size": [32, 32]})
+    return place
+
+
+def _place() -> Path:
+    """A directory that goes when this process ends."""
+    import atexit
+
+    place = Path(tempfile.mkdtemp(prefix="campaign-run-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
 
 
 def copied(run: Path, to: Path) -> Path:

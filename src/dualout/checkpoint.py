@@ -50,6 +50,15 @@ def describe(network: Any) -> dict[str, Any]:
     return description
 
 
+def image_of(network: Any) -> dict[str, Any]:
+    """What a network says of its images' shape, {"channels": C, "size": [H, W]}; empty where it does not say."""
+    found = getattr(network, "image", None)
+    if isinstance(found, dict):
+        return found
+    inner = getattr(network, "_orig_mod", None) or getattr(network, "network", None)
+    return {} if inner is None else image_of(inner)
+
+
 def _rebuilt(description: dict[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
@@ -232,7 +241,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def load_weights(directory: Path, module: nn.Module, *, as_saved: bool = False) -> None:
-    """Load model.safetensors into a module, all of it or nothing; `as_saved` in the precision of the file."""
+    """Load model.safetensors into a module, all of it or nothing; `as_saved` in the precision that the file is in."""
     path = directory / WEIGHTS
     tensors = read_tensors(path)
     if as_saved:
@@ -240,13 +249,16 @@ def load_weights(directory: Path, module: nn.Module, *, as_saved: bool = False) 
     load_strictly(module, tensors, str(path))
 
 
-_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PRECISIONS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def _take_precision(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, own in [*module.named_parameters(), *module.named_buffers()]:
-        if name in tensors and own.is_floating_point() and tensors[name].dtype in _PRECISIONS:
-            own.data = own.data.to(tensors[name].dtype)
+    found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    # layers of several precisions do not take each other's output
+    if len(found) == 1 and found <= _PRECISIONS:
+        for own in [*module.parameters(), *module.buffers()]:
+            if own.is_floating_point():
+                own.data = own.data.to(*found)
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -86,7 +86,13 @@ class Registered:
 
     @classmethod
     def parse(cls, spec: str, **defaults: Any) -> Self:
-        """Build from a spec such as ``ddim:eta=0.5``; `defaults` fill the fields that it does not name."""
+        """Build from a spec such as ``ddim:eta=0.5``; `defaults` fill the fields that it does not name.
+
+        Raises:
+            InputError: for what is no such text, and as `named`.
+        """
+        if not isinstance(spec, str):
+            raise InputError(f"a {cls.kind} is written name:option=value, got {spec!r}")
         # what is in parentheses is another spec
         name, *options = re.split(r":(?![^()]*\))", spec.strip())
         fields: dict[str, Any] = {}

@@ -98,6 +98,10 @@ def _like(value: Scalar, x: Tensor) -> Scalar:
     return value if value.ndim in (0, x.ndim) else value.view(-1, *[1] * (x.ndim - 1))
 
 
+_MOST = 100_000
+"""Steps of a schedule, of which each has its numbers in tables; more is a slip, or damage."""
+
+
 @dataclass(frozen=True)
 class Schedule(Registered, ABC):
     """T noise levels, from nearly clean (t = 0) to nearly pure noise (t = T−1)."""
@@ -106,8 +110,8 @@ class Schedule(Registered, ABC):
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise InputError(f"a schedule needs steps >= 1, got {self.steps!r}")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= _MOST:
+            raise InputError(f"a schedule has from 1 to {_MOST} steps, got {self.steps!r}")
 
     @abstractmethod
     def tables(self) -> tuple[Tensor, Tensor]:

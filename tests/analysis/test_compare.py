@@ -128,3 +128,11 @@ def test_compare_takes_every_recipe(recipe):
     written, read = yaml.safe_load(recipe.read_text()), parse(Options, "compare", ["--config", str(recipe)])
     assert all(getattr(read, key) == value for key, value in written.items())
     assert len(read.models()) == len(written["methods"]) * len(written["training_seeds"])
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(tmp_path, capsys):
+    from dualout.cli.main import main
+
+    assert main(["compare", "--device", "cuda:77", "--out", str(tmp_path / "out")]) == 2
+    assert "--device 'cuda:77' cannot be used here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

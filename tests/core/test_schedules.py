@@ -105,9 +105,9 @@ def test_tables_stay_float64_until_they_are_used() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Linear(0), "steps >= 1, got 0"),
-        (lambda: Linear(2.5), "steps >= 1, got 2.5"),  # type: ignore[arg-type]
-        (lambda: Linear(True), "steps >= 1, got True"),
+        (lambda: Linear(0), "from 1 to 100000 steps, got 0"),
+        (lambda: Linear(2.5), "from 1 to 100000 steps, got 2.5"),  # type: ignore[arg-type]
+        (lambda: Linear(True), "from 1 to 100000 steps, got True"),
         (lambda: Linear(beta_start=0.0), "beta_start=0.0"),
         (lambda: Linear(beta_start=0.3, beta_end=0.2), "beta_start=0.3, beta_end=0.2"),
         (lambda: ScaledLinear(beta_end=1.5), "beta_end=1.5"),

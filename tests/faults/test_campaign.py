@@ -89,6 +89,61 @@ def test_what_a_constructor_trips_over_is_told(spoilt):
         dualout.Denoiser.from_pretrained(broken)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("norm_eps", "x"), ("freq_shift", []), ("downsample_padding", 2**31), ("norm_num_groups", 1.0)],
+)
+def test_what_only_a_call_of_the_network_shows_is_told(spoilt, tmp_path, capsys, key, value):
+    broken = spoilt()
+    config = json.loads((broken / "config.json").read_text())
+    config["network"]["arguments"][key] = value
+    (broken / "config.json").write_text(json.dumps(config))
+    assert sample(broken, tmp_path / "out") == 2
+    assert "cannot look at images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_a_size_that_the_network_cannot_halve_are_refused(spoilt, tmp_path, capsys):
+    broken = spoilt()
+    config = json.loads((broken / "config.json").read_text()) | {"image": {"channels": 1, "size": [7, 8]}}
+    (broken / "config.json").write_text(json.dumps(config))
+    assert sample(broken, tmp_path / "out") == 2
+    assert "cannot look at images of (1, 7, 8) (C, H, W): RuntimeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [("network", []), ("network", {"class": "diffusers.UNet2DModel", "arguments": 3}), ("network", "x")],
+)
+def test_a_network_that_is_none_is_told(spoilt, tmp_path, capsys, section, value):
+    broken = spoilt()
+    config = json.loads((broken / "config.json").read_text()) | {section: value}
+    (broken / "config.json").write_text(json.dumps(config | {"image": {"channels": 1, "size": 8}}))
+    assert sample(broken, tmp_path / "out") == 2
+    assert "a network is written" in capsys.readouterr().err
+
+
+def test_weights_of_which_one_has_another_precision_are_read_in_that_of_the_network(spoilt, tmp_path):
+    broken = spoilt()
+    tensors = load_file(broken / "model.safetensors")
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first].double()}, broken / "model.safetensors")
+    assert sample(broken, tmp_path / "one") == 0
+    assert {p.dtype for p in dualout.Denoiser.from_pretrained(broken).parameters()} == {torch.float32}
+    save_file({k: v.double() for k, v in tensors.items()}, broken / "model.safetensors")
+    assert {p.dtype for p in dualout.Denoiser.from_pretrained(broken).parameters()} == {torch.float64}
+
+
+def test_a_schedule_has_no_more_steps_than_tables_hold():
+    with pytest.raises(InputError, match="from 1 to 100000 steps"):
+        Linear(steps=10**7)
+
+
+def test_a_specification_that_is_no_text_is_refused():
+    with pytest.raises(InputError, match=r"is written name:option=value, got \['dual'\]"):
+        dualout.Dual.parse(["dual"])  # type: ignore[arg-type]
+
+
 def test_weights_of_eight_bits_are_read_in_the_precision_of_the_network(spoilt):
     broken = spoilt()
     tensors = load_file(broken / "model.safetensors")

@@ -106,6 +106,7 @@ class Grid:
         for part in self.parts():
             for spec, spacing, steps in product(part.samplers, part.spacings, part.steps):
                 build_sampler(spec, steps, spacing)
+        find_device(self.device)
         self.models()
 
     def parts(self) -> list[Part]:

@@ -16,6 +16,8 @@ from dualout.networks.backends import Chosen
 
 _LARGEST = 16384
 """Channels, and pixels a side."""
+_TRIED = 2**20
+"""Pixels of an image at most that a network is tried on when it is loaded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,27 @@ class Model:
         }
         names = _entry(_entry(config, "conditions"), "class_labels").get("classes") or []
         classes = len(names) or class_count(config["network"])
-        return cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)))
+        model = cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)))
+        model._try()
+        return model
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Let the network look at one image: what a configuration describes may be built, and fail at that."""
+        channels, height, width = self.shape
+        if height * width > _TRIED:
+            return
+        labels = {} if self.classes is None else {"class_labels": torch.zeros(1, dtype=torch.long, device=self.device)}
+        try:
+            self.denoiser(torch.zeros(1, channels, height, width, device=self.device), 0, **labels)
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # networks raise whatever damaged arguments lead them to
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            raise InputError(
+                f"{self.run}: its network ({self.details['network']}) cannot look at images of {self.shape} (C, H, W): "
+                f"{type(error).__name__}: {said}. {checkpoint.CONFIG} is damaged, or of another network"
+            ) from error
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +131,10 @@ def _entry(config: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _innermost(network: dict[str, Any]) -> dict[str, Any]:
+def _innermost(network: Any) -> dict[str, Any]:
     """The arguments of a network; where an adapter wraps it, those of the network inside."""
-    arguments = network.get("arguments") or {}
+    arguments = network.get("arguments") if isinstance(network, dict) else None
+    if not isinstance(arguments, dict):
+        return {}
     inner = arguments.get("network")
     return _innermost(inner) if isinstance(inner, dict) else arguments
