@@ -8,7 +8,7 @@ from dualout import data
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
 from dualout.evaluation.features import Digits, Features
-from dualout.evaluation.metrics import scores
+from dualout.evaluation.metrics import Alone, scores
 from dualout.evaluation.protocol import differences, listed, warning
 from dualout.evaluation.reference import Reference, cache_file
 from dualout.evaluation.sampling import Sampling, build_sampler
@@ -56,6 +56,28 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(digits, cache):
     cache.write_text("a file where the directory should be")
     with pytest.warns(UserWarning, match="not kept"):
         assert Reference.of(digits, Digits()).statistics.count == len(digits)
+
+
+def test_what_the_real_images_say_alone_is_found_out_once(digits, cache, monkeypatch):
+    real, fake = digits.select(np.arange(200)), Statistics()
+    fake.add(Digits()(digits.batch(np.arange(100, 290))))
+    looked = []
+    of = Alone.of
+    monkeypatch.setattr(Alone, "of", lambda *a: looked.append(1) or of(*a))
+    first = Reference.of(real, Digits())
+    expected = scores(fake, first.statistics, of(first.statistics.features))
+    assert first.scores(fake) == first.scores(fake) == expected
+    assert 0 < expected["recall"] < 1
+    # another evaluation of other models reads what was kept
+    assert Reference.of(real, Digits()).scores(fake) == expected
+    assert len(looked) == 1
+    # other images have their own
+    Reference.of(digits.select(np.arange(100)), Digits()).scores(fake)
+    assert len(looked) == 2
+    for file in (cache / "reference").glob("*.alone*"):
+        file.write_bytes(b"damaged")
+    assert Reference.of(real, Digits()).scores(fake) == expected
+    assert len(looked) == 3
 
 
 def test_references_that_cannot_be():

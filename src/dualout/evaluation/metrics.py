@@ -14,7 +14,7 @@ and recall: Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +30,37 @@ TOLERANCE = 1e-6
 _ROWS = 1024
 
 
-def scores(generated: Statistics, real: Statistics) -> dict[str, float]:
-    """`fd`, `kid`, `precision` and `recall` of generated images against real ones."""
-    precision, recall = precision_recall(generated.features, real.features)
+class Alone(NamedTuple):
+    """What comparing a set asks of it alone: as much work as the other set is, and the same whatever that is."""
+
+    reach: Tensor
+    """How far each image's surroundings reach: the distance to its k-th neighbour, float64 (N,)."""
+    kernel: Tensor
+    """KID's kernel, its mean over the pairs of different images: float64, no dimensions."""
+
+    @classmethod
+    def of(cls, features: Tensor, k: int = NEIGHBOURS) -> Alone:
+        """Look at the features of a set, (N, D).
+
+        Raises:
+            InputError: when there are not more than k.
+        """
+        return cls(torch.from_numpy(_reach(features, k)), torch.tensor(_kernel_within(features), dtype=torch.float64))
+
+
+def scores(generated: Statistics, real: Statistics, alone: Alone | None = None) -> dict[str, float]:
+    """`fd`, `kid`, `precision` and `recall` of generated images against real ones.
+
+    Args:
+        generated: of the generated images.
+        real: of the real ones.
+        alone: what is known of the real ones' features; None finds it out.
+    """
+    alone = Alone.of(real.features) if alone is None else alone
+    precision, recall = precision_recall(generated.features, real.features, reach=alone.reach)
     return {
         "fd": frechet(generated, real),
-        "kid": kid(generated.features, real.features),
+        "kid": kid(generated.features, real.features, float(alone.kernel)),
         "precision": precision,
         "recall": recall,
     }
@@ -103,18 +128,26 @@ def _factor(matrix: np.ndarray) -> np.ndarray:
     return factor
 
 
-def kid(x: Tensor, y: Tensor) -> float:
+def kid(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
     """The unbiased estimate of the squared maximum mean discrepancy, over all pairs of x (N, D) and y (M, D).
 
     The usual KID is the mean of this over random subsets; all pairs at once have the same expectation, less variance
     and no random numbers. It is not multiplied by 1000.
+
+    Args:
+        x: the features of one set.
+        y: of the other.
+        within_y: the kernel's mean over the pairs of y, where it is known.
     """
-    n, m = len(x), len(y)
-    if min(n, m) < 2:
-        raise InputError(f"KID needs at least 2 images on each side, got {n} and {m}")
-    within_x = (_kernel_sum(x, x) - _kernel_diagonal(x)) / (n * (n - 1))
-    within_y = (_kernel_sum(y, y) - _kernel_diagonal(y)) / (m * (m - 1))
-    return within_x + within_y - 2 * _kernel_sum(x, y) / (n * m)
+    if min(len(x), len(y)) < 2:
+        raise InputError(f"KID needs at least 2 images on each side, got {len(x)} and {len(y)}")
+    within_y = _kernel_within(y) if within_y is None else within_y
+    return _kernel_within(x) + within_y - 2 * _kernel_sum(x, y) / (len(x) * len(y))
+
+
+def _kernel_within(x: Tensor) -> float:
+    """The kernel's mean over the pairs of different rows."""
+    return (_kernel_sum(x, x) - _kernel_diagonal(x)) / (len(x) * (len(x) - 1))
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> float:
@@ -126,36 +159,39 @@ def _kernel_diagonal(x: Tensor) -> float:
     return float((x.double().square().sum(1) / x.shape[1] + 1).pow(3).sum())
 
 
-def precision_recall(generated: Tensor, real: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(
+    generated: Tensor, real: Tensor, k: int = NEIGHBOURS, reach: Tensor | None = None
+) -> tuple[float, float]:
     """Precision and recall of generated features (N, D) against real ones (M, D).
 
     Args:
         generated: their features.
         real: the others'.
         k: how many neighbours an image's surroundings reach to.
+        reach: of the real ones, (M,), where it is known.
     """
-    if min(len(generated), len(real)) <= k:
-        raise InputError(
-            f"precision and recall look at {k} neighbours of every image, so there must be more than {k} on each side; "
-            f"got {len(generated)} and {len(real)}"
-        )
-    g, r = (v.double().numpy() for v in (generated, real))
-    return _share_among(g, r, k), _share_among(r, g, k)
-
-
-def _share_among(points: np.ndarray, others: np.ndarray, k: int) -> float:
-    """The share of points within the reach of any of the others: as far as its k-th neighbour of its own kind."""
-    from sklearn.neighbors import NearestNeighbors
-
-    distances, _ = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(others).kneighbors()
-    reach = distances[:, -1]
-    return sum(int(inside.sum()) for inside in _within(points, others, reach)) / len(points)
-
-
-def _within(points: np.ndarray, others: np.ndarray, reach: np.ndarray) -> Iterator[np.ndarray]:
     from sklearn.metrics import pairwise_distances_chunked
 
+    reach_g, reach_r = _reach(generated, k), _reach(real, k) if reach is None else reach.numpy()
+    among_real, among_generated = np.zeros(len(generated), dtype=bool), np.zeros(len(real), dtype=bool)
+    start = 0
     # at most 128 MiB of distances at a time
-    yield from pairwise_distances_chunked(
-        points, others, reduce_func=lambda block, start: (block <= reach).any(1), working_memory=128
-    )
+    for block in pairwise_distances_chunked(generated.double().numpy(), real.double().numpy(), working_memory=128):
+        rows = slice(start, start := start + len(block))
+        among_real[rows] = (block <= reach_r).any(1)
+        among_generated |= (block <= reach_g[rows, None]).any(0)
+    return float(among_real.mean()), float(among_generated.mean())
+
+
+def _reach(features: Tensor, k: int) -> np.ndarray:
+    """The distance of each image to its k-th neighbour among the others."""
+    from sklearn.neighbors import NearestNeighbors
+
+    if len(features) <= k:
+        raise InputError(
+            f"precision and recall look at {k} neighbours of every image, so there must be more than {k} on each side; "
+            f"got {len(features)}"
+        )
+    distances, _ = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(features.double().numpy()).kneighbors()
+    # a copy, since the column alone would keep all of them
+    return distances[:, -1].copy()

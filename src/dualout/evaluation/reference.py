@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dualout import checkpoint
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
 from dualout.evaluation.features.base import Features, cache_directory
-from dualout.evaluation.metrics import NEIGHBOURS, scores
+from dualout.evaluation.metrics import NEIGHBOURS, Alone, scores
 from dualout.evaluation.statistics import KEPT, Statistics
 
 Progress = Callable[[str, int, int], None]
@@ -32,6 +34,8 @@ class Reference:
     statistics: Statistics
     images: dict[str, Any]
     """Which images: name, split, count, fingerprint."""
+    kept_at: Path | None = None
+    """Where the statistics are kept; what is found out later goes beside them."""
 
     @classmethod
     def of(
@@ -70,13 +74,7 @@ class Reference:
         statistics = _cached(path)
         if statistics is None:
             statistics = _looked_at(dataset, features, device, batch_size, progress)
-            try:
-                with checkpoint.explained(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_tensors(path, statistics.tensors())
-            except InputError as error:
-                # the next evaluation computes them again
-                warnings.warn(f"statistics of {dataset.name} are not kept: {error}", stacklevel=2)
+            _keep(path, statistics.tensors())
         known = {
             "data": name or dataset.name,
             "split": split,
@@ -84,11 +82,23 @@ class Reference:
             "fingerprint": dataset.fingerprint,
             "variance": float(statistics.moments[1].trace()),
         }
-        return cls(features, statistics, known)
+        return cls(features, statistics, known, path)
+
+    @cached_property
+    def alone(self) -> Alone:
+        """What comparing asks of the real images alone, found out once for all models, and kept by content too."""
+        path = self.kept_at and self.kept_at.with_suffix(f".alone{NEIGHBOURS}.safetensors")
+        known = _read(path, Alone._fields) if path else None
+        if known is not None:
+            return Alone(**known)
+        found = Alone.of(self.statistics.features)
+        if path:
+            _keep(path, found._asdict())
+        return found
 
     def scores(self, generated: Statistics) -> dict[str, float]:
         """`fd`, `kid`, `precision` and `recall` of generated images."""
-        return scores(generated, self.statistics)
+        return scores(generated, self.statistics, self.alone)
 
     def protocol(self) -> dict[str, Any]:
         """What the scores depend on besides the generated images."""
@@ -111,13 +121,29 @@ def cache_file(dataset: Dataset, features: Features) -> Path:
 
 
 def _cached(path: Path) -> Statistics | None:
+    known = _read(path, ("count", "limit", "total", "outer", "features"))
+    return None if known is None else Statistics.from_tensors(known)
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
+    """What was kept; None where there is nothing, or it is damaged, to be found out again and written over."""
     if not path.is_file():
         return None
     try:
-        return Statistics.from_tensors(checkpoint.read_tensors(path))
+        tensors = checkpoint.read_tensors(path)
+        return {name: tensors[name] for name in names}
     except (InputError, KeyError):
-        # damaged: it is computed again and written over
         return None
+
+
+def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        with checkpoint.explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_tensors(path, tensors)
+    except InputError as error:
+        # the next evaluation computes them again
+        warnings.warn(f"statistics of the real images are not kept: {error}", stacklevel=3)
 
 
 def _looked_at(
