@@ -125,7 +125,8 @@ class Denoiser(nn.Module):
 
         Args:
             path: the directory, made if it is missing.
-            extra: further JSON values for config.json.
+            extra: further JSON values for config.json, say image={"channels": C, "size": [H, W]} where the network
+                does not say what images it makes.
 
         Raises:
             InputError: when the network's class is not one that can be rebuilt from its configuration, or the
@@ -134,10 +135,12 @@ class Denoiser(nn.Module):
         self._write(path, self.card, extra)
 
     def _write(self, path: str | Path, card: dict[str, Any], extra: dict[str, Any]) -> None:
+        image = checkpoint.image_of(self.network)
         config = {
             "schedule": self.schedule.config(),
             "parameterization": self.parameterization.config(),
             "network": checkpoint.describe(self.network),
+            **({"image": image} if image else {}),
             **extra,
         }
         checkpoint.write(path, config, checkpoint.tensors_of(self), card)

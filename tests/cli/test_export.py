@@ -126,7 +126,7 @@ def test_it_can_be_uploaded_at_once(run: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--format", "tensorrt"], "unknown format 'tensorrt'. Known: diffusers, onnx"),
+        (["--format", "tensorrt"], "unknown format 'tensorrt'. Known: diffusers, dualout, onnx"),
         (["--format", "onx"], "did you mean 'onnx'"),
         (["--sampler", "heun"], "has no counterpart among diffusers' schedulers"),
         (["--spacing", "quadratic"], "have the spacings leading, trailing, linspace"),

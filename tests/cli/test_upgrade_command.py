@@ -353,3 +353,39 @@ def test_the_layouts_of_third_parties_are_found_from_their_weights(tmp_path) -> 
     again = dualout.Denoiser.from_pretrained(tmp_path / "saved")
     x = torch.randn(1, 1, 28, 28)
     assert torch.equal(again(x, 3).x0, other(x, 3).x0)
+
+
+def test_a_file_of_somebody_elses_becomes_a_checkpoint_that_commands_read(tmp_path, capsys) -> None:
+    from dualout.networks.outside import StarterCNN
+
+    betas = torch.linspace(1e-4, 0.02, 11)
+    starter = StarterCNN(1, (8, 6), (4, 6), kernel=5, frequencies=3)
+    state = {f"gt.{k}": v for k, v in starter.state_dict().items()}
+    torch.save(state | {"beta_t": betas, "alpha_t": (1 - betas).cumprod(0)}, tmp_path / "a.pth")
+    out = tmp_path / "original"
+    command = ["export", str(tmp_path / "a.pth"), "--format", "dualout", "--out", str(out)]
+    assert main([*command, "--adapter", "starter-cnn"]) == 0
+    assert json.loads((out / "results.json").read_text())["model"]["image"] == [1, 8, 6]
+    x, t = dualout.noise(range(2), (1, 8, 6)), 4
+    read = foreign.load(tmp_path / "a.pth", "starter-cnn")
+    assert torch.equal(dualout.Denoiser.from_pretrained(out)(x, t).x0, read(x, t).x0)
+    assert main(["sample", str(out), "--images", "2", "--steps", "2", "--out", str(tmp_path / "images")]) == 0
+    assert len(list((tmp_path / "images").glob("0*.png"))) == 2
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "say which with --adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--adapter", "plain"], "--adapter is for --format dualout"),
+        (["--format", "onnx", "--schedule", "linear"], "--schedule is for --format dualout"),
+        (["--format", "dualout", "--route", "eps"], "leave out --route and --calibrated"),
+        (["--format", "dualout", "--adapter", "plain"], "is no file"),
+    ],
+)
+def test_what_is_told_of_a_source_is_told_where_it_is_read(source, tmp_path, arguments, says, capsys) -> None:
+    assert main(["export", str(source), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -368,3 +368,22 @@ def test_a_fresh_open_gate_starts_as_velocity() -> None:
     raw[:, 2] = 0
     one = Denoiser(lambda x, t: raw, p, SCHEDULE)
     torch.testing.assert_close(one(x, 70).x0, one.route("velocity")(x, 70).x0)
+
+
+@pytest.mark.parametrize("base", [Epsilon(), CleanImage(), Velocity()], ids=lambda p: p.spec)
+def test_the_new_output_is_taught_where_it_would_be_asked(base) -> None:
+    own = Upgraded(base=base)
+    network = build("tiny:width=8", 1, 8, own.channels(1))
+    denoiser = Denoiser(network, own, SCHEDULE)
+    new = "eps" if own.trained == "x0" else "x0"
+    x0, noise, t = noises(4), dualout.noise(range(50, 54), (1, 8, 8)), torch.tensor([0, 40, 120, 199])
+    found = denoiser.loss(x0, t, noise)
+    alpha, sigma, _ = SCHEDULE.level(t)
+    ratio = (sigma**2 / (alpha**2 + sigma**2)).float()
+    p = denoiser(alpha.view(-1, 1, 1, 1).float() * x0 + sigma.view(-1, 1, 1, 1).float() * noise, t)
+    error = ((x0 if new == "x0" else noise) - p.parts[new]).square().flatten(1).mean(1)
+    torch.testing.assert_close(found.parts[new], error * (ratio if new == "x0" else 1 - ratio), rtol=1e-4, atol=1e-7)
+    # the trained output's loss is the original's, whole
+    alone = Denoiser(lambda *_: network(*_).sample[:, own.closed == 1 :][:, :1], base, SCHEDULE).loss(x0, t, noise)
+    for name, values in alone.parts.items():
+        torch.testing.assert_close(found.parts[name], values)

@@ -1,8 +1,9 @@
-"""Write a model for other programs: a pipeline of diffusers, or ONNX.
+"""Write a model for other programs, a pipeline of diffusers or ONNX, or bring one of theirs here.
 
 A pipeline is loaded with dualout.export.DualOutputPipeline.from_pretrained; its network is an ordinary model of
 diffusers. An ONNX file takes noisy images and their time steps and gives clean images, noise and ratio; it is put in
-place when ONNX Runtime agrees with torch.
+place when ONNX Runtime agrees with torch. --format dualout takes what dualout upgrade takes, somebody's file of weights
+for instance, and writes a checkpoint that sample, evaluate and the other commands read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from dualout.evaluation.model import Model
     from dualout.samplers import Sampler
 
-FORMATS = ("diffusers", "onnx")
+FORMATS = ("diffusers", "onnx", "dualout")
 RESULTS = "results.json"
 
 
@@ -31,9 +32,18 @@ class Options:
     """The options of ``dualout export``."""
 
     run: str = field(metadata={"positional": True})
-    """A run's directory, a checkpoint's, or the name of a Hugging Face Hub repository"""
+    """A run's directory, a checkpoint's, or the name of a Hugging Face Hub repository; with --format dualout also a
+    file of weights, or a directory of diffusers"""
     format: str = "diffusers"
-    """diffusers or onnx"""
+    """diffusers, onnx or dualout"""
+    adapter: str | None = None
+    """With --format dualout, of a file of weights: plain (with options, as in plain:network=small:size=28),
+    starter-cnn, mnist-ddpm"""
+    parameterization: str | None = None
+    """With --format dualout, of a diffusers model without its scheduler: what it was trained to predict, eps, x0 or
+    velocity"""
+    schedule: str | None = None
+    """With --format dualout, of a diffusers model without its scheduler: linear, scaledlinear, cosine …"""
     out: str | None = None
     """A directory: new, empty, or of the same command before; by default RUN-FORMAT"""
     route: str = "mix"
@@ -66,10 +76,9 @@ def run(arguments: list[str]) -> int | None:
     name = Path(options.run).expanduser().resolve().name
     out = out_directory(options.out or f"{name}-{options.format}", holds="exports", marker=RESULTS)
     _check_format(out, options.format)
+    _check_told(options)
 
     from dualout import checkpoint, hub
-    from dualout.evaluation.model import Model
-    from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
 
     if options.push_to_hub is not None:
         hub.check(options.push_to_hub)
@@ -77,15 +86,10 @@ def run(arguments: list[str]) -> int | None:
         from dualout.export.onnx import NEEDS, require
 
         require(*NEEDS)
-    model = Model.load(options.run)
-    sampler = build_sampler(options.sampler, options.steps, options.spacing, clip=options.clip)
-    route = parse_route(options.route)
-    sampling = Sampling(model, sampler, route, calibrated=True) if options.calibrated else None
-    denoiser = model.denoiser.route(route)
-    denoiser.card = model.denoiser.card | {"path": options.push_to_hub or out.name}
-    write = _pipeline if options.format == "diffusers" else _onnx
-    results = write(options, model, denoiser, sampler, sampling and sampling.calibration, out)
-    record = {"format": options.format, "model": model.protocol(), "route": options.route, **results}
+    if options.format == "dualout":
+        record = _checkpoint(options, out)
+    else:
+        record = _program(options, out)
     checkpoint.write_text(out / RESULTS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     console.wrote(out / RESULTS, "what was written, and how it was checked")
     if options.push_to_hub is not None:
@@ -104,6 +108,46 @@ def _check_format(out: Path, kind: str) -> None:
         return
     if before != kind:
         raise InputError(f"--out {out} holds an export to {before}; one to {kind} goes to another directory")
+
+
+def _check_told(options: Options) -> None:
+    """How a foreign model is read, and how a program samples, are told each for their own formats."""
+    foreign = {k: getattr(options, k) for k in ("adapter", "parameterization", "schedule")}
+    told = [k for k, v in foreign.items() if v is not None]
+    if options.format != "dualout" and told:
+        raise InputError(f"--{told[0]} is for --format dualout, whose checkpoint is then exported to {options.format}")
+    if options.format == "dualout" and (options.calibrated or options.route != "mix"):
+        raise InputError("--format dualout writes the model as it is: leave out --route and --calibrated")
+
+
+def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
+    """What somebody trained, as a checkpoint."""
+    from dualout.evaluation.model import Model
+    from dualout.networks import foreign
+
+    denoiser = foreign.load(options.run, options.adapter, options.parameterization, options.schedule)
+    source = Path(options.run).name
+    if not denoiser.card:
+        denoiser.card = {"title": source, "training": {"taken from": source}}
+    denoiser.save_pretrained(out)
+    console.wrote(out, f"a checkpoint of {source}")
+    return {"format": options.format, "model": Model.load(out).protocol()}
+
+
+def _program(options: Options, out: Path) -> dict[str, Any]:
+    """A model for another program, of the formats that sample."""
+    from dualout.evaluation.model import Model
+    from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
+
+    model = Model.load(options.run)
+    sampler = build_sampler(options.sampler, options.steps, options.spacing, clip=options.clip)
+    route = parse_route(options.route)
+    sampling = Sampling(model, sampler, route, calibrated=True) if options.calibrated else None
+    denoiser = model.denoiser.route(route)
+    denoiser.card = model.denoiser.card | {"path": options.push_to_hub or out.name}
+    write = _pipeline if options.format == "diffusers" else _onnx
+    results = write(options, model, denoiser, sampler, sampling and sampling.calibration, out)
+    return {"format": options.format, "model": model.protocol(), "route": options.route, **results}
 
 
 def _pipeline(

@@ -33,6 +33,14 @@ class Upgraded(Parameterization):
 
         ratio = sigmoid(logit + table[t])
 
+    The new output is taught in proportion to what a blend makes of it, which at the ratio of v-prediction is
+    s = sigma² / (alpha² + sigma²) for x0 and 1 − s for eps:
+
+        loss = |y − y_θ|² + s·|x0 − x0_θ|²                   y what `base` was trained to say
+
+    Without s, what it errs by where nobody asks it, x0 at low noise, draws the shared layers away from the trained
+    output.
+
     Attributes:
         base: how the trained output is read.
         ratio: "closed": the trained output alone is believed, bit for bit as before; "pixel": the gate is open where
@@ -111,12 +119,13 @@ class Upgraded(Parameterization):
                 return float(fixed)
 
     def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """That of `base`, the new output's, and where the gate is open the gate's."""
+        """That of `base`, the new output's share of its own, and where the gate is open the gate's."""
         losses = self.base.losses(prediction, x0, eps)
+        alpha, sigma, _ = prediction.level
         if self.trained == "x0":
-            losses["eps"] = mean_square(eps - prediction.parts["eps"])
+            losses["eps"] = _share(alpha, sigma) * mean_square(eps - prediction.parts["eps"])
         else:
-            losses["x0"] = mean_square(x0 - prediction.parts["x0"])
+            losses["x0"] = _share(sigma, alpha) * mean_square(x0 - prediction.parts["x0"])
         if self.ratio == "pixel":
             losses["mu"] = _GATE.losses(prediction, x0, eps)["mu"]
         return losses
@@ -155,6 +164,12 @@ class GateTable(nn.Module):
         """(B, 2C + 1, H, W), (B,) -> the same shape."""
         shift = self.logits[t].to(raw.dtype).view(-1, *[1] * (raw.ndim - 1))
         return torch.cat([raw[:, :-1], raw[:, -1:] + shift], 1)
+
+
+def _share(own: Scalar, other: Scalar) -> Scalar:
+    """own² / (own² + other²): one number an image, (B,), or one for all."""
+    share = own**2 / (own**2 + other**2)
+    return share.flatten() if isinstance(share, Tensor) else share
 
 
 def _spread(ratio: Scalar, x_t: Tensor) -> Tensor:

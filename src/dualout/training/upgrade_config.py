@@ -57,7 +57,9 @@ class UpgradeConfig:
     batch_size: int = 64
     """Images an update"""
     lr: float = 5e-4
-    """Learning rate of AdamW, after a warm-up of 50 steps"""
+    """Learning rate of AdamW, constant after the warm-up"""
+    warmup: int = 50
+    """Steps in which the learning rate rises to its value"""
     ema: float = 0.99
     """How much of the averaged weights is kept at a step"""
     precision: str = "auto"
@@ -107,7 +109,7 @@ class UpgradeConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
-            warmup=50,
+            warmup=self.warmup,
             ema=self.ema,
             precision=self.precision,
             seed=self.seed,
