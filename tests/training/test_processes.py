@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -11,9 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
+import dualout
 from dualout.checkpoint import read_tensors
 from dualout.cli.main import main
+from dualout.errors import InputError
+from dualout.networks.build import build
+from dualout.training.config import TrainConfig
+from dualout.training.learner import Learner
+from dualout.training.run import Run
 
 ARGUMENTS = [
     "train", "--data", "digits", "--network", "tiny:width=8", "--batch_size", "16", "--steps", "8", "--log_every", "1",
@@ -57,3 +65,70 @@ def test_two_processes_train_as_one(tmp_path):
     assert done.returncode != 0
     assert "lr 0.001 → 0.1" in done.stderr
     assert "dualout/cli/main.py" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_that_divide_the_weights_train_as_one(tmp_path):
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "one")]) == 0
+    # the layout of GPUs, whose convolutions' weights FSDP does not divide
+    more = ["--fsdp", "true", "--channels_last", "true", "--samples", "4", "--sample_every", "4"]
+    done = two(tmp_path / "two", "--steps", "4", *more)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "samples" / "step-000004.png").stat().st_size > 100
+    done = two(tmp_path / "two", "--steps", "6", "--accumulate", "2", *more)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 4" in done.stderr
+    # the state is that of a run like any other: one process goes on with it
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "two")]) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    for file in ("model", "state/step-00000008/weights", "state/step-00000008/average"):
+        one, other = (read_tensors(tmp_path / name / f"{file}.safetensors") for name in ("one", "two"))
+        for name, weight in one.items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_sharding_keeps_what_was_learnt_and_divides_the_blocks():
+    config = TrainConfig(batch_size=8, steps=4, fsdp=True, grad_clip=0.1, warmup=0)
+    plain, divided = (Learner(denoiser(), config) for _ in range(2))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for learner in (plain, divided):
+            one_step(learner)
+        before = divided.tensors()
+        divided.shard(torch.distributed.device_mesh.init_device_mesh("cpu", (1,)), first=True)
+        assert all(type(p).__name__ == "DTensor" for p in divided.parameters.values())
+        network = divided.denoiser.network
+        assert all(isinstance(b, FSDPModule) for b in [*network.down_blocks, *network.up_blocks])
+        after = divided.tensors()
+        assert all(torch.equal(after[f][k], v) for f in before for k, v in before[f].items())
+        for learner in (plain, divided):
+            one_step(learner)
+        divided.gather()
+        for name, weight in plain.ema.state_dict().items():
+            torch.testing.assert_close(divided.ema.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+        assert divided.finite()
+        with torch.no_grad():
+            next(iter(divided.parameters.values())).to_local().fill_(math.nan)
+        assert not divided.finite()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def denoiser():
+    torch.manual_seed(0)
+    return dualout.Denoiser(build("tiny:width=8", 1, 8, 3), dualout.Dual(), dualout.schedules.Linear())
+
+
+def one_step(learner):
+    generator = torch.Generator().manual_seed(learner.step)
+    x0, noise = torch.randn(2, 8, 1, 8, 8, generator=generator)
+    learner.backward(learner.denoiser.loss(x0, torch.arange(8) * 100, noise).total)
+    learner.update()
+
+
+def test_sharding_is_refused_where_it_cannot_be(tmp_path):
+    with pytest.raises(InputError, match="this is one"):
+        Run(TrainConfig(fsdp=True, out=str(tmp_path / "run"))).__enter__()
+    for wrong in ({"compile": True}, {"precision": "fp16"}):
+        with pytest.raises(InputError, match="neither --compile nor"):
+            TrainConfig(fsdp=True, **wrong)

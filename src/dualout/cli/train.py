@@ -76,7 +76,10 @@ def _train(training: Run) -> None:
                     left = (logged - begun) / (step.index - first) * (steps - step.index)
                     speed = f"{step.metrics['images_per_s']:.0f} images/s"
                     console.say(f"step {step.index}/{steps}  {_losses(step)}  {speed}  {_duration(left)} left")
-            if sampling is not None and (step.index % every == 0 or step.index == steps):
+            if not every or (step.index % every and step.index != steps):
+                continue
+            training.learner.gather()
+            if sampling is not None:
                 _draw_samples(
                     sampling, training.path / "samples" / f"step-{step.index:06d}.png", training.config.samples
                 )

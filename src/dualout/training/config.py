@@ -17,7 +17,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 FREE = frozenset(
     {"steps", "out", "log_every", "checkpoint_every", "keep", "sample_every", "samples", "sampler", "track"}
-    | {"accumulate", "device", "compile", "channels_last", "workers", "cache", "strict"}
+    | {"accumulate", "device", "compile", "channels_last", "fsdp", "workers", "cache", "strict"}
 )
 """What may change when a run goes on: how long, how it is shown, where it runs. None of it changes what is drawn."""
 
@@ -80,6 +80,9 @@ class TrainConfig:
     """Memory layout of the images; by default on GPUs only, where it is faster"""
     compile: bool = False
     """Compile the network with torch.compile: minutes at first, then up to 1.2 times faster on CPU and more on GPU"""
+    fsdp: bool = False
+    """Divide the weights, their average and the optimizer's memory among the processes (FSDP2), for networks too large
+    for one GPU; with torchrun or accelerate launch"""
     seed: int = 0
     """Of the first weights, the order of the data, the time steps and the noise"""
     init: str | None = None
@@ -121,6 +124,8 @@ class TrainConfig:
             raise InputError(
                 f"--batch_size {self.batch_size} cannot be taken in --accumulate {self.accumulate} equal parts"
             )
+        if self.fsdp and (self.compile or self.precision == "fp16"):
+            raise InputError("--fsdp goes with neither --compile nor --precision fp16; take bf16 or fp32")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
         if self.track is not None and self.track not in TRACKERS:

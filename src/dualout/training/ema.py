@@ -21,16 +21,17 @@ class Ema(Generic[Module]):
     Args:
         module: the module that is trained; weights that are not trained, and buffers, are followed, not averaged.
         decay: d's final value.
+        average: a module that holds the average so far; None begins with a copy of the weights.
     """
 
-    def __init__(self, module: Module, decay: float) -> None:
+    def __init__(self, module: Module, decay: float, average: Module | None = None) -> None:
         self.decay = decay
-        self.module: Module = copy.deepcopy(module).eval().requires_grad_(False)
-        average, weights = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
+        self.module: Module = copy.deepcopy(module).eval().requires_grad_(False) if average is None else average
+        means, weights = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
         learned = [k for k, v in weights.items() if v.requires_grad]
         followed = [k for k, v in weights.items() if not isinstance(v, nn.Parameter)]
-        self._average, self._weights = _both(learned, average, weights)
-        self._copies, self._buffers = _both(followed, average, weights)
+        self._average, self._weights = _both(learned, means, weights)
+        self._copies, self._buffers = _both(followed, means, weights)
 
     def decay_at(self, n: int) -> float:
         """d at the n-th update, counted from 1."""

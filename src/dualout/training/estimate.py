@@ -67,7 +67,9 @@ def estimate(job: Job) -> Estimate:
     parameters = sum(p.numel() for p in denoiser.parameters())
     trained = sum(p.numel() for p in learner.parameters.values())
     processes = job.accelerator.num_processes if job.accelerator else 1
-    memory = 4 * (2 * parameters + 3 * trained) + int(activations)
+    held = 2 * parameters + 3 * trained
+    # of shards, the first process also holds the averaged weights whole
+    memory = 4 * (held // processes + parameters if config.fsdp else held) + int(activations)
     return Estimate(parameters, trained, memory, each * config.batch_size / processes, flops)
 
 

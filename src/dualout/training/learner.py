@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.training.config import TrainConfig
 from dualout.training.ema import Ema
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
@@ -33,7 +37,16 @@ class Learner:
         self.step = 0
         """How many updates were made."""
         self.average = Ema(denoiser, config.ema)
-        self.parameters = {k: p for k, p in denoiser.named_parameters() if p.requires_grad}
+        self.sharded = False
+        """Whether the weights are divided among processes."""
+        self._whole: Denoiser | None = None
+        self._optimize()
+        device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+
+    def _optimize(self) -> None:
+        config = self.config
+        self.parameters = {k: p for k, p in self.denoiser.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise InputError("no weight of this network requires a gradient: there is nothing to train")
         device = next(iter(self.parameters.values())).device
@@ -44,12 +57,41 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda", "mps"),
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
     @property
     def ema(self) -> Denoiser:
-        """The denoiser with the averaged weights: the one to use."""
-        return self.average.module
+        """The denoiser with the averaged weights: the one to use; where they are sharded, as of the last `gather`."""
+        return self.average.module if self._whole is None else self._whole
+
+    def shard(self, mesh: DeviceMesh, *, first: bool) -> None:
+        """Divide weights, gradients, average and the optimizer's memory among processes, which all have the same.
+
+        Args:
+            mesh: the processes, in one dimension.
+            first: whether this is the one that also holds the averaged weights whole, to write and to sample them.
+        """
+        from dualout.training import shards
+
+        memory = {name: self._moments(p) for name, p in self.parameters.items()}
+        self._whole = copy.deepcopy(self.ema) if first else None
+        average = self.average.module
+        for denoiser in (self.denoiser, average):
+            shards.shard(denoiser, mesh)
+        self.average = Ema(self.denoiser, self.config.ema, average)
+        self._optimize()
+        for name, p in self.parameters.items():
+            divided = {key: shards.like(p, memory[name][key].contiguous()) for key in _ADAM[1:]}
+            self.optimizer.state[p] = {"step": memory[name]["step"].to(p.device), **divided}
+        self.sharded = True
+
+    def gather(self) -> None:
+        """Bring the averaged weights together in the first process's `ema`; every process calls it."""
+        if self.sharded:
+            from dualout.training import shards
+
+            average = shards.whole(self.average.module.state_dict(), self._whole is not None)
+            if self._whole is not None:
+                self._whole.load_state_dict(average)
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradient."""
@@ -62,27 +104,44 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None], foreach=True)
+        norm = total = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None], foreach=True)
+        if self.sharded:
+            from dualout.training import shards
+
+            total = shards.one(norm)
         # on a processor it costs nothing to look whether there is anything to clip
-        if self.config.grad_clip and not (norm.device.type == "cpu" and norm <= self.config.grad_clip):
+        if self.config.grad_clip and not (total.device.type == "cpu" and total <= self.config.grad_clip):
             nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip, norm, foreach=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
         self.step = step
-        return lr, norm
+        return lr, total
 
     def finite(self) -> bool:
         """Whether every weight, trained and averaged, is a finite number."""
-        weights = [*self.denoiser.state_dict().values(), *self.ema.state_dict().values()]
-        norms = torch._foreach_norm([w.detach() for w in weights if w.is_floating_point()])  # type: ignore[attr-defined]
-        return bool(torch.stack(norms).isfinite().all())
+        weights = [*self.denoiser.state_dict().values(), *self.average.module.state_dict().values()]
+        weights = [w.detach() for w in weights if w.is_floating_point()]
+        if not self.sharded:
+            return bool(_finite(weights))
+        from dualout.training import shards
+
+        return shards.all_say(_finite(shards.parts(weights)))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors, by file name and then by their own."""
+        """All tensors, by file name and then by their own.
+
+        Where they are sharded, every process calls it, and the first gets them, whole and on the host.
+        """
         memory = {f"{name}/{key}": v for name, p in self.parameters.items() for key, v in self._moments(p).items()}
-        return {"weights": self.denoiser.state_dict(), "average": self.ema.state_dict(), "optimizer": memory}
+        average = self.average.module.state_dict()
+        found = {"weights": self.denoiser.state_dict(), "average": average, "optimizer": memory}
+        if not self.sharded:
+            return found
+        from dualout.training import shards
+
+        return {name: shards.whole(tensors, self._whole is not None) for name, tensors in found.items()}
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter)
@@ -96,7 +155,7 @@ class Learner:
         return {"step": self.step, "scaler": self.scaler.state_dict()}
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any], source: str) -> None:
-        """Go on from `tensors` and `numbers`.
+        """Go on from `tensors` and `numbers`, before anything is sharded.
 
         Raises:
             InputError: when they are not of this architecture; nothing was changed then.
@@ -132,3 +191,8 @@ class Learner:
         parameter, _, key = name.rpartition("/")
         shape = torch.Size() if key == "step" else self.parameters[parameter].shape
         return tensor.shape == shape and bool(tensor.isfinite().all())
+
+
+def _finite(weights: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(weights)  # type: ignore[attr-defined]
+    return torch.stack(norms).isfinite().all()

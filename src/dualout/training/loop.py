@@ -134,7 +134,8 @@ class Part:
         self.device = next(iter(learner.parameters.values())).device
         objective: nn.Module = Objective(learner.denoiser)
         self.apart: Callable[[], AbstractContextManager] = nullcontext
-        if together is not None:
+        # shards average their gradients themselves
+        if together is not None and not learner.sharded:
             objective = together.prepare_model(objective, device_placement=False)
             self.apart = objective.no_sync  # type: ignore[assignment]
         self.objective = objective

@@ -142,9 +142,12 @@ class Run:
         if bad:
             raise NotFinite(bad, images_of(bad, self.job.dataset, self.config))
         numbers = self.learner.numbers() | {"meter": self._meter.state()}
+        # of all processes, where each has a part
+        tensors = self.learner.tensors()
+        self.learner.gather()
         if self._directory is not None:
             self._directory.flush_log()
-            self._directory.save(self.learner.tensors(), numbers, self.config.keep)
+            self._directory.save(tensors, numbers, self.config.keep)
             self._publish()
         if self._group is not None:
             self._group.wait_for_everyone()
@@ -201,6 +204,8 @@ class Run:
                 raise damaged(place, error) from error
         self.started = self.learner.step
         self._together(lambda: self._write_down(known))
+        if self.config.fsdp:
+            self.learner.shard(self.job.mesh(), first=self.main)
 
     def _write_down(self, known: dict[str, Any] | None) -> None:
         """Write what the run is, when it is what it was; and what a crash left half done."""

@@ -24,6 +24,7 @@ from dualout.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Job(NamedTuple):
@@ -41,6 +42,13 @@ class Job(NamedTuple):
     def device(self) -> torch.device:
         """Where the network is computed."""
         return self.precision.device
+
+    def mesh(self) -> DeviceMesh:
+        """The processes that share the weights; every one calls it."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        assert self.accelerator is not None
+        return init_device_mesh(self.device.type, (self.accelerator.num_processes,))
 
 
 def assemble(
@@ -76,13 +84,23 @@ def assemble(
     layout = place.type == "cuda" if config.channels_last is None else config.channels_last
     # weights that were saved in half precision are trained in float32
     denoiser.to(place, torch.float32)
-    denoiser.network.to(memory_format=torch.channels_last if layout else torch.contiguous_format)  # type: ignore[union-attr]
-    return Job(replace(config, channels_last=layout), dataset, denoiser, choose(config.precision, place), accelerator)
+    # FSDP divides contiguous weights only; convolutions follow the layout of the images
+    weights = torch.channels_last if layout and not config.fsdp else torch.contiguous_format
+    denoiser.network.to(memory_format=weights)  # type: ignore[union-attr]
+    precision = choose(config.precision, place)
+    if config.fsdp and precision.name == "fp16":
+        raise InputError("--fsdp does not go with fp16, which is what --precision auto takes here; take fp32")
+    return Job(replace(config, channels_last=layout), dataset, denoiser, precision, accelerator)
 
 
 def several_processes(config: TrainConfig) -> Accelerator | None:
     """The group that this process belongs to, when torchrun or accelerate launch started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        if config.fsdp:
+            raise InputError(
+                "--fsdp shares out the weights among several processes, and this is one: start more, as in "
+                "torchrun --nproc-per-node 8 -m dualout train …, or leave it out"
+            )
         return None
     from accelerate import Accelerator
 
