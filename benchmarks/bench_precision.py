@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from dualout.networks.precision import choose
+from dualout.networks.precision import choose, processor_units
 
 QUESTION = """## Precision: where the time of a training step goes
 
@@ -41,9 +41,11 @@ KINDS = {
 def measure(full: bool, peers: list[ModuleType]) -> Section:
     section = Section(QUESTION)
     section.tables.append(_peaks(5 if full else 3))
+    # without units for bf16 most of the time goes to what is slow beyond doubt
+    many = full and bool(processor_units() or torch.cuda.is_available())
     for name, build in {"S": subjects.small, "M": subjects.cifar10}.items():
         cases = _cases(name, build)
-        times = interleaved(cases, (7 if name == "S" else 5) if full else 2)
+        times = interleaved(cases, (7 if name == "S" else 5) if many else 3 if full else 2)
         section.times[f"{name}, seconds of forward and backward"] = times
         section.tables.append(_table(name, times))
         section.tables.append(_profile(name, cases["bf16, attention in fp32"]))

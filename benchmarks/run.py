@@ -5,6 +5,9 @@
     python benchmarks/run.py sampling          one question: bench_sampling.py
     python benchmarks/run.py --authors PATH    also the authors' code, from a checkout of it
 
+A question is written down as soon as it is answered; one that fails, or is interrupted by Ctrl-C, leaves the others as
+they are, and what is left is told at the end.
+
 Peers that are not installed are told to be absent. To have them all, without what they pull in:
 
     pip install --no-deps azula denoising-diffusion-pytorch k-diffusion smalldiffusion einops ema-pytorch torchsde \\
@@ -18,12 +21,20 @@ import datetime
 import os
 import shlex
 import sys
+import time
+import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
+MINUTES = {
+    "backends": (1, 3), "cost": (0.5, 0.5), "data": (1, 1.5), "frechet": (0.5, 1.5), "precision": (2.5, 4),
+    "processes": (0, 3), "sampling": (0.5, 1), "training": (5, 11),
+}  # fmt: skip
+"""About what a question takes on two quiet cores with AVX-512: the short form, the long one."""
 
-def main() -> None:
+
+def main() -> int:
     questions = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(questions)}; all by default")
@@ -57,15 +68,31 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         **machine.describe(),
     }
-    for name in given.questions or questions:
-        print(f"\n== {name}", flush=True)
-        section = importlib.import_module(f"bench_{name}").measure(given.full, present)
-        if section is None:
-            continue
-        print(section.text(), flush=True)
-        report.write(given.out, name, section, how)
+    asked = given.questions or questions
+    print(
+        f"about {sum(MINUTES[name][given.full] for name in asked):.0f} minutes, when the machine is quiet", flush=True
+    )
+    unanswered: dict[str, str] = {}
+    for place, name in enumerate(asked):
+        print(f"\n== {name}, about {MINUTES[name][given.full]} minutes", flush=True)
+        begun = time.monotonic()
+        try:
+            section = importlib.import_module(f"bench_{name}").measure(given.full, present)
+            if section is not None:
+                print(section.text(), flush=True)
+                report.write(given.out, name, section, how)
+        except KeyboardInterrupt:
+            unanswered |= dict.fromkeys(asked[place:], "interrupted")
+            break
+        except Exception as error:
+            traceback.print_exc()
+            unanswered[name] = f"{type(error).__name__}: {error}"
+        print(f"took {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
     print(f"\nwritten: {given.out / 'performance.md'}")
+    for name, why in unanswered.items():
+        print(f"unanswered: {name} ({why})")
+    return 1 if unanswered else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
