@@ -72,7 +72,7 @@ def _train(processes: int, steps: int) -> Run:
         command = [
             sys.executable, *(launch if processes > 1 else ()), "-m", "dualout.cli.main",
             "train", "--data", "digits", "--steps", str(steps), "--batch_size", "128", "--precision", "fp32",
-            "--device", "cpu", "--sample_every", "0", "--checkpoint_every", str(steps), "--log_every", "1",
+            "--device", "cpu", "--sample_every", "0", "--checkpoint_every", str(steps), "--log_every", "10",
             "--out", str(out),
         ]  # fmt: skip
         before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
