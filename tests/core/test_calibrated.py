@@ -6,9 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dualout import CleanImage, Denoiser, Dual, InputError, noise, samplers, schedules
+from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, noise, samplers, schedules
 from dualout.calibrated import Calibrated, corrected
+from dualout.networks.build import build
 from dualout.training.calibrate import Fit, fit, moved, nearest
+from dualout.training.views import LOOKED_AT, Views, Within
 
 SCHEDULE = schedules.Linear()
 MEAN, SPREAD = 0.1, 0.3
@@ -154,3 +156,35 @@ def test_moved_time_steps_are_those_that_are_sampled():
     assert made.isfinite().all()
     with pytest.raises(InputError, match="time steps"):
         sampler.sample(Calibrated.of(denoiser, found), noise(range(2), (1, 4, 4)))
+
+
+def test_the_networks_own_features_are_those_of_its_bottom():
+    denoiser = Denoiser(build("small:width=8", 1, (16, 16), 3), Dual(), schedules.Linear())
+    within = Within.of(denoiser, torch.zeros(2, 1, 16, 16))
+    assert within.layer == "mid_block"
+    assert float(SCHEDULE.tables()[1][within.t]) == pytest.approx(LOOKED_AT, rel=0.05)
+    seen = []
+    handle = denoiser.network.get_submodule(within.layer).register_forward_hook(
+        lambda _, __, y: seen.append(y[0] if isinstance(y, tuple) else y)
+    )
+    images = torch.randn(3, 1, 16, 16)
+    denoiser(within.alpha * images, within.t)
+    handle.remove()
+    assert torch.equal(within(images), seen[0].flatten(1))
+    assert seen[0][0, 0].numel() < 16 * 16
+
+
+def test_a_network_that_never_looks_from_afar_has_no_features_of_its_own():
+    flat = Denoiser(torch.nn.Sequential(), Epsilon(), schedules.Linear())
+    flat.network.forward = lambda x, t: x
+    assert Within.of(flat, torch.zeros(2, 1, 8, 8)) is None
+
+
+def test_views_of_real_images_have_unit_variance_and_pass_gradients():
+    denoiser = Denoiser(build("tiny:width=8", 1, (8, 8), 3), Dual(), schedules.Linear()).requires_grad_(False)
+    images = torch.randn(64, 1, 8, 8)
+    views = Views(images, 0, denoiser)
+    assert [float(v.var(0).mean()) for v in views(images)] == pytest.approx([1] * 4, rel=1e-3)
+    images.requires_grad_()
+    views(images)[3].square().sum().backward()
+    assert images.grad.abs().sum() > 0

@@ -175,7 +175,18 @@ class Training(NamedTuple):
         return out / "models" / f"{self.method}-{content}-seed{self.seed}"
 
 
-_ELSEWHERE = ("out", "device", "workers", "track", "log_every", "checkpoint_every", "keep", "sample_every", "sampler")
+_ELSEWHERE = (
+    "out",
+    "device",
+    "fsdp",
+    "workers",
+    "track",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "sample_every",
+    "sampler",
+)
 
 
 class Doing(NamedTuple):

@@ -50,7 +50,9 @@ class Options:
     lr: float = 0.03
     """Adam's learning rate, which falls to 0 along a cosine"""
     distance: str = "sliced"
-    """sliced (Wasserstein) or energy, in pixels and in the features of a fixed random conv net"""
+    """sliced (Wasserstein) or energy"""
+    own_features: bool = True
+    """Compare images by what the model's own network makes of them, beside pixels and a fixed random conv net"""
     move_times: int = 3
     """Rounds in which time steps are moved to where the images are nearer, before the numbers are fitted; 0 keeps the
     spacing"""
@@ -102,6 +104,7 @@ def _fitted(options: Options, model: Model) -> Calibration:
         batch=options.batch_size,
         lr=options.lr,
         distance=options.distance,
+        own_features=options.own_features,
         move_times=options.move_times,
         seed=options.seed,
     )

@@ -26,7 +26,8 @@ from dualout.prediction import Prediction
 from dualout.randomness import SeededDraw, mix, noise
 from dualout.samplers.base import Denoises, Sampler
 from dualout.schedules import Level, Schedule
-from dualout.training.distances import Distance, Views
+from dualout.training.distances import Distance
+from dualout.training.views import Views
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Fit:
     batch: int = 192
     lr: float = 0.03
     distance: str = "sliced"
+    own_features: bool = True
+    """Whether images are compared by what the model's own network makes of them too, beside pixels and a random net."""
     held_out: int = 1000
     """Images, and as many noises, that only decide when to stop; at most a quarter of the images given."""
     check_every: int = 25
@@ -103,7 +106,8 @@ def fit(
         raise InputError(f"calibration needs 64 images or more, got {len(images)}")
     images = images[torch.from_numpy(_shuffled(how.seed, len(images)))]
     real, real_held = images[held:], images[:held]
-    views, distance = Views(real[:2048], how.seed), Distance.parse(how.distance)
+    views = Views(real[:2048], how.seed, denoiser if how.own_features else None)
+    distance = Distance.parse(how.distance)
 
     def far(made: Tensor, real: Tensor, seed: int) -> Tensor:
         return torch.stack([distance(a, b, seed) for a, b in zip(views(made), views(real), strict=True)]).sum()
@@ -167,6 +171,7 @@ def fit(
                 "nearest": dict(nearness),
                 "iterations": i,
                 "fit": vars(how),
+                "own_features": None if views.within is None else {"layer": views.within.layer, "t": views.within.t},
                 "images": len(real),
                 "held_out_images": held,
             }

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualout.randomness import mix
 from dualout.registry import Registered
@@ -64,37 +63,3 @@ def _pairs(x: Tensor, y: Tensor) -> Tensor:
     # the root's gradient is infinite at 0, where an image meets itself
     square = (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=1e-12)
     return square.sqrt().mean()
-
-
-class Views(nn.Module):
-    """What the distances look at: pixels averaged 2×2, and a fixed random conv net at two scales.
-
-    (B, C, H, W) -> a list of (B, D), each scaled so that real images have about unit variance in it.
-    """
-
-    first: Tensor
-    second: Tensor
-    scale: Tensor
-
-    def __init__(self, images: Tensor, seed: int, width: int = 32) -> None:
-        super().__init__()
-        channels = images.shape[1]
-        generator = torch.Generator().manual_seed(int(mix(seed, 2)) % 2**63)
-
-        def weights(inputs: int, outputs: int) -> Tensor:
-            return torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
-
-        self.register_buffer("first", weights(channels, width))
-        self.register_buffer("second", weights(width, 2 * width))
-        self.register_buffer("scale", torch.ones(3))
-        self.to(images.device)
-        with torch.no_grad():
-            self.scale = torch.stack([v.std(0).square().mean().sqrt().clamp(min=1e-6) for v in self(images)])
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """The three views of images (B, C, H, W)."""
-        pixels = F.avg_pool2d(images, 2, ceil_mode=True).flatten(1)
-        fine = F.leaky_relu(F.conv2d(images, self.first, stride=2, padding=1), 0.2)
-        coarse = F.leaky_relu(F.conv2d(fine, self.second, stride=2, padding=1), 0.2)
-        views = [pixels, F.avg_pool2d(fine, 2, ceil_mode=True).flatten(1), coarse.flatten(1)]
-        return [view / scale for view, scale in zip(views, self.scale, strict=True)]

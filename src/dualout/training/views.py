@@ -1,0 +1,157 @@
+"""What a calibration compares images by: pixels, random features, and the model's own.
+
+(B, C, H, W) -> (B, D), with gradients. The features that judge images later are none of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualout.denoiser import Denoiser
+from dualout.randomness import mix
+
+LOOKED_AT = 0.17
+"""sigma / alpha of the noise level at which the network is asked for its features; t = 48 of the linear schedule."""
+
+
+class Views(nn.Module):
+    """Pixels averaged 2×2, a fixed random conv net at two scales, and the network's own features where it has some.
+
+    (B, C, H, W) -> a list of (B, D), each scaled so that real images have about unit variance in it.
+
+    Args:
+        images: real ones, which the scales are taken from.
+        seed: of the random conv net.
+        denoiser: whose features are looked at too; None is nobody's.
+        width: of the random conv net's first layer.
+    """
+
+    first: Tensor
+    second: Tensor
+    scale: Tensor
+
+    def __init__(self, images: Tensor, seed: int, denoiser: Denoiser | None = None, width: int = 32) -> None:
+        super().__init__()
+        channels = images.shape[1]
+        generator = torch.Generator().manual_seed(int(mix(seed, 2)) % 2**63)
+
+        def weights(inputs: int, outputs: int) -> Tensor:
+            return torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+
+        self.register_buffer("first", weights(channels, width))
+        self.register_buffer("second", weights(width, 2 * width))
+        self.to(images.device)
+        self.within = None if denoiser is None else Within.of(denoiser, images[:2])
+        with torch.no_grad():
+            seen = zip(*(self._seen(batch) for batch in images.split(256)), strict=True)
+            spread = [torch.cat(view).std(0).square().mean().sqrt().clamp(min=1e-6) for view in seen]
+        self.register_buffer("scale", torch.stack(spread))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The views of images (B, C, H, W)."""
+        return [view / scale for view, scale in zip(self._seen(images), self.scale, strict=True)]
+
+    def _seen(self, images: Tensor) -> list[Tensor]:
+        pixels = F.avg_pool2d(images, 2, ceil_mode=True).flatten(1)
+        fine = F.leaky_relu(F.conv2d(images, self.first, stride=2, padding=1), 0.2)
+        coarse = F.leaky_relu(F.conv2d(fine, self.second, stride=2, padding=1), 0.2)
+        views = [pixels, F.avg_pool2d(fine, 2, ceil_mode=True).flatten(1), coarse.flatten(1)]
+        return views if self.within is None else [*views, self.within(images)]
+
+
+class Within:
+    """What a denoiser's network makes of images deep inside, at a low noise level (DIFT, Tang et al. 2023,
+    arXiv 2306.03881; DDAE, Xiang et al. 2023, arXiv 2303.09769).
+
+    Args:
+        denoiser: used as it is; its weights should ask for no gradient.
+        layer: the name of the module in its network whose result is taken.
+    """
+
+    def __init__(self, denoiser: Denoiser, layer: str) -> None:
+        alpha, sigma = denoiser.schedule.tables()
+        self.denoiser, self.layer = denoiser, layer
+        self.t = int((sigma / alpha - LOOKED_AT).abs().argmin())
+        self.alpha = float(alpha[self.t])
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, images: Tensor) -> Within | None:
+        """At the layer that `deepest` finds; None where there is none."""
+        found = cls(denoiser, "")
+        layer = deepest(found, images)
+        return None if layer is None else cls(denoiser, layer)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D)."""
+        seen: list[Tensor] = []
+        module = self.denoiser.network.get_submodule(self.layer)  # type: ignore[union-attr]
+        with _hooked(module.register_forward_hook(lambda _, __, y: seen.append(_first(y)))):
+            self.look(images)
+        return seen[0].float().flatten(1)
+
+    def look(self, images: Tensor) -> None:
+        """Call the denoiser with images at the noise level, without noise: the mean of x_t."""
+        self.denoiser(self.alpha * images, self.t)
+
+
+@torch.no_grad()
+def deepest(within: Within, images: Tensor) -> str | None:
+    """The name of the largest module that gives the fewest positions; of several alike, the middle one.
+
+    In a UNet that is one of the blocks at its lowest resolution, in a transformer the middle block. What gives as many
+    positions as the image has is left out: it may be the output itself.
+    """
+    network = within.denoiser.network
+    if not isinstance(network, nn.Module):
+        return None
+    calls: dict[str, list[Any]] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, y, name=name: calls.setdefault(name, []).append(_first(y)))
+        for name, module in network.named_modules()
+        if name
+    ]
+    try:
+        within.look(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    places = {
+        name: _positions(ys[0], images) for name, ys in calls.items() if len(ys) == 1 and isinstance(ys[0], Tensor)
+    }
+    few = min((n for n in places.values() if 1 < n < prod(images.shape[2:])), default=None)
+    if few is None:
+        return None
+    sizes = {
+        name: sum(p.numel() for p in network.get_submodule(name).parameters()) for name, n in places.items() if n == few
+    }
+    largest = [name for name, size in sizes.items() if size == max(sizes.values())]
+    return largest[len(largest) // 2]
+
+
+def _positions(y: Tensor, images: Tensor) -> int:
+    """How many places of the image something has features of: pixels of a map, or tokens; 0 for anything else."""
+    if len(y) != len(images):
+        return 0
+    if y.ndim == images.ndim:
+        return prod(y.shape[2:])
+    return y.shape[1] if y.ndim == 3 else 0
+
+
+def _first(y: Any) -> Any:
+    """The tensor of a module that gives several."""
+    return y[0] if isinstance(y, tuple | list) and y else y
+
+
+@contextmanager
+def _hooked(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
