@@ -176,17 +176,8 @@ class Training(NamedTuple):
 
 
 _ELSEWHERE = (
-    "out",
-    "device",
-    "fsdp",
-    "workers",
-    "track",
-    "log_every",
-    "checkpoint_every",
-    "keep",
-    "sample_every",
-    "sampler",
-)
+    "out", "device", "fsdp", "workers", "track", "log_every", "checkpoint_every", "keep", "sample_every", "sampler",
+)  # fmt: skip
 
 
 class Doing(NamedTuple):
