@@ -94,9 +94,8 @@ def make(o: argparse.Namespace, plan: Plan, dataset: Dataset) -> float:
     with Upgrade(config_of(o, plan, out)) as work:
         if not work.finished:
             for check in work:
-                print(
-                    f"{plan.name} {check.stage} {check.step}: {check.score:+.3f} {check.worse} {check.kept}", flush=True
-                )
+                told = f"{plan.name} {check.stage} {check.step}, {check.share:.0%} of the way: {check.score:+.3f}"
+                print(told, f"worse in {check.worse}", "kept" if check.kept else "not kept", flush=True)
     record = read_record(out)
     assert record is not None
     return record["checks"][-1]["seconds"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from dualout.parameterizations import CleanImage, Dual, Epsilon, LearnedVariance
 from dualout.samplers import DDIM, DDPM, DPMSolver
 from dualout.training import opening, readout
 from dualout.training.upgrade import (
+    between,
     gate_logits,
     last_block,
     new_rows,
@@ -27,6 +30,7 @@ from dualout.training.upgrade import (
     upgrade,
     upgraded_of,
 )
+from dualout.training.upgrade_run import Upgrade
 
 SCHEDULE = dualout.schedules.Linear(200, 5e-4, 0.08)
 SOURCES = [Epsilon(), CleanImage(), Velocity(), LearnedVariance(), LearnedVariance(Velocity())]
@@ -387,3 +391,27 @@ def test_the_new_output_is_taught_where_it_would_be_asked(base) -> None:
     alone = Denoiser(lambda *_: network(*_).sample[:, own.closed == 1 :][:, :1], base, SCHEDULE).loss(x0, t, noise)
     for name, values in alone.parts.items():
         torch.testing.assert_close(found.parts[name], values)
+
+
+def test_weights_between_are_means_and_the_source_stays() -> None:
+    a, b = trained(Epsilon()), trained(Epsilon())
+    kept = {k: v.clone() for k, v in a.state_dict().items()}
+    found = between(a, b, 0.25)
+    for (name, x), y, z in zip(a.named_parameters(), b.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(z, 0.75 * x + 0.25 * y, msg=name)
+    assert between(a, b, 1.0) is b
+    assert all(torch.equal(v, kept[k]) for k, v in a.state_dict().items())
+
+
+@pytest.mark.parametrize(("fine_from", "tried"), [(1.0, [1.0]), (0.5, [1.0, 0.5]), (0.1, [1.0, 0.5, 0.25])])
+def test_tuned_weights_that_are_worse_somewhere_are_gone_part_of_the_way_to(fine_from, tried) -> None:
+    shares: list[float] = []
+
+    def check(stage: str, step: int, denoiser: Denoiser, *, share: float = 1.0) -> Any:
+        assert (stage, step) == ("fine-tuned", 7)
+        shares.append(share)
+        return SimpleNamespace(worse=[3] if share > fine_from else [])
+
+    last = Upgrade._furthest(SimpleNamespace(_check=check), 7, trained(Epsilon()), trained(Epsilon()))  # type: ignore[arg-type]
+    assert shares == tried
+    assert (last.worse == []) == (fine_from >= 0.25)

@@ -50,6 +50,7 @@ def run(arguments: list[str]) -> int | None:
 
 def _line(check: Check) -> str:
     where = f" step {check.step}" if check.step else ""
+    where += f", {check.share:.0%} of the way" if check.share < 1 else ""
     worse = f", worse in {len(check.worse)}" if check.worse else ""
     kept = "kept" if check.kept else "not kept"
     return (

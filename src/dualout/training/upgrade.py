@@ -96,6 +96,18 @@ def open_gate(denoiser: Denoiser, ratios: Sequence[float]) -> Denoiser:
     return found.train(denoiser.training)
 
 
+@torch.no_grad()
+def between(before: Denoiser, after: Denoiser, share: float) -> Denoiser:
+    """A denoiser of weights `share` of the way from one to another of the same architecture; 1 is the other itself."""
+    if share == 1:
+        return after
+    found = copy.deepcopy(after)
+    old = dict(before.named_parameters())
+    for name, weight in found.named_parameters():
+        weight.copy_(torch.lerp(old[name].to(weight), weight, share))
+    return found
+
+
 def gate_logits(denoiser: Denoiser) -> Tensor:
     """The table of an open gate, (T,)."""
     (found,) = (b for name, b in denoiser.named_buffers() if name.startswith("head.") and name.endswith("logits"))

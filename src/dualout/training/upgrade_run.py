@@ -7,6 +7,7 @@ training/                                      the run that fine-tunes, which go
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -30,10 +31,12 @@ from dualout.networks.trace import call
 from dualout.training import opening, readout
 from dualout.training.run import Run
 from dualout.training.setup import check_data, check_fit
-from dualout.training.upgrade import open_gate, output_layer, set_scope, upgrade, upgraded_of
+from dualout.training.upgrade import between, open_gate, output_layer, set_scope, upgrade, upgraded_of
 from dualout.training.upgrade_config import UpgradeConfig, refuse_changes
 
 RECORD = "upgrade.json"
+SHARES = 0.5, 0.25
+"""How far to go towards tuned weights that are worse somewhere."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Check:
     """Bins of t with a larger error than the original's."""
     kept: bool
     """Whether it is the best so far, and was written down."""
+    share: float
+    """How far the weights go from those before the fine-tuning to the tuned ones."""
     rows: list[dict[str, Any]]
     """A bin of t each: t, error before, error of either route now, ratio, error now."""
 
@@ -154,11 +159,12 @@ class Upgrade:
         else:
             yield self._check("original", 0, self.denoiser, errors)
         going_on = (self.path / "training" / "state" / "run.json").exists()
-        if self.config.start == "closed" and not going_on:
+        if self.config.start == "closed":
             began = time.perf_counter()
             self._solve()
-            self.seconds += time.perf_counter() - began
-            yield self._check("closed form", 0, self.denoiser)
+            if not going_on:
+                self.seconds += time.perf_counter() - began
+                yield self._check("closed form", 0, self.denoiser)
         if self.config.scope != "closed" and not self._stopping:
             yield from self._tuned()
 
@@ -191,6 +197,7 @@ class Upgrade:
 
     def _tuned(self) -> Iterator[Check]:
         config = self.config
+        before = copy.deepcopy(self.denoiser)
         trained = set_scope(self.denoiser, config.scope, self.example)
         about = {"upgraded from": Path(config.source).name, "scope": config.scope, "trained parameters": trained}
         training = Run(
@@ -206,12 +213,27 @@ class Upgrade:
                 self.progress("training", step.index, config.steps)
                 if done or step.index % config.check_every == 0 or self._stopping:
                     self.seconds += time.perf_counter() - began
-                    yield self._check("fine-tuned", step.index, training.denoiser)
+                    yield self._furthest(step.index, before, training.denoiser)
                     began = time.perf_counter()
                 if self._stopping:
                     training.stop()
 
-    def _check(self, stage: str, step: int, denoiser: Denoiser, errors: opening.Errors | None = None) -> Check:
+    def _furthest(self, step: int, before: Denoiser, tuned: Denoiser) -> Check:
+        """Look at tuned weights, and where they are worse at some t, at weights on the way to them.
+
+        Near its optimum the trained output loses with the square of the way, and the new one gains in proportion to it
+        (a mean of weights, as in Wortsman et al. 2022, arXiv 2109.01903).
+        """
+        check = self._check("fine-tuned", step, tuned)
+        for share in SHARES:
+            if not check.worse:
+                break
+            check = self._check("fine-tuned", step, between(before, tuned, share), share=share)
+        return check
+
+    def _check(
+        self, stage: str, step: int, denoiser: Denoiser, errors: opening.Errors | None = None, share: float = 1.0
+    ) -> Check:
         """Look at the held-out images, open the gate where they say so, and keep what is better."""
         errors = self._measured(denoiser) if errors is None else errors
         # before anything is trained, the new rows are zero: nothing to open the gate for
@@ -220,7 +242,7 @@ class Upgrade:
         now = errors.of(torch.tensor(ratios, dtype=torch.float64))
         score, worse = opening.score(now, self.start), opening.worse(now, self.start)
         kept = original or (score < self.best and not worse)
-        check = Check(stage, step, round(self.seconds, 3), score, worse, kept, self._rows(errors, ratios, now))
+        check = Check(stage, step, round(self.seconds, 3), score, worse, kept, share, self._rows(errors, ratios, now))
         self.checks.append(check)
         if kept:
             self.best, self.table = score, check.rows
