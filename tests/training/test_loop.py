@@ -180,3 +180,41 @@ def test_a_loss_that_is_no_number_names_step_and_images():
         seen.extend(step.index for step in train(learner, dataset))
     assert seen == [1, 2, 3]
     assert str(order.indices(0, len(dataset), 24, 8).tolist()) in str(caught.value)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.convolution(x) * (t / 1000).view(-1, 1, 1, 1)
+
+
+def test_compiling_changes_no_loss_and_what_cannot_be_compiled_is_told(monkeypatch):
+    def losses(**fields):
+        torch.manual_seed(0)
+        learner = Learner(Denoiser(Small(), Dual(), schedules.Linear()), TrainConfig(**SMALL, steps=2, **fields))
+        return [float(step.loss) for step in train(learner, images())]
+
+    graphs, compiled = [], nn.Module.compile
+
+    def traced(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def damaged(graph, inputs):
+        raise OSError("file too short")
+
+    # the forward pass as the compiler sees it; to make code of it takes minutes
+    plain = losses()
+    try:
+        monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend=traced))
+        assert losses(compile=True) == pytest.approx(plain, rel=1e-6)
+        assert len(graphs) == 1
+        torch.compiler.reset()
+        monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend=damaged))
+        with pytest.raises(InputError, match=r"file too short.*leave out --compile.*TORCHINDUCTOR_CACHE_DIR"):
+            losses(compile=True)
+    finally:
+        torch.compiler.reset()

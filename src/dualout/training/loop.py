@@ -10,8 +10,8 @@ read, and checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dualout.data import pixels
 from dualout.denoiser import Denoiser, Loss
 from dualout.errors import InputError
+from dualout.networks.backends.compile import refused
 from dualout.networks.precision import Precision, choose
 from dualout.training import draws
 from dualout.training.batches import Batch, Batches, images_of
@@ -139,8 +140,10 @@ class Part:
             objective = together.prepare_model(objective, device_placement=False)
             self.apart = objective.no_sync  # type: ignore[assignment]
         self.objective = objective
+        self.compiled: Callable[[], AbstractContextManager] = nullcontext
         if learner.config.compile:
             learner.denoiser.network.compile()  # type: ignore[union-attr]
+            self.compiled = _compiled
         self.layout = torch.channels_last if learner.config.channels_last else torch.contiguous_format
         cuda = self.device.type == "cuda"
         self.generator = torch.cuda.default_generators[self.device.index or 0] if cuda else torch.default_generator
@@ -152,11 +155,22 @@ class Part:
         x0 = pixels.to_model(batch.images).contiguous(memory_format=self.layout)
         # dropout draws from torch's own generator
         self.generator.manual_seed(draws.dropout(config.seed, int(batch.samples[0])))
-        with nullcontext() if last else self.apart():
+        with self.compiled(), nullcontext() if last else self.apart():
             with self.precision.autocast():
                 loss = self.objective(x0, batch.t, batch.noise, batch.conditions)
             self.learner.backward(loss.total / config.accumulate)
         return loss
+
+
+@contextmanager
+def _compiled() -> Iterator[None]:
+    """Tell why a network cannot be compiled, which shows when it is first used, forward or backward."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise refused(error, "leave out --compile") from error
 
 
 def _step(learner: Learner, part: Part, batches: list[Batch]) -> Step:

@@ -38,6 +38,20 @@ class Compile(Backend):
             with torch.no_grad(), precision.autocast():
                 fixed(call.x, call.t, **call.conditions)
         except Exception as error:  # of the compiler's own, and of the C++ compiler that it calls
-            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(f"torch.compile cannot compile this network here: {said}; take --backend eager") from error
+            raise refused(error, "take --backend eager") from error
         return fixed
+
+
+def refused(error: Exception, instead: str) -> InputError:
+    """The error for what the compiler cannot do.
+
+    Args:
+        error: its own.
+        instead: what to do.
+    """
+    cause = getattr(error, "inner_exception", error)
+    said = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    return InputError(
+        f"torch.compile cannot compile this network here: {said}; {instead}. If a compilation was killed before, what "
+        "it left in torch's cache is in the way: another TORCHINDUCTOR_CACHE_DIR has none of it"
+    )
