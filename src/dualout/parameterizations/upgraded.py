@@ -33,10 +33,10 @@ class Upgraded(Parameterization):
 
         ratio = sigmoid(logit + table[t])
 
-    The new output is taught in proportion to what a blend makes of it, which at the ratio of v-prediction is
-    s = sigma² / (alpha² + sigma²) for x0 and 1 − s for eps:
+    The new output's error counts as it does in a blend whose ratio is that of v-prediction, in which x0 has the share
+    s = sigma² / (alpha² + sigma²) and eps the rest, and a squared error the square of it:
 
-        loss = |y − y_θ|² + s·|x0 − x0_θ|²                   y what `base` was trained to say
+        loss = |y − y_θ|² + s²·|x0 − x0_θ|²                   y what `base` was trained to say
 
     Without s, what it errs by where nobody asks it, x0 at low noise, draws the shared layers away from the trained
     output.
@@ -123,9 +123,9 @@ class Upgraded(Parameterization):
         losses = self.base.losses(prediction, x0, eps)
         alpha, sigma, _ = prediction.level
         if self.trained == "x0":
-            losses["eps"] = _share(alpha, sigma) * mean_square(eps - prediction.parts["eps"])
+            losses["eps"] = _share(alpha, sigma) ** 2 * mean_square(eps - prediction.parts["eps"])
         else:
-            losses["x0"] = _share(sigma, alpha) * mean_square(x0 - prediction.parts["x0"])
+            losses["x0"] = _share(sigma, alpha) ** 2 * mean_square(x0 - prediction.parts["x0"])
         if self.ratio == "pixel":
             losses["mu"] = _GATE.losses(prediction, x0, eps)["mu"]
         return losses
