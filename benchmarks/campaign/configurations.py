@@ -68,8 +68,23 @@ def read(command: str, config: str, more: list[str], where: Box, draw: random.Ra
     outcome, wrong = tried(
         [command, "--config", str(file), *more, "--out", str(where.out), *(["--dry_run"] if dry else [])],
         where, seconds=180, correct=None if dry or "print_config" in config else correct, keeps_out=command == "compare",
+        before=short if command == "compare" else None,
     )  # fmt: skip
     return outcome.code, [f"{'--dry_run: ' if dry else ''}{fault}" for fault in wrong]
+
+
+def short() -> None:
+    """Let a comparison be of few steps and images whatever the file says, in the forked process."""
+    from dualout.analysis.compare import Fit, Grid
+    from dualout.training import TrainConfig
+
+    for kind, name, most in ((TrainConfig, "steps", 2), (Grid, "images", 64), (Fit, "iterations", 1)):
+
+        def checked(self: Any, check: Any = kind.__post_init__, name: str = name, most: int = most) -> None:
+            check(self)
+            object.__setattr__(self, name, min(getattr(self, name), most))
+
+        kind.__post_init__ = checked  # type: ignore[method-assign]
 
 
 def foreign(name: str) -> str:

@@ -110,7 +110,8 @@ def whole(command: str, where: Box) -> list[str]:
             small = ["--images", "16", "--pixels", "4", "--held_out", "16", "--bins", "2", "--device", "cpu"]
             return ["upgrade", str(subjects.trained("eps")), *small, "--out", out]
         case "report":
-            return ["report", model, "--out", f"{out}.html"]
+            where.out.mkdir()
+            return ["report", model, "--out", f"{out}/report.html"]
     small = {
         "sample": ["--images", "3", "--steps", "2"],
         "evaluate": ["--images", "12", "--features", "pixels", "--samplers", "ddim", "--data", "digits", "--steps", "2"],

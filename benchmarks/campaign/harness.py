@@ -1,8 +1,9 @@
 """One faulty run after another: each in a process forked from this one, watched, and judged.
 
 A case has a box: a directory with ``in`` (what it is given), ``cwd``, ``home``, ``tmp``, ``cache`` ($DUALOUT_CACHE) and
-``out``. A process that writes anywhere but to ``out`` and ``cache``, starts a program, opens a connection, ends in a
-traceback, does not end, or leaves a partial file has failed, whatever else it says.
+``out``. A process that writes anywhere but to ``out``, ``cache`` and ``tmp``, leaves anything in ``tmp``, starts a
+program, opens a connection, ends in a traceback, does not end, or leaves a partial file has failed, whatever else it
+says.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _watch(where: Box, die_at_write: int | None, starts: bool) -> None:
     """Note what is forbidden; a hook that is added cannot be taken away by what runs."""
     from dualout.cli._workers import _CHILD
 
-    allowed = (str(where.out), str(where.path / "cache"), os.devnull)
+    allowed = (*(str(where.path / name) for name in ("out", "cache", "tmp")), os.devnull)
     notes = os.open(where.path / "log" / "forbidden", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     writes = 0
 
@@ -254,8 +255,8 @@ def tried(
     things = where.elsewhere()
     outcome = ended(start(command, where, before, starts=starts), where, seconds)
     found = judged(outcome, where, codes)
-    if where.elsewhere() != things:
-        found.append("changed what it was given, or wrote outside --out and the cache")
+    if changed := [name for name, _ in things.items() ^ where.elsewhere().items()]:
+        found.append(f"changed what it was given, or wrote outside --out and the cache: {', '.join(changed[:3])}")
     if outcome.code == 2 and not keeps_out:
         left = [p for p in where.out.rglob("*") if p.is_file() and p.name != "lock"] if where.out.exists() else []
         if left:

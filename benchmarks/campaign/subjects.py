@@ -28,8 +28,11 @@ def sampling(run: Path, out: Path, images: int, *more: str) -> list[str]:
 
 
 @functools.cache
-def trained(parameterization: str = "dual") -> Path:
+def trained(parameterization: str | None = None) -> Path:
     """A run of four steps, made once; it also loads every library before a process is forked."""
+    # its list of fonts is made by asking a program, once on a machine
+    from matplotlib import font_manager  # noqa: F401
+
     from dualout import data
     from dualout.evaluation import generate, sampling  # noqa: F401
     from dualout.evaluation.model import Model

@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 import re
 from abc import ABC
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
@@ -42,6 +42,8 @@ class Registered:
     """How the class is called in specs; the lower-case class name unless it says otherwise."""
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other names that specs may use, besides the lower-case class name."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Names that specs may use for the class with some of its fields set; what a spec says besides is set on top."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,9 +69,11 @@ class Registered:
         """
         kinds = cls.kinds()
         others = {alias: sub for sub in kinds.values() for alias in (sub.__name__.lower(), *sub.aliases)}
-        sub = kinds.get(name) or others.get(name.lower())
+        presets = {preset: sub for sub in kinds.values() for preset in sub.presets}
+        sub = kinds.get(name) or presets.get(name) or others.get(name.lower())
         if sub is None:
-            raise unknown(cls.kind, name, kinds)
+            raise unknown(cls.kind, name, [*kinds, *presets])
+        fields = {**sub.presets.get(name, {}), **fields}
         known = {f.name: f for f in dataclasses.fields(sub) if f.init}  # type: ignore[arg-type]
         types = get_type_hints(sub)
         for key in fields:
@@ -77,8 +81,8 @@ class Registered:
                 raise unknown(f"field of {cls.kind} {name!r}:", key, known)
         fields = {key: _member(value, types[key]) for key, value in fields.items()}
         for key, value in fields.items():
-            if not _fits(value, types[key]):
-                raise InputError(f"{key} of {cls.kind} {name!r} is {_described(types[key])}; got {value!r}")
+            if not fits(value, types[key]):
+                raise InputError(f"{key} of {cls.kind} {name!r} is {described(types[key])}; got {value!r}")
         for key, f in known.items():
             if f.default is f.default_factory is dataclasses.MISSING and key not in fields:
                 raise InputError(f"{cls.kind} {name!r} needs a value for {key!r}: write {name}:{key}=…")
@@ -183,16 +187,18 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value that was read from text is of the type that a field declares."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
     if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in arguments)
-    if origin in (tuple, Sequence):
+        return any(fits(value, option) for option in arguments)
+    if origin in (tuple, list, Sequence):
         items = [a for a in arguments if a is not Ellipsis]
-        return isinstance(value, tuple | list) and all(any(_fits(v, item) for item in items) for v in value)
+        return isinstance(value, tuple | list) and all(any(fits(v, item) for item in items) for v in value)
+    if origin is dict:
+        return isinstance(value, dict)
     if origin is Callable:
         return callable(value)
     if hint in (int, float):
@@ -200,12 +206,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "a name", bool: "true or false", type(None): "null"}
+_WORDS = {
+    int: "a whole number", float: "a number", str: "a name", bool: "true or false", list: "a list", dict: "a mapping",
+    type(None): "null",
+}  # fmt: skip
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
+    """The type that a field declares, in words."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
-    words = ["a list of numbers" if get_origin(o) in (tuple, Sequence) else _word(o) for o in options]
+    words = ["a list of numbers" if get_origin(o) in (tuple, Sequence) else _word(get_origin(o) or o) for o in options]
     return " or ".join(word for word in words if word)
 
 

@@ -136,3 +136,12 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_written(tmp_pat
     assert main(["compare", "--device", "cuda:77", "--out", str(tmp_path / "out")]) == 2
     assert "--device 'cuda:77' cannot be used here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [({"data": [None]}, "data is a name"), ({"steps": "x"}, "steps is a whole number"), ({"lr": []}, "lr is")],
+)
+def test_a_training_option_of_another_type_is_told(train, says):
+    with pytest.raises(InputError, match=f"the training option {says}"):
+        Grid(train=train)

@@ -135,3 +135,9 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
         err = process.stderr.read().decode()
     assert process.returncode == 0, err
     assert err == ""
+
+
+def test_a_value_that_was_forgotten_in_a_file_is_told(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("steps: 3\ndevice:\nsize:\n")
+    assert main(["train", "--config", str(tmp_path / "config.yaml"), "--dry_run"]) == 2
+    assert "device is a name; got null" in capsys.readouterr().err

@@ -6,7 +6,9 @@ bash. What stands in the page is all there is, with three conventions that a rea
 - A block whose first line is ``# needs …`` (several GPUs, the Hugging Face Hub, Slurm) is not run. Its Python is
   compiled, and each dualout command in it is parsed and checked, up to where it would begin its work.
 - A yaml or Python block whose first line is ``# FILE``, such as ``# grid.yaml``, is that file, and is written.
-- The pages of results and the log tell what was done on another day; their shell blocks are parsed, too.
+- The pages of results and the log tell what was done on another day; their commands are parsed, too.
+
+A command that stands anywhere else, in an indented block say, is in `NOT_RUN` with the reason.
 """
 
 from __future__ import annotations
@@ -35,6 +37,13 @@ _FILE = re.compile(r"# ([\w./-]+\.(?:yaml|py))\n")
 _COMMANDS = rf"(?:{'|'.join(commands())})\b"
 _OPERATORS = {"|", "||", "&", "&&", ";", ">", ">>"}
 _STARTS = re.compile(rf"(?:\bdualout|-m dualout(?:\.cli\.main)?) (?={_COMMANDS})")
+
+
+_INDENTED = re.compile(r"^(?: {4,}|\t)(?:\$ )?((?:dualout|make|python3?|pip|torchrun|accelerate|git) [^#\n]*)", re.M)
+NOT_RUN = {
+    "make demo": "sets up another environment and takes five minutes; tests/cli/test_demo.py runs a small demo",
+    "make test": "is this suite",
+}
 
 
 class Block(NamedTuple):
@@ -149,12 +158,37 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             raise
 
 
+def indented(text: str) -> list[str]:
+    """The commands in indented blocks."""
+    return [re.sub(r"\s+", " ", line).strip() for line in _INDENTED.findall(_FENCE.sub("", text))]
+
+
 @pytest.mark.parametrize("page", RECORDS, ids=lambda page: str(page.relative_to(HOME)))
 def test_commands_of_a_record_exist(page: Path) -> None:
-    for block in blocks(page):
-        if block.language == "sh":
-            for line in lines(block):
-                check(line)
+    shell = [line for block in blocks(page) if block.language == "sh" for line in lines(block)]
+    for line in [*shell, *indented(page.read_text(encoding="utf-8"))]:
+        check(line)
+        for script in re.findall(r"\bpython3? (\S+\.py)", line):
+            assert (HOME / script).is_file(), script
+
+
+def test_every_command_is_run_or_there_is_a_reason() -> None:
+    texts = [page.read_text(encoding="utf-8") for page in [*PAGES, HOME / "CONTRIBUTING.md"]]
+    assert {line for text in texts for line in indented(text)} == NOT_RUN.keys()
+    assert {block.language for page in PAGES for block in blocks(page)} <= {"sh", "python", "yaml"}
+    # a fence without a language says what is printed
+    bare = re.compile(r"^ *```\n(.*?)^ *```", re.M | re.S)
+    for text in texts:
+        for inside in bare.findall(_FENCE.sub("", text)):
+            assert not re.search(r"^ *(?:\$ )?(?:dualout|make|python3?) ", inside, re.M), inside
+    targets = re.findall(r"^([\w-]+):", (HOME / "Makefile").read_text(), re.M)
+    for target in {t for text in texts for t in re.findall(r"(?:^ +|`)make ([\w-]+)", text, re.M)}:
+        assert target in targets, target
+
+
+def test_a_command_that_is_not_run_is_found() -> None:
+    text = "Type\n\n    dualout  sample x   # and wait\n\n```sh\n    dualout info\n```\n"
+    assert indented(text) == ["dualout sample x"]
 
 
 def test_what_is_wrong_in_a_page_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from abc import ABC
 
 import pytest
@@ -183,3 +186,12 @@ def test_conditions_that_were_not_prepared_for_are_refused(model):
     fixed = FixedBatch(lambda *tensors: tensors[0], call_of(model))
     with pytest.raises(InputError, match="class_labels"):
         fixed(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+def test_what_computes_a_network_writes_nothing_at_home(package, tmp_path):
+    pytest.importorskip(package)
+    program = f"from dualout.networks.backends import quiet; quiet.{package}()"
+    known = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    subprocess.run([sys.executable, "-c", program], check=True, env=known | {"HOME": str(tmp_path)})
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

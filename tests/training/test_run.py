@@ -346,3 +346,23 @@ def test_lock_is_between_processes_and_dies_with_them(tmp_path):
     holder.kill()
     holder.join()
     trained(tmp_path / "run", steps=1)
+
+
+def failed(out, steps: int = 0) -> None:
+    """Train a few steps, save where there are some, and fail."""
+    with Run(config(out)) as run:
+        for _ in zip(range(steps), run, strict=False):
+            run.save()
+        assert (out / "train.yaml").exists()
+        raise MemoryError
+
+
+def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name, steps in {"new/run": 0, "mine": 0, "begun": 1}.items():
+        with pytest.raises(MemoryError):
+            failed(tmp_path / name, steps)
+    assert not (tmp_path / "new" / "run").exists()
+    # a directory that was there stays, and so does a run that has something
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert [step for step, _ in files.states(tmp_path / "begun")] == [1]

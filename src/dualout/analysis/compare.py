@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from dualout import data
 from dualout.analysis.tables import Row, grouped, spread
@@ -28,6 +28,7 @@ from dualout.evaluation.reference import Reference
 from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
 from dualout.evaluation.scoring import Results, Scoring, check_count, first_seed
 from dualout.networks.device import device as find_device
+from dualout.registry import described, fits
 from dualout.samplers import Sampler
 from dualout.schedules import Schedule
 from dualout.training.calibrate import Fit, evenly, fit
@@ -134,14 +135,16 @@ class Grid:
 
     def models(self) -> list[Training]:
         """The models that are trained."""
-        known = {f.name for f in fields(TrainConfig)}
+        known = get_type_hints(TrainConfig)
         found = []
         for (name, method), seed in product(self.methods.items(), self.training_seeds):
             options = {"sample_every": 0, **self.train, **self._options(method), "seed": seed}
             routes = options.pop("routes", ["mix"])
-            for key in options:
+            for key, value in options.items():
                 if key not in known:
                     raise unknown("training option", key, known)
+                if not fits(value, known[key]):
+                    raise InputError(f"the training option {key} is {described(known[key])}; got {value!r}")
             found.append(Training(name, seed, TrainConfig(device=self.device, **options), routes))
         return found
 

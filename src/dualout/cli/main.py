@@ -52,9 +52,15 @@ def usage() -> str:
     )
 
 
+_NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_ANALYTICS_ENABLED": "False", "ORT_DISABLE_TELEMETRY": "1"}
+"""Read by libraries as they are imported, ONNX Runtime by diffusers wherever it is installed."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for name, value in _NO_TELEMETRY.items():
+        os.environ.setdefault(name, value)
     try:
         try:
             return _run(arguments)

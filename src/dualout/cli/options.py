@@ -11,6 +11,7 @@ import jsonargparse
 import yaml
 
 from dualout.errors import InputError, unknown
+from dualout.registry import described, fits
 
 Options = TypeVar("Options")
 
@@ -55,6 +56,10 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
         raise InputError(f"{_first(str(error))}\nSee dualout {command} --help") from error
     values.pop("config", None)
     values.pop("print_config", None)
+    for name, kind in types(options).items():
+        # which YAML makes of a value that was forgotten
+        if values.get(name, "") is None and not fits(None, kind):
+            raise InputError(f"{name} is {described(kind)}; got null\nSee dualout {command} --help")
     return options(**values)
 
 

@@ -28,6 +28,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.export.directory import whole
 from dualout.networks import Adapter
+from dualout.networks.backends import quiet
 from dualout.prediction import Prediction
 from dualout.schedules import Level
 from dualout.version import __version__
@@ -224,9 +225,7 @@ def _check(
     path: Path, graph: _Graph, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float
 ) -> dict[str, float]:
     """The largest difference of each output between ONNX Runtime and torch, for a batch and for single images."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = quiet.onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     level = graph.denoiser.schedule.level(inputs[1]).like(inputs[0])
     units = {"x0": 1 + level.sigma / level.alpha, "eps": 1 + level.alpha / level.sigma}

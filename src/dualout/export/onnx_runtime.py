@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from dualout.calibrated import Calibrated, Calibration
 from dualout.errors import InputError, unknown
 from dualout.export.onnx import FORMAT, KEY, MODEL, RAW, require
+from dualout.networks.backends import quiet
 from dualout.parameterizations import Parameterization
 from dualout.parameterizations.base import Route
 from dualout.prediction import Prediction
@@ -60,8 +60,8 @@ class OnnxRuntime(Runtime):
         """A session of the graph, cut off behind the value."""
         require("onnx", "onnxruntime")
         import onnx
-        import onnxruntime
 
+        onnxruntime = quiet.onnxruntime()
         provider = f"{self.provider}ExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
             here = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
@@ -99,7 +99,7 @@ class OpenVino(Runtime):
     def open(self, path: Path, output: str) -> Run:
         """The graph, cut off behind the value and compiled."""
         require("openvino")
-        openvino: Any = importlib.import_module("openvino")
+        openvino = quiet.openvino()
         core = openvino.Core()
         model = core.read_model(path)
         value = model.add_outputs(output)[0]

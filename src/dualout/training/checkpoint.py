@@ -125,6 +125,7 @@ class RunDirectory:
 
         self.path = Path(path).expanduser()
         self._refuse_foreign()
+        self._new = not self.path.exists()
         with explained(self.path / STATE):
             (self.path / STATE).mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / STATE / LOCK, thread_local=False)
@@ -159,6 +160,17 @@ class RunDirectory:
     def close(self) -> None:
         """Let others have it."""
         self._lock.release()
+
+    def withdraw(self) -> None:
+        """Take back what the run is, where nothing came of it: it would stand in another's way."""
+        own = [self.path / YAML, self.path / STATE / RUN, self.path / STATE / LOCK]
+        if any(p.is_file() and p not in own for p in self.path.rglob("*")):
+            return
+        for file in own:
+            file.unlink(missing_ok=True)
+        for empty in [self.path / STATE, *([self.path] if self._new else [])]:
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
 
     def describe(self, run: dict[str, Any], yaml: str) -> None:
         """Write down what the run is."""

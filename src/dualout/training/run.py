@@ -99,14 +99,16 @@ class Run:
         try:
             known = self._together(self._open)
             self._prepare(known)
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: type[BaseException] | None = None, *_: object) -> None:
         self._tracker.finish()
         if self._directory is not None:
+            if failed is not None:
+                self._directory.withdraw()
             self._directory.close()
 
     def __iter__(self) -> Iterator[Step]:

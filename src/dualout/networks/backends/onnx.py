@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
+from dualout.networks.backends import quiet
 from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
 from dualout.networks.precision import Precision
 
@@ -24,8 +25,7 @@ class Onnx(Backend):
 
     def prepare(self, network: nn.Module, call: Call, precision: Precision) -> nn.Module:
         """The translated network; its weights are a copy."""
-        import onnxruntime
-
+        onnxruntime = quiet.onnxruntime()
         call = call._replace(x=call.x.float())
         names = [f"input{i}" for i in range(len(call.tensors))]
         log = logging.getLogger("torch.onnx")

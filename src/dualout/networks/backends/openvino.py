@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
+from dualout.networks.backends import quiet
 from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
 from dualout.networks.precision import Precision
 
@@ -23,8 +24,7 @@ class OpenVINO(Backend):
 
     def prepare(self, network: nn.Module, call: Call, precision: Precision) -> nn.Module:
         """The translated network; its weights are a copy."""
-        import openvino
-
+        openvino = quiet.openvino()
         call = call._replace(x=call.x.float())
         settings = {
             "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision.name],
