@@ -47,7 +47,7 @@ def measure(full: bool, present: Sequence[Any]) -> Section:
             found["theirs"] = float(_compute_fid(zero, ta, zero, tb))  # noqa: B023
 
         cases: dict[str, Callable[[], Any]] = {"dualout": ours, "torchmetrics": theirs}
-        times = interleaved(cases, rounds=9 if full else 3, warmup=1)
+        times = interleaved(cases, rounds=5 if full else 3, warmup=1)
         section.times[f"{images} images"] = times
         ratio = Spread.of([t / o for o, t in zip(times["dualout"], times["torchmetrics"], strict=True)])
         section.goals.append(Goal(f"torchmetrics / dualout, {images} images", ratio, 3, least=True))

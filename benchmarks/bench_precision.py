@@ -45,7 +45,7 @@ def measure(full: bool, peers: list[ModuleType]) -> Section:
     many = full and bool(processor_units() or torch.cuda.is_available())
     for name, build in {"S": subjects.small, "M": subjects.cifar10}.items():
         cases = _cases(name, build)
-        times = interleaved(cases, (7 if name == "S" else 5) if many else 3 if full else 2)
+        times = interleaved(cases, (7 if name == "S" else 5) if many else 2)
         section.times[f"{name}, seconds of forward and backward"] = times
         section.tables.append(_table(name, times))
         section.tables.append(_profile(name, cases["bf16, attention in fp32"]))

@@ -34,9 +34,9 @@ our number format, by autocast around its network; `default` is as its example d
 
 def measure(full: bool, peers: list[ModuleType]) -> Section:
     section = Section(QUESTION)
-    _measure_step(section, "S, batch 64", subjects.small, 64, peers, rounds=9 if full else 3, full=full)
-    _measure_step(section, "M, batch 8", subjects.cifar10, 8, peers, rounds=5 if full else 2, full=full)
-    _measure_overhead(section, peers, rounds=41 if full else 11)
+    _measure_step(section, "S, batch 64", subjects.small, 64, peers, rounds=7 if full else 3, full=full)
+    _measure_step(section, "M, batch 8", subjects.cifar10, 8, peers, rounds=4 if full else 2, full=full)
+    _measure_overhead(section, peers, rounds=31 if full else 11)
     return section
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 MINUTES = {
-    "backends": (1, 3), "cost": (0.5, 0.5), "data": (1, 1.5), "frechet": (0.5, 1.5), "precision": (2.5, 4),
-    "processes": (0, 3), "sampling": (0.5, 1), "training": (5, 11),
+    "backends": (1, 2.5), "cost": (0.5, 0.5), "data": (1, 1.5), "frechet": (0.5, 1), "precision": (2.5, 3.5),
+    "processes": (0, 5), "sampling": (0.5, 1), "training": (5, 10),
 }  # fmt: skip
 """About what a question takes on two quiet cores with AVX-512: the short form, the long one."""
 
