@@ -29,6 +29,28 @@ def say(text: str) -> None:
     log.print(text, markup=False)
 
 
+def dry_run(resolved: dict[str, Any], rows: dict[str, str]) -> None:
+    """Print a configuration as YAML, and what to expect of it as comments below."""
+    import yaml
+
+    out.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), markup=False)
+    for name, value in rows.items():
+        out.print(f"# {name:<10} {value}", markup=False)
+
+
+def rate(images: float) -> str:
+    """Images a second, in words."""
+    return f"{images:,.0f} images/s" if images >= 10 else f"{images:.2g} images/s"
+
+
+def duration(seconds: float) -> str:
+    """A time, in words."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
 def wrote(path: Any, what: str = "") -> None:
     """Tell where something was written."""
     out.print(f"wrote {path}{f'  ({what})' if what else ''}", markup=False)

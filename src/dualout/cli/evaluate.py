@@ -73,6 +73,8 @@ class Options:
     """What computes the network: eager, compile, openvino, onnx, or auto, which measures and takes the fastest"""
     calibrated: bool = False
     """Apply what dualout calibrate found for each sampler, spacing and number of steps"""
+    dry_run: bool = False
+    """Print the configuration, the number of parameters and what memory and time the images will take, and stop"""
 
 
 def run(arguments: list[str]) -> int | None:
@@ -93,6 +95,10 @@ def _evaluate(options: Options, group: Group) -> None:
 
     if options.card and (remote := [name for name in listed(options.runs) if not Path(name).expanduser().is_dir()]):
         raise InputError(f"--card writes into a checkpoint's directory; {remote[0]} is none here")
+    if options.dry_run:
+        if group.rank == 0:
+            _dry_run(options, group)
+        return
     # everything is looked at before anything is made
     scorings = group.in_turn(lambda: _scorings(options, group))
     out, first = out_directory(_out(options), holds="scores", marker="results.json"), group.rank == 0
@@ -120,6 +126,14 @@ def _evaluate(options: Options, group: Group) -> None:
             console.wrote(put_on_card(name, [row for row in rows if row["run"] == name]))
     console.wrote(results.path, f"{len(results.rows)} rows")
     console.wrote(out / "results.csv")
+
+
+def _dry_run(options: Options, group: Group) -> None:
+    from dualout.cli._cost import print_cost
+
+    samplings = [sampling for _, sampling in _samplings(options)]
+    scores = f"{len(samplings)} combinations of {options.images} images, each by {options.features}"
+    print_cost(options, samplings, options.images, group.size, {"scores": scores, "out": str(_out(options))})
 
 
 def _prepare(samplings: Sequence[Sampling], options: Options, group: Group) -> None:
@@ -156,20 +170,32 @@ def _out(options: Options) -> Path:
 def _scorings(options: Options, group: Group) -> list[Scoring]:
     """Every combination, checked; the references, which take longer, come last."""
     from dualout.evaluation.features import Features
+    from dualout.evaluation.scoring import Scoring
+
+    features = [Features.parse(spec) for spec in _some(options.features, "features")]
+    samplings = _samplings(options)
+    shapes, place = [sampling.model.shape for _, sampling in samplings], samplings[0][1].device
+    references = _references(options, shapes, features, place)
+    return [
+        Scoring(sampling, options.images, references[sampling.model.shape], seed, group) for seed, sampling in samplings
+    ]
+
+
+def _samplings(options: Options) -> list[tuple[int, Sampling]]:
+    """Every combination, with the seed that it is called by."""
     from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
-    from dualout.evaluation.scoring import Scoring, check_count, first_seed
+    from dualout.evaluation.scoring import check_count, first_seed
     from dualout.networks.device import device
 
     check_count(options.images)
-    features = [Features.parse(spec) for spec in _some(options.features, "features")]
     routes = [parse_route(text) for text in _some(options.routes, "routes")]
     samplers = list(product(_some(options.samplers, "samplers"), _some(options.spacings, "spacings")))
     steps, seeds = _numbers(options.steps, "steps"), _numbers(options.seeds, "seeds")
     place = device(options.device)
     models = [Model.load(name, place) for name in _some(options.runs, "runs")]
     readable = _routes(models, routes)
-    samplings = [
+    return [
         (
             seed,
             Sampling(
@@ -188,10 +214,6 @@ def _scorings(options: Options, group: Group) -> list[Scoring]:
         for (spec, spacing), k in product(samplers, steps)
         for sampler in [build_sampler(spec, k, spacing, model.denoiser.schedule)]
         for seed in seeds
-    ]
-    references = _references(options, [model.shape for model in models], features, place)
-    return [
-        Scoring(sampling, options.images, references[sampling.model.shape], seed, group) for seed, sampling in samplings
     ]
 
 

@@ -10,10 +10,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dualout.cli import console
 from dualout.cli.options import listed, parse
 from dualout.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from dualout.evaluation.sampling import Sampling
 
 
 @dataclass(kw_only=True)
@@ -55,6 +59,8 @@ class Options:
     """What computes the network: eager, compile, openvino, onnx, or auto, which measures and takes the fastest"""
     calibrated: bool = False
     """Apply what dualout calibrate found for this sampler, spacing and number of steps"""
+    dry_run: bool = False
+    """Print the configuration, the number of parameters and what memory and time to expect, and stop"""
 
 
 def run(arguments: list[str]) -> int | None:
@@ -79,6 +85,8 @@ def run(arguments: list[str]) -> int | None:
         calibrated=options.calibrated,
         backend=options.backend,
     )
+    if options.dry_run:
+        return _dry_run(options, sampling, part) if part[0] == 0 else None
     out = Path(options.out).expanduser()
     making = generate(sampling, options.images, out, store=options.format, batch_size=options.batch_size, part=part)
     already = next(making)
@@ -95,6 +103,13 @@ def run(arguments: list[str]) -> int | None:
             console.wrote(out / "grid.png")
         console.wrote(out / PROTOCOL, "how they were made")
     return None
+
+
+def _dry_run(options: Options, sampling: Sampling, part: tuple[int, int]) -> None:
+    from dualout.cli._cost import print_cost
+
+    told = {"times": ", ".join(map(str, sampling.stepping.timesteps(sampling.model.denoiser.schedule)))}
+    print_cost(options, [sampling], options.images, part[1], told)
 
 
 def _labels(text: str, names: Sequence[str]) -> list[int]:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.training.config import TrainConfig
@@ -75,7 +73,7 @@ def _train(training: Run) -> None:
                     logged = time.monotonic()
                     left = (logged - begun) / (step.index - first) * (steps - step.index)
                     speed = f"{step.metrics['images_per_s']:.0f} images/s"
-                    console.say(f"step {step.index}/{steps}  {_losses(step)}  {speed}  {_duration(left)} left")
+                    console.say(f"step {step.index}/{steps}  {_losses(step)}  {speed}  {console.duration(left)} left")
             if not every or (step.index % every and step.index != steps):
                 continue
             training.learner.gather()
@@ -162,7 +160,6 @@ def _dry_run(options: Options) -> None:
         "parameterization": denoiser.parameterization.spec, "schedule": denoiser.schedule.spec, "out": str(path),
         "network": options.network or ("tiny" if options.init is None else None),
     }  # fmt: skip
-    console.out.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), markup=False)
     trained = "" if cost.trained == cost.parameters else f", of which {cost.trained:,} are trained"
     rows = {
         "images": repr(job.dataset),
@@ -171,19 +168,8 @@ def _dry_run(options: Options) -> None:
         "memory": f"about {cost.memory / 2**20:,.0f} MiB beside the images and the libraries",
         "work": f"{cost.flops:.3g} floating-point operations an image forward, three times that to train: "
         f"{3.0 * cost.flops * options.batch_size * options.steps:.2g} in all",
-        "time": f"about {_duration(seconds)}: {cost.step:.3g} s a step, {_rate(options.batch_size / cost.step)}",
+        "time": f"about {console.duration(seconds)}: {cost.step:.3g} s a step, "
+        f"{console.rate(options.batch_size / cost.step)}",
         "run": f"goes on from step {done}" if done else "is new",
     }
-    for name, value in rows.items():
-        console.out.print(f"# {name:<10} {value}", markup=False)
-
-
-def _rate(images: float) -> str:
-    return f"{images:,.0f} images/s" if images >= 10 else f"{images:.2g} images/s"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+    console.dry_run(resolved, rows)
