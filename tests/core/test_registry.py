@@ -143,6 +143,14 @@ def test_configurations_are_plain_json() -> None:
         json.dumps(thing.values[0].config(), allow_nan=False)
 
 
+def test_a_preset_is_its_class_with_fields_set() -> None:
+    blend = Parameterization.parse("dual-blend")
+    assert blend == Dual(gate="balanced", blend_weight=1.0, eps_weight=0.3)
+    assert Parameterization.parse("dual-blend:eps_weight=1.0") == Dual(gate="balanced", blend_weight=1.0)
+    assert Parameterization.parse(blend.spec) == blend
+    assert Parameterization.from_config(blend.config()) == blend
+
+
 def test_a_new_class_is_known_by_being_written() -> None:
     class Animal(Registered):
         kind = "animal"
