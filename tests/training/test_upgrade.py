@@ -386,7 +386,8 @@ def test_the_new_output_is_taught_where_it_would_be_asked(base) -> None:
     ratio = (sigma**2 / (alpha**2 + sigma**2)).float()
     p = denoiser(alpha.view(-1, 1, 1, 1).float() * x0 + sigma.view(-1, 1, 1, 1).float() * noise, t)
     error = ((x0 if new == "x0" else noise) - p.parts[new]).square().flatten(1).mean(1)
-    torch.testing.assert_close(found.parts[new], error * (ratio if new == "x0" else 1 - ratio) ** 2, rtol=1e-4, atol=1e-7)
+    weight = (ratio if new == "x0" else 1 - ratio) ** 2
+    torch.testing.assert_close(found.parts[new], error * weight, rtol=1e-4, atol=1e-7)
     # the trained output's loss is the original's, whole
     alone = Denoiser(lambda *_: network(*_).sample[:, own.closed == 1 :][:, :1], base, SCHEDULE).loss(x0, t, noise)
     for name, values in alone.parts.items():
