@@ -101,19 +101,27 @@ def sampled(denoiser: Denoiser, sampler: Sampler, shape: tuple[int, ...], count:
     return sampler.sample(model, noise(range(count), shape), None, **told)
 
 
-def trained(question: str, method: str, spec: str, seed: int, out: Path) -> Denoiser:
+def trained(question: str, method: str, spec: str, seed: int, out: Path, updates: int | None) -> Denoiser:
     """A model, which is trained unless it is there."""
     path = out / f"{question}-{method}-{seed}"
-    flags = {"config": RECIPES / f"{question}.yaml", "parameterization": spec, "seed": seed, "out": path}
+    flags: dict[str, Any] = {
+        "config": RECIPES / f"{question}.yaml",
+        "parameterization": spec,
+        "seed": seed,
+        "out": path,
+    }
     if question == "latents":
         flags["data"] = f"arrays:{out / 'latents.npy'}:latents=true"
+    if updates is not None:
+        flags["steps"] = updates
     if dualout(["train", *(f"--{name}={value}" for name, value in flags.items())]):
         raise SystemExit(f"training {path} failed")
     return Denoiser.from_pretrained(path)
 
 
-def answered(question: str, out: Path, count: int, steps: list[int], seeds: int) -> Iterator[dict[str, Any]]:
+def answered(o: argparse.Namespace, question: str) -> Iterator[dict[str, Any]]:
     """Train, sample and score: a row each."""
+    out, count, steps = o.out, o.images, o.steps
     asked, everything = QUESTIONS[question], data.load("digits", split="all")
     pictures = everything.batch(np.arange(len(everything)))
     real = {name: Statistics() for name in ("digits", "pixels")}
@@ -128,8 +136,8 @@ def answered(question: str, out: Path, count: int, steps: list[int], seeds: int)
         kept = patches.decode(patches.encode(to_model(pictures)))
         yield {"method": "decoded data", "seed": 0, "sampler": "", "steps": 0, **distances(kept, real)}
     shape = (2, 4, 4) if question == "latents" else (1, 8, 8)
-    for seed, (method, spec) in product(range(seeds), asked.methods.items()):
-        denoiser = trained(question, method, spec, seed, out)
+    for seed, (method, spec) in product(range(o.seeds), asked.methods.items()):
+        denoiser = trained(question, method, spec, seed, out, o.updates)
         for name, scale, k in product(asked.samplers, asked.scales, steps):
             # Heun looks twice a step but at the last: the same number of calls, or one less
             taken = k // 2 + 1 if name == "heun" else k
@@ -165,11 +173,12 @@ def main() -> None:
     options.add_argument("questions", nargs="+", choices=list(QUESTIONS))
     options.add_argument("--images", type=int, default=500)
     options.add_argument("--steps", type=lambda v: [int(k) for k in v.split(",")], default=[5, 10, 20])
+    options.add_argument("--updates", type=int, help="steps of training, by default the recipe's")
     options.add_argument("--seeds", type=int, default=1, help="models of each method")
     options.add_argument("--out", type=Path, required=True)
     o = options.parse_args()
     for question in o.questions:
-        rows = list(answered(question, o.out, o.images, o.steps, o.seeds))
+        rows = list(answered(o, question))
         path = o.out / f"{question}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
