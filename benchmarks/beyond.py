@@ -138,7 +138,8 @@ def answered(o: argparse.Namespace, question: str) -> Iterator[dict[str, Any]]:
     shape = (2, 4, 4) if question == "latents" else (1, 8, 8)
     for seed, (method, spec) in product(range(o.seeds), asked.methods.items()):
         denoiser = trained(question, method, spec, seed, out, o.updates)
-        for name, scale, k in product(asked.samplers, asked.scales, steps):
+        grid = ((name, scale, k) for name in asked.samplers for scale in asked.scales for k in steps)
+        for name, scale, k in grid:
             # Heun looks twice a step but at the last: the same number of calls, or one less
             taken = k // 2 + 1 if name == "heun" else k
             images = sampled(denoiser, Sampler.parse(name, steps=taken), shape, count, scale)
