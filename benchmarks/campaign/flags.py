@@ -18,7 +18,7 @@ from campaign.mutate import WORDS, text
 CASES = 400
 _LONG = ("images", "iterations", "epochs", "workers", "steps")
 """More of these is more work, not a mistake."""
-_PLACES = ("out", "cache", "push_to_hub", "private", "track")
+_PLACES = ("out", "cache", "push_to_hub", "private", "track", "card")
 """What is not exchanged: it says where things go."""
 _KEEP = ("calibrate", "demo")
 """Commands that leave things where they are when they are refused: beside a model, or to go on with."""

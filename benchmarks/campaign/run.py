@@ -120,7 +120,8 @@ def page(known: dict[str, dict]) -> str:
             continue
         part = known[name]
         lines += ["", f"## {name.replace('_', ' ')}", "", part["about"], ""]
-        lines += [f"{part['date']}, --seed {part['seed']} --part {part['part']:g}, {part['seconds']} s.", ""]
+        took = f", {part['seconds']} s" if part.get("seconds") else ""
+        lines += [f"{part['date']}, --seed {part['seed']} --part {part['part']:g}{took}.", ""]
         lines += ["| kind | cases | failures | |", "|---|---:|---:|---|"]
         lines += [f"| {r['kind']} | {r['cases']:,} | {r['failures']} | {r['note']} |" for r in part["rows"]]
     return "\n".join(lines) + "\n"
