@@ -160,7 +160,8 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def indented(text: str) -> list[str]:
     """The commands in indented blocks."""
-    return [re.sub(r"\s+", " ", line).strip() for line in _INDENTED.findall(_FENCE.sub("", text))]
+    joined = re.sub(r"\\\n\s*", " ", _FENCE.sub("", text))
+    return [re.sub(r"\s+", " ", line).strip() for line in _INDENTED.findall(joined)]
 
 
 @pytest.mark.parametrize("page", RECORDS, ids=lambda page: str(page.relative_to(HOME)))
@@ -187,7 +188,7 @@ def test_every_command_is_run_or_there_is_a_reason() -> None:
 
 
 def test_a_command_that_is_not_run_is_found() -> None:
-    text = "Type\n\n    dualout  sample x   # and wait\n\n```sh\n    dualout info\n```\n"
+    text = "Type\n\n    dualout  sample \\\n        x   # and wait\n\n```sh\n    dualout info\n```\n"
     assert indented(text) == ["dualout sample x"]
 
 
