@@ -266,6 +266,12 @@ def test_a_taken_port_is_told(runs):
             serve(Studio(runs[:1]), port=port)
 
 
+@pytest.mark.parametrize("host", ["1.5", "==", "no such name"])
+def test_a_host_that_is_not_here_is_told(runs, host):
+    with pytest.raises(InputError, match=f"cannot listen at --host {host}"):
+        serve(Studio(runs[:1]), host)
+
+
 def test_the_command_refuses_what_it_cannot_show(tmp_path, capsys):
     assert main(["app", str(tmp_path / "nothing")]) == 2
     assert main(["app", str(tmp_path), "--port", "70000"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
 from dualout.errors import InputError
@@ -40,7 +41,7 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
         port: None takes the first free one from 7860 on.
 
     Raises:
-        InputError: when gradio is not installed, or the port is taken.
+        InputError: when gradio is not installed, the host is no address of this machine, or the port is taken.
     """
     # read when gradio is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -52,6 +53,7 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
         raise InputError("dualout app needs gradio: pip install 'dualout[app]'") from error
     from dualout.app.page import CSS, FONTS, build
 
+    _check_host(host)
     page = build(studio)
     try:
         _, address, _ = page.launch(
@@ -64,3 +66,14 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
         where = "the ports from 7860 to 7959 are" if port is None else f"port {port} is"
         raise InputError(f"cannot listen at {host}: {where} taken or not allowed; give another --port") from error
     return page, address
+
+
+def _check_host(host: str) -> None:
+    """See that this machine can listen at an address; gradio would wait for ever for a server that cannot begin."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+            trial.bind((host, 0))
+    except (OSError, UnicodeError) as error:
+        raise InputError(
+            f"cannot listen at --host {host}: {error}; give an address of this machine, 127.0.0.1 or 0.0.0.0"
+        ) from error
