@@ -32,12 +32,16 @@ COLOURS = {
 }
 """Told apart also by the colour-blind (after Okabe & Ito 2008), and dark enough for thin lines on white."""
 
-_METHODS = {"dual": "blue", "eps": "red", "x0": "green", "velocity": "purple", "karras": "amber", "flow": "sky"}
+_METHODS = {
+    "dual": "blue", "eps": "red", "x0": "green", "velocity": "purple", "v": "purple", "karras": "amber", "edm": "amber",
+    "flow": "sky",
+}  # fmt: skip
 _MARKERS = {"blue": "o", "red": "s", "green": "^", "purple": "D", "amber": "v", "sky": "P", "brown": "X"}
 _SERIES = tuple(_MARKERS)
 
 WIDTH = 4.3
 """Inches: 413 CSS pixels, a phone's width, where letters have their own size."""
+_LEGEND_ROW = 0.2
 
 
 def styles(labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -143,10 +147,13 @@ def plain_log(axes: Axes) -> None:
 
 
 def legend_below(axes: Axes, columns: int = 2) -> None:
-    """A legend under the axes, where it hides nothing."""
+    """A legend under the axes, where it hides nothing; from its third row on the figure grows with it."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))  # type: ignore[union-attr]
+        rows = -(-len(labels) // columns)
+        figure: Any = axes.figure
+        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
 def png(figure: Figure, title: str = "", dpi: int = 160) -> bytes:
