@@ -145,3 +145,13 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_written(tmp_pat
 def test_a_training_option_of_another_type_is_told(train, says):
     with pytest.raises(InputError, match=f"the training option {says}"):
         Grid(train=train)
+
+
+def test_a_dry_run_counts_and_writes_nothing(grid_file, tmp_path, capsys):
+    assert main(["compare", "--config", str(grid_file), "--out", str(tmp_path / "out"), "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert "# models     2, of which 0 are trained" in told
+    # 2 spacings × 2 sets of samples × (eps, eps calibrated, dual, dual's x0, dual calibrated)
+    assert "# scores     20 sets of 16 images" in told
+    assert "# fits       4 calibrations" in told
+    assert not (tmp_path / "out").exists()

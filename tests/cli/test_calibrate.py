@@ -79,3 +79,13 @@ def test_damaged_calibrations_are_refused(run):
 def test_single_outputs_have_no_ratio(run, capsys):
     assert main(["calibrate", str(run), *COMMAND, "--numbers", "x0_scal"]) == 2
     assert "did you mean 'x0_scale'" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_and_does_nothing(run, capsys):
+    before = sorted(run.rglob("*"))
+    assert main(["calibrate", str(run), "--sampler", "ipndm", "--steps", "3", "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert "sampler: ipndm" in told
+    assert "# fitted     6 numbers at each of 3 steps" in told
+    assert "# time" in told
+    assert sorted(run.rglob("*")) == before

@@ -392,3 +392,11 @@ def test_what_is_told_of_a_source_is_told_where_it_is_read(source, tmp_path, arg
     assert main(["export", str(source), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tells_and_writes_nothing(source, tmp_path, capsys) -> None:
+    assert upgraded(source, "--scope", "last", "--steps", 30, "--dry_run", out=tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert "scope: last" in told
+    assert "# work       128 images in the least squares, 30 steps of 8, 32 images held out" in told
+    assert not (tmp_path / "out").exists()

@@ -33,7 +33,9 @@ from dualout.samplers import Sampler
 from dualout.schedules import Schedule
 from dualout.training.calibrate import Fit, evenly, fit
 from dualout.training.config import TrainConfig
+from dualout.training.estimate import estimate
 from dualout.training.run import Run
+from dualout.training.setup import assemble
 
 
 @dataclass(kw_only=True)
@@ -189,6 +191,55 @@ class Doing(NamedTuple):
     what: str
     done: int
     total: int
+
+
+class Expected(NamedTuple):
+    """What a grid will cost."""
+
+    models: int
+    trained: int
+    """How many of them are there already."""
+    parameters: int
+    """Of the largest."""
+    memory: int
+    """Bytes, to train the largest."""
+    scores: int
+    """Sets of images."""
+    fits: int
+    """Calibrations."""
+    training: float
+    """Seconds, of the models that are not there."""
+    sampling: float
+    """Seconds, of all scores."""
+
+
+def expected(grid: Grid, out: Path) -> Expected:
+    """Measure a step of each method's training; nothing is written.
+
+    Raises:
+        InputError: for a method that cannot be trained.
+    """
+    costs, there, training, sampling, scores, fits = {}, 0, 0.0, 0.0, 0, 0
+    seeds = len([*grid.choose_seeds, *grid.report_seeds])
+    models = grid.models()
+    for model in models:
+        if model.method not in costs:
+            job = assemble(model.config)
+            costs[model.method] = estimate(job), job.denoiser.schedule
+        cost, schedule = costs[model.method]
+        done = (model.directory(out) / "model.safetensors").exists()
+        there += done
+        training += 0 if done else cost.step * model.config.steps
+        # of a step's three passes of its images, the network's look at them is one
+        look = cost.step / (3 * model.config.batch_size)
+        settings = dict.fromkeys(setting for part in grid.parts() for setting in part.settings(schedule))
+        for sampler, calibrated in settings:
+            sets = seeds * (1 if calibrated else len(model.routes))
+            scores, fits = scores + sets, fits + calibrated
+            sampling += sets * grid.images * sampler.evaluations * look
+    known = [cost for cost, _ in costs.values()]
+    parameters, memory = max(c.parameters for c in known), max(c.memory for c in known)
+    return Expected(len(models), there, parameters, memory, scores, fits, training, sampling)
 
 
 def run(grid: Grid, out: Path) -> Iterator[Doing | list[Row]]:

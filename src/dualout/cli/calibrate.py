@@ -9,6 +9,7 @@ with dualout evaluate, by seeds, images and features that were not used here.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from dualout.errors import InputError
 if TYPE_CHECKING:
     from dualout.calibrated import Calibration
     from dualout.evaluation.model import Model
+    from dualout.training.calibrate import Fit
 
 
 @dataclass(kw_only=True)
@@ -60,6 +62,8 @@ class Options:
     """Of the noise, the order of the images and the random features"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
+    dry_run: bool = False
+    """Print the configuration, what is fitted and what memory and time to expect, and stop"""
 
 
 def run(arguments: list[str]) -> int | None:
@@ -72,6 +76,8 @@ def run(arguments: list[str]) -> int | None:
     if not Path(options.run).expanduser().is_dir():
         raise InputError(f"calibrate writes beside the weights: {options.run} is no directory here")
     model = Model.load(options.run, device(options.device))
+    if options.dry_run:
+        return _dry_run(options, model)
     found = _fitted(options, model)
     protocol = found.protocol
     before, after = protocol["held_out_before"], protocol["held_out_after"]
@@ -92,14 +98,10 @@ def run(arguments: list[str]) -> int | None:
     return None
 
 
-def _fitted(options: Options, model: Model) -> Calibration:
-    from dualout import data
-    from dualout.data.pixels import to_model
-    from dualout.evaluation.features import cache_directory
-    from dualout.evaluation.sampling import build_sampler
-    from dualout.training.calibrate import Fit, evenly, fit
+def _how(options: Options) -> Fit:
+    from dualout.training.calibrate import Fit
 
-    how = Fit(
+    return Fit(
         iterations=options.iterations,
         batch=options.batch_size,
         lr=options.lr,
@@ -108,6 +110,40 @@ def _fitted(options: Options, model: Model) -> Calibration:
         move_times=options.move_times,
         seed=options.seed,
     )
+
+
+def _dry_run(options: Options, model: Model) -> None:
+    from dualout.evaluation.cost import cost
+    from dualout.evaluation.sampling import Sampling, build_sampler
+    from dualout.training.calibrate import parameters_of
+
+    how = _how(options)
+    sampler = build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
+    found = cost([Sampling(model, sampler)], how.batch, how.batch)
+    names = parameters_of(model.denoiser) if options.numbers is None else listed(options.numbers)
+    # an update makes its images, makes each step again in the backward pass, and that costs two more
+    updates = 4 * how.iterations
+    moves = 2 * how.move_times * options.steps * max(how.batch, 512) / how.batch
+    checks = (2 + how.iterations / how.check_every) * how.held_out / how.batch
+    trajectories = updates + moves + checks
+    rows = {
+        "network": f"{type(model.denoiser.network).__name__}, {found.parameters:,} parameters, none of them changed",
+        "fitted": f"{len(names)} numbers at each of {options.steps} steps: {', '.join(names)}",
+        "memory": f"about {found.memory / 2**20:,.0f} MiB to sample a batch, and what one step keeps for its gradient",
+        "work": f"at most {trajectories:,.0f} trajectories of {how.batch} images",
+        "time": f"at most about {console.duration(found.seconds * trajectories)}",
+    }
+    console.dry_run({k: v for k, v in dataclasses.asdict(options).items() if k != "dry_run"}, rows)
+
+
+def _fitted(options: Options, model: Model) -> Calibration:
+    from dualout import data
+    from dualout.data.pixels import to_model
+    from dualout.evaluation.features import cache_directory
+    from dualout.evaluation.sampling import build_sampler
+    from dualout.training.calibrate import evenly, fit
+
+    how = _how(options)
     sampler = build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
     dataset = data.load(options.data, size=model.shape[1:], split=options.split, cache=cache_directory() / "data")
     if dataset.shape != model.shape:

@@ -25,15 +25,37 @@ class Options(Grid):
 
     out: str = "runs/compare"
     """A directory: new, empty, or of this command"""
+    dry_run: bool = False
+    """Print the grid, its models and what time to expect, and stop"""
 
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
     options = parse(Options, "compare", arguments, __doc__ or "")
+    if options.dry_run:
+        return _dry_run(options)
     out = out_directory(options.out, holds="comparisons", marker="results.json")
     rows = _done(options, out)
     _write(rows, options, out)
     return None
+
+
+def _dry_run(options: Options) -> None:
+    from dualout.analysis.compare import expected
+
+    out = Path(options.out).expanduser()
+    found = expected(options, out)
+    resolved = {k: v for k, v in vars(options).items() if k != "dry_run"}
+    rows = {
+        "models": f"{found.models}, of which {found.trained} are trained already; the largest has "
+        f"{found.parameters:,} parameters",
+        "scores": f"{found.scores} sets of {options.images} images, compared by {', '.join(options.features)}",
+        "fits": f"{found.fits} calibrations",
+        "memory": f"about {found.memory / 2**20:,.0f} MiB beside the images and the libraries, to train",
+        "time": f"about {console.duration(found.training)} to train and {console.duration(found.sampling)} to sample, "
+        "if no score is there yet; comparing and calibrating come on top",
+    }
+    console.dry_run(resolved, rows)
 
 
 def _done(options: Options, out: Path) -> list[Row]:

@@ -20,6 +20,9 @@ from dualout.training.upgrade_run import RECORD, Check, Upgrade
 class Options(UpgradeConfig):
     """The options of ``dualout upgrade``."""
 
+    dry_run: bool = False
+    """Print the configuration, the number of parameters and what memory and time to expect, and stop"""
+
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
@@ -28,6 +31,8 @@ def run(arguments: list[str]) -> int | None:
     from dualout.training.interrupt import interruptible
 
     with console.stages() as told, Upgrade(options, told) as work:
+        if options.dry_run:
+            return _dry_run(options, work)
         if work.finished:
             console.say(f"{work.path} has all of it; a higher --steps goes on")
             return 0
@@ -46,6 +51,26 @@ def run(arguments: list[str]) -> int | None:
         console.say("stopped: the same command goes on from there")
     console.wrote(work.path, f"{'interrupted' if interrupted else 'finished'}; the numbers are in {RECORD}")
     return asked.code if interrupted else 0
+
+
+def _dry_run(options: Options, work: Upgrade) -> None:
+    cost = work.estimate()
+    tuned = 0 if options.scope == "closed" else options.steps
+    # of a step's three passes of its images, the network's look at them is one
+    look = cost.step / (3 * options.batch_size)
+    solved = min(options.images, len(work.rest)) if options.start == "closed" else 0
+    checks = 2 + tuned / options.check_every
+    seconds = cost.step * tuned + look * (solved + checks * len(work.held) * options.bins)
+    rows = {
+        "images": repr(work.dataset),
+        "network": f"{cost.parameters:,} parameters with the new output, of which "
+        f"{f'{cost.trained:,}' if tuned else 'the new rows'} are trained",
+        "memory": f"about {cost.memory / 2**20:,.0f} MiB beside the images and the libraries",
+        "work": f"{solved} images in the least squares, {tuned} steps of {options.batch_size}, "
+        f"{len(work.held)} images held out",
+        "time": f"about {console.duration(seconds)}",
+    }
+    console.dry_run(options.asdict() | {"out": str(options.path)}, rows)
 
 
 def _line(check: Check) -> str:

@@ -29,8 +29,9 @@ from dualout.networks.adapter import Adapter
 from dualout.networks.device import device
 from dualout.networks.trace import call
 from dualout.training import opening, readout
+from dualout.training.estimate import Estimate, estimate
 from dualout.training.run import Run
-from dualout.training.setup import check_data, check_fit
+from dualout.training.setup import assemble, check_data, check_fit
 from dualout.training.upgrade import between, open_gate, output_layer, set_scope, upgrade, upgraded_of
 from dualout.training.upgrade_config import UpgradeConfig, refuse_changes
 
@@ -145,6 +146,13 @@ class Upgrade:
         if self.config.scope == "closed":
             return last["stage"] == "closed form"
         return last["step"] >= self.config.steps
+
+    def estimate(self) -> Estimate:
+        """What a step of the fine-tuning costs, or would; the upgrade is not to be made after it."""
+        if self.config.scope != "closed":
+            set_scope(self.denoiser, self.config.scope, self.example)
+        config = self.config.training(conditional=self.conditional)
+        return estimate(assemble(config, denoiser=self.denoiser, dataset=self.dataset.select(self.rest)))
 
     def __iter__(self) -> Iterator[Check]:
         """Do the work; yields after each look at the held-out images, the first time at the original."""
