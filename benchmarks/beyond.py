@@ -10,7 +10,6 @@ classifier and in pixels. Writes QUESTION.csv, one row a score, and prints a Mar
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -19,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from report import table
 from torch import Tensor
 
 from dualout import data
+from dualout.analysis.tables import csv_text
 from dualout.cli.main import main as dualout
-from dualout.data.pixels import to_model
+from dualout.data.pixels import to_model, to_uint8
 from dualout.denoiser import Denoiser
 from dualout.evaluation.features import Features
 from dualout.evaluation.metrics import frechet
@@ -47,10 +48,10 @@ class Question:
 
 
 QUESTIONS = {
-    "guidance": Question({"eps": "eps", "dual": "dual", "dual-blend": BLEND}, scales=(1.0, 1.5, 2.0, 3.0)),
-    "latents": Question({"eps": "eps", "v": "velocity", "dual": "dual", "dual-blend": BLEND}, ("ddim:clip=null",)),
+    "guidance": Question({"eps": "eps", "dual": "dual", "blend": BLEND}, scales=(1.0, 1.5, 2.0, 3.0)),
+    "latents": Question({"eps": "eps", "v": "velocity", "dual": "dual", "blend": BLEND}, ("ddim:clip=null",)),
     # DDIM on these levels is Euler's method
-    "flow": Question({"flow": "flow", "dual-ends": "dual:ratio=flow", "dual-blend": BLEND}, ("ddim", "heun")),
+    "flow": Question({"flow": "flow", "dual-ends": "dual:ratio=flow", "blend": BLEND}, ("ddim", "heun")),
 }
 
 
@@ -78,17 +79,12 @@ class Patches:
         return torch.nn.functional.pixel_shuffle(patches.permute(0, 3, 1, 2), 2).clamp(-1, 1)
 
 
-def rounded(images: Tensor) -> Tensor:
-    """As they would be stored, (N, C, H, W) uint8."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
 def distances(images: Tensor, real: dict[str, Statistics]) -> dict[str, float]:
     """Fréchet distances to the real images, by the name of the features."""
     found = {}
     for name, statistics in real.items():
         made = Statistics()
-        made.add(Features.parse(name)(rounded(images)))
+        made.add(Features.parse(name)(to_uint8(images)))
         found[name] = frechet(made, statistics)
     return found
 
@@ -152,7 +148,7 @@ def answered(o: argparse.Namespace, question: str) -> Iterator[dict[str, Any]]:
             yield row | distances(images, real)
 
 
-def table(rows: list[dict[str, Any]], value: str, digits: str = ".3g") -> str:
+def compared(rows: list[dict[str, Any]], value: str, digits: str = ".3g") -> str:
     """Methods across, everything else down; several seeds as mean ± half their range."""
     methods = list(dict.fromkeys(r["method"] for r in rows))
     cells: dict[tuple[Any, ...], dict[str, list[float]]] = {}
@@ -163,10 +159,11 @@ def table(rows: list[dict[str, Any]], value: str, digits: str = ".3g") -> str:
         spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
         return f"{sum(values) / len(values):{digits}}{spread}" if values else ""
 
-    lines = [f"| {value} | steps | scale | {' | '.join(methods)} |", "|---|---|---|" + "---|" * len(methods)]
-    for (sampler, k, scale), by in cells.items():
-        lines.append(f"| {sampler} | {k} | {scale or ''} | {' | '.join(cell(by.get(m, [])) for m in methods)} |")
-    return "\n".join(lines)
+    lines = [
+        [sampler, str(k), str(scale or ""), *(cell(by.get(m, [])) for m in methods)]
+        for (sampler, k, scale), by in cells.items()
+    ]
+    return table([value, "steps", "scale", *methods], lines)
 
 
 def main() -> None:
@@ -181,13 +178,10 @@ def main() -> None:
     for question in o.questions:
         rows = list(answered(o, question))
         path = o.out / f"{question}.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
-            writer.writeheader()
-            writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        path.write_text(csv_text(rows), encoding="utf-8")
         print(f"wrote {path}")
         for value in ("digits", "pixels", *(["agreement"] if "agreement" in rows[-1] else [])):
-            print(table(rows, value), "\n")
+            print(compared(rows, value), "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ models.csv (one row a model), and prints both as Markdown tables.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import time
@@ -23,8 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from report import table
 
 from dualout import data
+from dualout.analysis.tables import csv_text
+from dualout.checkpoint import write_text
 from dualout.cli.main import main as dualout
 from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
@@ -198,18 +200,7 @@ def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
     def cell(v: Any) -> str:
         return "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
 
-    lines = [columns, ["---"] * len(columns), *([cell(r.get(c)) for c in columns] for r in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows, with every column that any has."""
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    print(f"wrote {path}")
+    return table(columns, [[cell(r.get(c)) for c in columns] for r in rows])
 
 
 def parsed() -> argparse.Namespace:
@@ -268,13 +259,13 @@ def main() -> None:
             for c in columns:
                 first, last = rows[0][c], by_name[SCRATCH][c]
                 row[f"gain {c}"] = (first - row[c]) / (first - last)
-    write_csv(o.out / "models.csv", rows)
+    write_text(o.out / "models.csv", csv_text(rows))
     edges = opening.bin_edges(1000, o.bins)
-    write_csv(
-        o.out / "errors.csv",
-        [{"t": f"{edges[b]}–{edges[b + 1] - 1}"} | {n: float(np.mean(f["errors"][b])) for n, f in found.items()}
-         for b in range(o.bins)],
-    )  # fmt: skip
+    by_bin = [
+        {"t": f"{edges[b]}–{edges[b + 1] - 1}"} | {n: float(np.mean(f["errors"][b])) for n, f in found.items()}
+        for b in range(o.bins)
+    ]
+    write_text(o.out / "errors.csv", csv_text(by_bin))
     print(markdown(rows, ["model", "x0 error", "worst bin", "worst t", "worst z", "worse bins", "open", "minutes"]))
     print(markdown(rows, ["model", "least", "largest", "beyond"]))
     print(markdown(rows, ["model", *columns]))

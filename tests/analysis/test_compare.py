@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dualout.analysis import compare
-from dualout.analysis.compare import Grid
+from dualout.analysis.grid import Grid
 from dualout.cli.compare import Options
 from dualout.cli.main import main
 from dualout.cli.options import parse

@@ -6,7 +6,6 @@ import html
 import io
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,8 +139,8 @@ def _controls(studio: Studio, letter: str) -> Controls:
 
 def _named(runs: list[str]) -> list[tuple[str, str]]:
     """A name to show and the run: the last part of its path, where no other run ends alike."""
-    names = Counter(Path(run).name for run in runs)
-    return [(name if names[name := Path(run).name] == 1 else run, run) for run in runs]
+    names = [Path(run).name for run in runs]
+    return [(name if names.count(name) == 1 else run, run) for name, run in zip(names, runs, strict=True)]
 
 
 _ALL = "all in turn"

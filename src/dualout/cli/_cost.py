@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,5 +45,4 @@ def print_cost(options: Any, samplings: Sequence[Sampling], images: int, process
         "work": f"the network looks at an image {found.evaluations * processes:,} times",
         "time": f"about {console.duration(found.seconds)}, {console.rate(rate)}",
     }
-    resolved = {k: v for k, v in dataclasses.asdict(options).items() if k != "dry_run"}
-    console.dry_run(resolved, rows)
+    console.dry_run(vars(options), rows)

@@ -9,7 +9,6 @@ with dualout evaluate, by seeds, images and features that were not used here.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from dualout.errors import InputError
 if TYPE_CHECKING:
     from dualout.calibrated import Calibration
     from dualout.evaluation.model import Model
+    from dualout.samplers import Sampler
     from dualout.training.calibrate import Fit
 
 
@@ -98,10 +98,11 @@ def run(arguments: list[str]) -> int | None:
     return None
 
 
-def _how(options: Options) -> Fit:
+def _asked(options: Options, model: Model) -> tuple[Fit, Sampler]:
+    from dualout.evaluation.sampling import build_sampler
     from dualout.training.calibrate import Fit
 
-    return Fit(
+    how = Fit(
         iterations=options.iterations,
         batch=options.batch_size,
         lr=options.lr,
@@ -110,41 +111,35 @@ def _how(options: Options) -> Fit:
         move_times=options.move_times,
         seed=options.seed,
     )
+    return how, build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
 
 
 def _dry_run(options: Options, model: Model) -> None:
     from dualout.evaluation.cost import cost
-    from dualout.evaluation.sampling import Sampling, build_sampler
+    from dualout.evaluation.sampling import Sampling
     from dualout.training.calibrate import parameters_of
 
-    how = _how(options)
-    sampler = build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
+    how, sampler = _asked(options, model)
     found = cost([Sampling(model, sampler)], how.batch, how.batch)
     names = parameters_of(model.denoiser) if options.numbers is None else listed(options.numbers)
-    # an update makes its images, makes each step again in the backward pass, and that costs two more
-    updates = 4 * how.iterations
-    moves = 2 * how.move_times * options.steps * max(how.batch, 512) / how.batch
-    checks = (2 + how.iterations / how.check_every) * how.held_out / how.batch
-    trajectories = updates + moves + checks
+    images = how.trajectories(options.steps)
     rows = {
         "network": f"{type(model.denoiser.network).__name__}, {found.parameters:,} parameters, none of them changed",
         "fitted": f"{len(names)} numbers at each of {options.steps} steps: {', '.join(names)}",
         "memory": f"about {found.memory / 2**20:,.0f} MiB to sample a batch, and what one step keeps for its gradient",
-        "work": f"at most {trajectories:,.0f} trajectories of {how.batch} images",
-        "time": f"at most about {console.duration(found.seconds * trajectories)}",
+        "work": f"as much as at most {images:,.0f} images take",
+        "time": f"at most about {console.duration(found.seconds * images / how.batch)}",
     }
-    console.dry_run({k: v for k, v in dataclasses.asdict(options).items() if k != "dry_run"}, rows)
+    console.dry_run(vars(options), rows)
 
 
 def _fitted(options: Options, model: Model) -> Calibration:
     from dualout import data
     from dualout.data.pixels import to_model
     from dualout.evaluation.features import cache_directory
-    from dualout.evaluation.sampling import build_sampler
     from dualout.training.calibrate import evenly, fit
 
-    how = _how(options)
-    sampler = build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
+    how, sampler = _asked(options, model)
     dataset = data.load(options.data, size=model.shape[1:], split=options.split, cache=cache_directory() / "data")
     if dataset.shape != model.shape:
         raise InputError(

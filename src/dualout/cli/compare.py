@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualout.analysis.compare import Grid
+from dualout.analysis.grid import Grid
 from dualout.cli import console
 from dualout.cli.options import out_directory, parse
 
@@ -45,17 +45,16 @@ def _dry_run(options: Options) -> None:
 
     out = Path(options.out).expanduser()
     found = expected(options, out)
-    resolved = {k: v for k, v in vars(options).items() if k != "dry_run"}
     rows = {
         "models": f"{found.models}, of which {found.trained} are trained already; the largest has "
         f"{found.parameters:,} parameters",
         "scores": f"{found.scores} sets of {options.images} images, compared by {', '.join(options.features)}",
-        "fits": f"{found.fits} calibrations",
+        "fits": f"{found.calibrations} calibrations",
         "memory": f"about {found.memory / 2**20:,.0f} MiB beside the images and the libraries, to train",
         "time": f"about {console.duration(found.training)} to train and {console.duration(found.sampling)} to sample, "
         "if no score is there yet; comparing and calibrating come on top",
     }
-    console.dry_run(resolved, rows)
+    console.dry_run(vars(options), rows)
 
 
 def _done(options: Options, out: Path) -> list[Row]:

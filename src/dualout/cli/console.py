@@ -29,10 +29,11 @@ def say(text: str) -> None:
     log.print(text, markup=False)
 
 
-def dry_run(resolved: dict[str, Any], rows: dict[str, str]) -> None:
-    """Print a configuration as YAML, and what to expect of it as comments below."""
+def dry_run(options: dict[str, Any], rows: dict[str, str]) -> None:
+    """Print options as YAML, --dry_run itself left out, and what to expect of them as comments below."""
     import yaml
 
+    resolved = {name: value for name, value in options.items() if name != "dry_run"}
     out.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), markup=False)
     for name, value in rows.items():
         out.print(f"# {name:<10} {value}", markup=False)

@@ -54,21 +54,15 @@ def run(arguments: list[str]) -> int | None:
 
 
 def _dry_run(options: Options, work: Upgrade) -> None:
-    cost = work.estimate()
-    tuned = 0 if options.scope == "closed" else options.steps
-    # of a step's three passes of its images, the network's look at them is one
-    look = cost.step / (3 * options.batch_size)
-    solved = min(options.images, len(work.rest)) if options.start == "closed" else 0
-    checks = 2 + tuned / options.check_every
-    seconds = cost.step * tuned + look * (solved + checks * len(work.held) * options.bins)
+    found = work.expected()
+    trained = f"{found.cost.trained:,}" if found.steps else "the new rows"
     rows = {
         "images": repr(work.dataset),
-        "network": f"{cost.parameters:,} parameters with the new output, of which "
-        f"{f'{cost.trained:,}' if tuned else 'the new rows'} are trained",
-        "memory": f"about {cost.memory / 2**20:,.0f} MiB beside the images and the libraries",
-        "work": f"{solved} images in the least squares, {tuned} steps of {options.batch_size}, "
+        "network": f"{found.cost.parameters:,} parameters with the new output, of which {trained} are trained",
+        "memory": f"about {found.cost.memory / 2**20:,.0f} MiB beside the images and the libraries",
+        "work": f"{found.solved} images in the least squares, {found.steps} steps of {options.batch_size}, "
         f"{len(work.held)} images held out",
-        "time": f"about {console.duration(seconds)}",
+        "time": f"about {console.duration(found.seconds)}",
     }
     console.dry_run(options.asdict() | {"out": str(options.path)}, rows)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dualout.evaluation.sampling import Sampling
+from dualout.networks.device import seconds
 
 _IMAGES, _REPEATS = 16, 3
 """At most so many images are looked at, so often."""
@@ -54,7 +53,7 @@ def _of_one(sampling: Sampling, images: int, batch: int) -> Cost:
     with Living(weights) as living:
         _step(sampling, few)
     # the quickest: what else the machine does is not of this
-    each = min(_seconds(lambda: _step(sampling, few), sampling.device) for _ in range(_REPEATS)) / few
+    each = min(seconds(lambda: _step(sampling, few), sampling.device) for _ in range(_REPEATS)) / few
     memory = sum(p.numel() * p.element_size() for p in weights) + living.most * batch // few
     return Cost(sum(p.numel() for p in weights), memory, images * sampling.evaluations, each * images * steps)
 
@@ -64,14 +63,6 @@ def _step(sampling: Sampling, images: int) -> None:
     steps = sampling.trajectory(range(images))
     next(steps)
     steps.close()  # type: ignore[attr-defined]
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    begun = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - begun
 
 
 class Living(TorchDispatchMode):

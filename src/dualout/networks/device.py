@@ -1,8 +1,10 @@
-"""Where networks are computed."""
+"""Where networks are computed, and how long that takes there."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -32,3 +34,17 @@ def device(name: str = "auto") -> torch.device:
             + (f" and {here.type}" if here else "")
         ) from error
     return asked
+
+
+def seconds(work: Callable[[], object], place: torch.device) -> float:
+    """How long some work takes, its last operation on the device included."""
+    _wait(place)
+    begun = time.perf_counter()
+    work()
+    _wait(place)
+    return time.perf_counter() - begun
+
+
+def _wait(place: torch.device) -> None:
+    if place.type != "cpu":
+        torch.accelerator.synchronize(place)

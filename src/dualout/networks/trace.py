@@ -1,9 +1,10 @@
-"""Finding the layer that makes a network's output channels, by watching the network work."""
+"""Finding layers by watching the network work: the one that makes its output channels, and the one deepest inside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -70,6 +71,46 @@ def trace(network: nn.Module, inner: nn.Module, example: Example) -> str:
     )
 
 
+@torch.no_grad()
+def deepest(network: nn.Module, images: Tensor, look: Callable[[], object]) -> str | None:
+    """The name of the largest module that gives the fewest positions; of several alike, the middle one.
+
+    In a UNet that is one of the blocks at its lowest resolution, in a transformer the middle block. What gives as many
+    positions as the image has is left out: it may be the output itself.
+
+    Args:
+        network: the network.
+        images: what it looks at, (B, C, H, W).
+        look: calls it.
+
+    Returns:
+        None for a network that nowhere has fewer positions than the image.
+    """
+    calls: dict[str, list[Any]] = {}
+    named = {name: module for name, module in network.named_modules() if name}
+    with watching(named, lambda name, y: calls.setdefault(name, []).append(first(y))):
+        look()
+    places = {name: _positions(ys[0], images) for name, ys in calls.items() if len(ys) == 1}
+    few = min((n for n in places.values() if 1 < n < prod(images.shape[2:])), default=None)
+    sizes = {name: sum(p.numel() for p in named[name].parameters()) for name, n in places.items() if n == few}
+    largest = [name for name, size in sizes.items() if size == max(sizes.values())]
+    return largest[len(largest) // 2] if largest and few is not None else None
+
+
+def first(y: Any) -> Any:
+    """What a module gives, or the first of it where it gives several."""
+    return y[0] if isinstance(y, tuple | list) and y else y
+
+
+def _positions(y: Any, images: Tensor) -> int:
+    """How many places of the image something has features of: pixels of a map, or tokens; 0 for anything else."""
+    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(images):
+        return 0
+    if y.ndim == images.ndim:
+        return prod(y.shape[2:])
+    return y.shape[1] if y.ndim == 3 else 0
+
+
 def guess(network: nn.Module) -> Example:
     """A noisy image and a time step for a network: 32×32 pixels, with as many channels as its first layer takes.
 
@@ -113,17 +154,19 @@ def call(network: nn.Module, example: Example) -> Tensor:
 
 
 @contextmanager
+def watching(modules: Mapping[str, nn.Module], note: Any) -> Iterator[None]:
+    """Call ``note(name, y)`` with what each of these modules gives; a tensor that `note` returns takes its place."""
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(lambda _, __, y, name=name: note(name, y)))
+        yield
+
+
+@contextmanager
 def watched(network: nn.Module, note: Any) -> Iterator[None]:
     """Call ``note(name, y)`` with what each layer gives; a tensor that `note` returns takes the place of y."""
-    handles = [
-        layer.register_forward_hook(lambda _, __, y, name=name: note(name, y))
-        for name, layer in layers_of(network).items()
-    ]
-    try:
+    with watching(layers_of(network), note):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _leads(network: nn.Module, inner: nn.Module, name: str, example: Example, output: Tensor) -> bool:

@@ -59,6 +59,19 @@ class Fit:
             raise InputError(f"lr is above 0, got {self.lr}")
         Distance.parse(self.distance)
 
+    @property
+    def compared(self) -> int:
+        """Images that places of time steps are compared by: one batch has to do, where the numbers see many."""
+        return max(self.batch, 512)
+
+    def trajectories(self, steps: int) -> float:
+        """How many images are made through all steps, at most; what gradients cost is counted as such."""
+        # an update makes its images, makes each step again in the backward pass, and that costs two more
+        updates = 4 * self.iterations * self.batch
+        moves = 2 * self.move_times * steps * self.compared
+        checks = (2 + self.iterations / self.check_every) * self.held_out
+        return updates + moves + checks
+
 
 class Progress(NamedTuple):
     """One check of a fit."""
@@ -121,7 +134,7 @@ def fit(
 
     @torch.no_grad()
     def far_at(times: Sequence[int]) -> float:
-        rows = real[: max(how.batch, 512)]
+        rows = real[: how.compared]
         return float(far(_made(denoiser, sampler.at(times), rows, how.seed + 3, 0, grad=False), rows, how.seed))
 
     asked, times = sampler.config(), sampler.timesteps(denoiser.schedule)

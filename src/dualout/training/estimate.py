@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import closing
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualout.data import pixels
+from dualout.networks.device import seconds
 from dualout.training.batches import Batch, Batches
 from dualout.training.learner import Learner
 from dualout.training.loop import Part
@@ -33,6 +32,8 @@ class Estimate(NamedTuple):
     """Bytes: weights, their averages, gradients, the optimizer's two moments and what the backward pass keeps."""
     step: float
     """Seconds."""
+    look: float
+    """Seconds that the network takes to look at one image: of the three passes of a step, its first."""
     flops: int
     """Floating-point operations of the network's forward pass, for one image; a multiplication and an addition are two.
     A step of training makes about three times as many for each image of the batch."""
@@ -57,10 +58,10 @@ def estimate(job: Job) -> Estimate:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         part(one, last=True)
-    each = _seconds(lambda: part(one, last=True), job.device) / len(one.samples)
+    each = seconds(lambda: part(one, last=True), job.device) / len(one.samples)
     few = few.cut(0, max(1, min(len(few.samples), int(_SECONDS / each))))
     # the quickest: what else the machine does is not of this training
-    each = min(_seconds(lambda: part(few, last=True), job.device) for _ in range(_REPEATS)) / len(few.samples)
+    each = min(seconds(lambda: part(few, last=True), job.device) for _ in range(_REPEATS)) / len(few.samples)
     learner.optimizer.zero_grad(set_to_none=True)
     weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
     activations = sum(size for place, size in kept.items() if place not in weights) * images / len(one.samples)
@@ -70,7 +71,7 @@ def estimate(job: Job) -> Estimate:
     held = 2 * parameters + 3 * trained
     # of shards, the first process also holds the averaged weights whole
     memory = 4 * (held // processes + parameters if config.fsdp else held) + int(activations)
-    return Estimate(parameters, trained, memory, each * config.batch_size / processes, flops)
+    return Estimate(parameters, trained, memory, each * config.batch_size / processes, each / 3, flops)
 
 
 def _flops(job: Job, batch: Batch) -> int:
@@ -79,16 +80,3 @@ def _flops(job: Job, batch: Batch) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         job.denoiser(pixels.to_model(batch.images), batch.t, **batch.conditions)
     return counter.get_total_flops() // len(batch.samples)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    begun = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - begun
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -10,7 +10,6 @@ each bin's error is known without another pass.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -193,7 +192,7 @@ def patches(layer: nn.Module, z: Tensor) -> Tensor:
 @torch.no_grad()
 def _entering(denoiser: Denoiser, layer: nn.Module, x_t: Tensor, batch: Noised) -> Tensor:
     seen: list[Tensor] = []
-    with _hooked(layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))):
+    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
         denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
     return patches(layer, seen[0])
 
@@ -211,7 +210,7 @@ def _placed(denoiser: Denoiser, layer: nn.Module, outputs: slice, x_t: Tensor, b
         return torch.arange(y.numel(), dtype=torch.float32, device=y.device).view_as(y)
 
     conditions = {k: v[:1] for k, v in batch.conditions.items()}
-    with _hooked(layer.register_forward_hook(numbered)):
+    with layer.register_forward_hook(numbered):
         level = denoiser.schedule.level(batch.t[:1]).like(x_t)
         raw = denoiser.raw(x_t[:1], batch.t[:1], level, **conditions)
     index = raw[0, outputs].flatten()
@@ -227,11 +226,3 @@ def _placed(denoiser: Denoiser, layer: nn.Module, outputs: slice, x_t: Tensor, b
     row, position = (flat % count, flat // count) if linear else (flat // positions, flat % positions)
     rows, number = row.unique(return_inverse=True)
     return rows, position * len(rows) + number
-
-
-@contextmanager
-def _hooked(handle: Any) -> Any:
-    try:
-        yield
-    finally:
-        handle.remove()

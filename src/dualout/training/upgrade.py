@@ -23,7 +23,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.networks.adapter import Adapter
 from dualout.networks.output import output_of
-from dualout.networks.trace import Example, call, guess
+from dualout.networks.trace import Example, call, guess, watching
 from dualout.networks.wide import Wide, rows_of
 from dualout.networks.widen import widen
 from dualout.parameterizations import LearnedVariance, Parameterization, Upgraded
@@ -163,12 +163,8 @@ def last_block(network: nn.Module, layer: str, example: Example) -> list[str]:
     """
     order: list[str] = []
     leaves = {n: m for n, m in network.named_modules() if m._parameters and n != layer}
-    handles = [m.register_forward_hook(lambda *_, n=n: order.append(n)) for n, m in leaves.items()]
-    try:
+    with watching(leaves, lambda name, _: order.append(name)):
         call(network, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     blocks = [_block(n) for n in order]
     last = next((b for b in reversed(blocks) if b is not None), None)
     if last is None:

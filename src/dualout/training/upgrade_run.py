@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -68,6 +68,19 @@ class Check:
     def short(self) -> dict[str, Any]:
         """Without the rows."""
         return {k: v for k, v in vars(self).items() if k != "rows"} | {"open": self.open}
+
+
+class Expected(NamedTuple):
+    """What an upgrade will cost."""
+
+    cost: Estimate
+    """Of its network, and of a step of its fine-tuning."""
+    solved: int
+    """Images in the least squares."""
+    steps: int
+    """Of the fine-tuning."""
+    seconds: float
+    """For all of it."""
 
 
 class Upgrade:
@@ -147,12 +160,19 @@ class Upgrade:
             return last["stage"] == "closed form"
         return last["step"] >= self.config.steps
 
-    def estimate(self) -> Estimate:
-        """What a step of the fine-tuning costs, or would; the upgrade is not to be made after it."""
-        if self.config.scope != "closed":
-            set_scope(self.denoiser, self.config.scope, self.example)
-        config = self.config.training(conditional=self.conditional)
-        return estimate(assemble(config, denoiser=self.denoiser, dataset=self.dataset.select(self.rest)))
+    def expected(self) -> Expected:
+        """Measure a step of the fine-tuning on a copy."""
+        config = self.config
+        tuned = 0 if config.scope == "closed" else config.steps
+        denoiser = copy.deepcopy(self.denoiser)
+        if tuned:
+            set_scope(denoiser, config.scope, self.example)
+        training = config.training(conditional=self.conditional)
+        cost = estimate(assemble(training, denoiser=denoiser, dataset=self.dataset.select(self.rest)))
+        solved = min(config.images, len(self.rest)) if config.start == "closed" else 0
+        checks = 2 + tuned // config.check_every
+        looks = solved + checks * len(self.held) * config.bins
+        return Expected(cost, solved, tuned, cost.step * tuned + cost.look * looks)
 
     def __iter__(self) -> Iterator[Check]:
         """Do the work; yields after each look at the held-out images, the first time at the original."""

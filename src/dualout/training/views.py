@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from math import prod
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualout.denoiser import Denoiser
+from dualout.networks.trace import deepest, first
 from dualout.randomness import mix
+from dualout.schedules import Schedule
 
 LOOKED_AT = 0.17
 """sigma / alpha of the noise level at which the network is asked for its features; t = 48 of the linear schedule."""
@@ -68,7 +65,7 @@ class Views(nn.Module):
 
 class Within:
     """What a denoiser's network makes of images deep inside, at a low noise level (DIFT, Tang et al. 2023,
-    arXiv 2306.03881; DDAE, Xiang et al. 2023, arXiv 2303.09769).
+    arXiv 2306.03881; DDAE, Xiang et al. 2023, arXiv 2303.09769). The images get no noise: they are the mean of x_t.
 
     Args:
         denoiser: used as it is; its weights should ask for no gradient.
@@ -76,82 +73,29 @@ class Within:
     """
 
     def __init__(self, denoiser: Denoiser, layer: str) -> None:
-        alpha, sigma = denoiser.schedule.tables()
         self.denoiser, self.layer = denoiser, layer
-        self.t = int((sigma / alpha - LOOKED_AT).abs().argmin())
-        self.alpha = float(alpha[self.t])
+        self.t, self.alpha = _low_noise(denoiser.schedule)
 
     @classmethod
     def of(cls, denoiser: Denoiser, images: Tensor) -> Within | None:
         """At the layer that `deepest` finds; None where there is none."""
-        found = cls(denoiser, "")
-        layer = deepest(found, images)
+        if not isinstance(denoiser.network, nn.Module):
+            return None
+        t, alpha = _low_noise(denoiser.schedule)
+        layer = deepest(denoiser.network, images, lambda: denoiser(alpha * images, t))
         return None if layer is None else cls(denoiser, layer)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
         seen: list[Tensor] = []
         module = self.denoiser.network.get_submodule(self.layer)  # type: ignore[union-attr]
-        with _hooked(module.register_forward_hook(lambda _, __, y: seen.append(_first(y)))):
-            self.look(images)
+        with module.register_forward_hook(lambda _, __, y: seen.append(first(y))):
+            self.denoiser(self.alpha * images, self.t)
         return seen[0].float().flatten(1)
 
-    def look(self, images: Tensor) -> None:
-        """Call the denoiser with images at the noise level, without noise: the mean of x_t."""
-        self.denoiser(self.alpha * images, self.t)
 
-
-@torch.no_grad()
-def deepest(within: Within, images: Tensor) -> str | None:
-    """The name of the largest module that gives the fewest positions; of several alike, the middle one.
-
-    In a UNet that is one of the blocks at its lowest resolution, in a transformer the middle block. What gives as many
-    positions as the image has is left out: it may be the output itself.
-    """
-    network = within.denoiser.network
-    if not isinstance(network, nn.Module):
-        return None
-    calls: dict[str, list[Any]] = {}
-    handles = [
-        module.register_forward_hook(lambda _, __, y, name=name: calls.setdefault(name, []).append(_first(y)))
-        for name, module in network.named_modules()
-        if name
-    ]
-    try:
-        within.look(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    places = {
-        name: _positions(ys[0], images) for name, ys in calls.items() if len(ys) == 1 and isinstance(ys[0], Tensor)
-    }
-    few = min((n for n in places.values() if 1 < n < prod(images.shape[2:])), default=None)
-    if few is None:
-        return None
-    sizes = {
-        name: sum(p.numel() for p in network.get_submodule(name).parameters()) for name, n in places.items() if n == few
-    }
-    largest = [name for name, size in sizes.items() if size == max(sizes.values())]
-    return largest[len(largest) // 2]
-
-
-def _positions(y: Tensor, images: Tensor) -> int:
-    """How many places of the image something has features of: pixels of a map, or tokens; 0 for anything else."""
-    if len(y) != len(images):
-        return 0
-    if y.ndim == images.ndim:
-        return prod(y.shape[2:])
-    return y.shape[1] if y.ndim == 3 else 0
-
-
-def _first(y: Any) -> Any:
-    """The tensor of a module that gives several."""
-    return y[0] if isinstance(y, tuple | list) and y else y
-
-
-@contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
+def _low_noise(schedule: Schedule) -> tuple[int, float]:
+    """The time step at which the network is asked, and its alpha."""
+    alpha, sigma = schedule.tables()
+    t = int((sigma / alpha - LOOKED_AT).abs().argmin())
+    return t, float(alpha[t])

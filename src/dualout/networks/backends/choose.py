@@ -5,7 +5,6 @@ What another backend gives is compared with eager float32 before it is used.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from dualout.errors import InputError, unknown
 from dualout.networks.adapter import tensor_of
 from dualout.networks.backends.base import Backend, Call
+from dualout.networks.device import seconds
 from dualout.networks.precision import Precision
 
 AUTO = "auto"
@@ -142,9 +142,8 @@ def _seconds(network: nn.Module, call: Call, precision: Precision) -> float:
 
 
 def _one(network: nn.Module, call: Call, precision: Precision) -> float:
-    begun = time.perf_counter()
-    with precision.autocast():
-        _call(network, call)
-    if call.x.device.type != "cpu":
-        torch.accelerator.synchronize(call.x.device)
-    return time.perf_counter() - begun
+    def look() -> None:
+        with precision.autocast():
+            _call(network, call)
+
+    return seconds(look, call.x.device)
