@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dualout.errors import InputError
-from dualout.parameterizations import CleanImage, Dual, Epsilon, Karras, Parameterization, Velocity
+from dualout.parameterizations import CleanImage, Dual, Epsilon, Flow, Karras, Parameterization, Velocity
 from dualout.parameterizations.dual import GATES, RATIOS
 from dualout.samplers import Sampler
 from dualout.samplers.ddpm import VARIANCES
@@ -30,6 +30,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "base": (Epsilon(), CleanImage(), Velocity(), Dual(ratio="step"), Karras()),
 }
 """Values of a field that select another computation, by the field's name; what a class refuses is left out."""
+
+PAIRS = (
+    Dual(first=Velocity()),
+    Dual(first=Velocity(), gate="balanced", blend_weight=0.5),
+    Dual(second=Velocity(), gate="balanced"),
+    Dual(first=CleanImage(), second=Flow(), ratio="channel"),
+)
+"""Other pairs of outputs; not every variant of a ratio with every pair."""
 
 
 def variants(cls: type[Any], **fixed: Any) -> Iterator[Any]:
@@ -50,7 +58,8 @@ def variants(cls: type[Any], **fixed: Any) -> Iterator[Any]:
 
 def parameterizations() -> list[Any]:
     """Every variant of every parameterization, as parameters of a test."""
-    return [pytest.param(p, id=p.spec) for cls in Parameterization.kinds().values() for p in variants(cls)]
+    every = [*(p for cls in Parameterization.kinds().values() for p in variants(cls)), *PAIRS]
+    return [pytest.param(p, id=p.spec) for p in every]
 
 
 def schedule_of(cls: type[Schedule], steps: int) -> Schedule:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from dualout import checkpoint
 from dualout.errors import InputError
-from dualout.parameterizations.dual import blend, subtract
+from dualout.parameterizations.base import subtract
+from dualout.parameterizations.dual import blend
 from dualout.prediction import Prediction
 from dualout.schedules import Schedule
 

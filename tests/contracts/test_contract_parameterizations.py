@@ -125,11 +125,14 @@ def taught(parameterization: Parameterization, channels: int) -> dict[str, set[i
             torch.ones(1, channels, 2, 2), 3
         ).parts
         return {part: set(range(total))}
-    heads = {"eps": set(range(channels)), "x0": set(range(channels, 2 * channels))}
+    first, second = parameterization.first.symbol, parameterization.second.symbol
+    heads = {first: set(range(channels)), second: set(range(channels, 2 * channels))}
+    if parameterization.blend_weight:
+        heads["blend"] = set(range(total))
     ratio = set(range(2 * channels, total))
     if not parameterization.detach:
         # a fixed ratio of 0 or 1 hears one route only
-        one = {0.0: heads["eps"], 1.0: heads["x0"]}.get(parameterization.ratio)  # type: ignore[arg-type]
+        one = {0.0: heads[first], 1.0: heads[second]}.get(parameterization.ratio)  # type: ignore[arg-type]
         return heads | {"mu": one or set(range(total))}
     return heads | ({"mu": ratio} if parameterization.ratio in LEARNED else {})
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.parameterizations import Dual, Flow, Velocity
-from dualout.parameterizations.dual import StepRatio, blend, optimal_ratio, subtract
+from dualout.parameterizations import CleanImage, Dual, Epsilon, Flow, Karras, Parameterization, Velocity
+from dualout.parameterizations.base import SingleOutput, subtract
+from dualout.parameterizations.dual import StepRatio, blend, optimal_ratio
 from dualout.schedules import Cosine, Linear, RectifiedFlow, Schedule
 
 T = 50
@@ -192,6 +193,42 @@ def test_the_optimal_ratio_is_the_best_of_all(correlation: float) -> None:
     assert error(best) <= min(error(k / 1000) for k in range(1001)) + 1e-12
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(Epsilon(), CleanImage()), (Velocity(), CleanImage()), (Epsilon(), Velocity()), (Flow(), Velocity())],
+    ids=lambda p: p.name,
+)
+def test_a_zero_logit_is_best_for_outputs_that_err_alike(first: SingleOutput, second: SingleOutput) -> None:
+    torch.manual_seed(2)
+    x0, noise, off, other = torch.randn(4, 1, 1, 60, 60, dtype=torch.float64)
+    for t in (5, 25, 45):
+        level = SHORT.scalars(t)
+        x_t = level.alpha * x0 + level.sigma * noise
+        heads = [p.target(x0, noise, level) + 0.1 * e for p, e in ((first, off), (second, other))]
+        raw = torch.cat([*heads, torch.zeros_like(x0)], 1)
+        p = Dual(gate="balanced", first=first, second=second).read(raw, x_t, level)
+        one, two = first.believe(heads[0], x_t, level), second.believe(heads[1], x_t, level)
+        # least squares over 3,600 pixels; the ratio of two variances is known to about 2 / √3600
+        best = ((x0 - one) * (two - one)).sum() / (two - one).square().sum()
+        assert float(p.parts["ratio"][0, 0, 0, 0]) == pytest.approx(float(best), abs=0.05)
+        # and what is told elsewhere of the two routes is what they say
+        torch.testing.assert_close(subtract(p.parts["eps"], x_t, level), one, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(p.parts["x0"], two)
+        torch.testing.assert_close(p.x0, torch.lerp(one, two, p.parts["ratio"]))
+
+
+def test_v_and_x0_by_their_names() -> None:
+    dual = Parameterization.parse("dual-blend:first=v:second=x0")
+    assert dual == Dual(gate="balanced", blend_weight=1.0, eps_weight=0.3, first=Velocity(), second=CleanImage())
+    assert Parameterization.parse(dual.spec) == Parameterization.from_config(dual.config()) == dual
+    # an image that the first output gave is nobody's to write over
+    raw, x_t, t = some(5)
+    before = raw.clone()
+    with torch.no_grad():
+        read(Dual(first=CleanImage(), second=Velocity()), raw, x_t, t)
+    assert torch.equal(raw, before)
+
+
 def test_equal_errors_make_velocity_optimal() -> None:
     for t in (0, 300, 999):
         level = Linear().scalars(t)
@@ -212,6 +249,9 @@ def test_subtraction_is_the_same_for_numbers_and_tensors() -> None:
         ({"ratio": 1.5}, "from 0 (eps only) to 1 (x0 only), got 1.5"),
         ({"ratio": -0.1}, "got -0.1"),
         ({"gate": "balance"}, "did you mean 'balanced'"),
+        ({"first": CleanImage()}, "two different single outputs"),
+        ({"second": Karras()}, "of the same input"),
+        ({"first": Dual()}, "two different single outputs"),
     ],
 )
 def test_what_is_no_dual_is_refused(fields: dict, says: str) -> None:

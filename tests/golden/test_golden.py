@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dualout.denoiser import Denoiser
 from dualout.parameterizations import CleanImage, Dual, Epsilon, Velocity
-from dualout.parameterizations.dual import optimal_ratio, subtract
+from dualout.parameterizations.base import subtract
+from dualout.parameterizations.dual import optimal_ratio
 from dualout.samplers import DDIM, DDPM, DPMSolver, Sampler
 from dualout.schedules import Cosine, Linear, Schedule
 from oracles import GAUSSIAN, MIXTURE, toy_denoiser, toy_output

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from dualout.analysis.tables import Row
 from dualout.errors import InputError
-from dualout.parameterizations.dual import optimal_ratio, subtract
+from dualout.parameterizations.base import subtract
+from dualout.parameterizations.dual import optimal_ratio
 from dualout.prediction import Prediction
 from dualout.randomness import mix, noise
 from dualout.samplers.base import Denoises

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from dualout.analysis.tables import Row
-from dualout.parameterizations.dual import subtract
+from dualout.parameterizations.base import subtract
 from dualout.prediction import Prediction
 from dualout.randomness import SeededDraw, noise
 from dualout.samplers.base import Denoises, Moment, Sampler, visited

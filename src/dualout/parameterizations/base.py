@@ -88,6 +88,46 @@ class Parameterization(Registered, ABC):
         )
 
 
+@dataclass(frozen=True)
+class SingleOutput(Parameterization, ABC):
+    """One output of C channels, from which a clean image follows by an affine map.
+
+    A kind is three equations: what is predicted, the clean image that it implies, and how far its errors carry there.
+    """
+
+    symbol: ClassVar[str]
+    """The output's name among a prediction's parts and losses."""
+    is_noise: ClassVar[bool] = False
+    """Whether the output is the noise itself."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        """What the network should say of x_t = alpha·x0 + sigma·eps."""
+
+    @abstractmethod
+    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+        """The clean image behind a raw output; both (B, C, H, W)."""
+
+    @abstractmethod
+    def gain(self, level: Level) -> Scalar:
+        """How many times an error of the output is as large in the clean image."""
+
+    def channels(self, image_channels: int) -> int:
+        """C."""
+        return image_channels
+
+    def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
+        """What `believe` makes of it."""
+        check_channels(raw, x_t, (x_t.shape[1],), self.name)
+        direct = raw if self.is_noise else None
+        return Prediction(x_t, level, self.believe(raw, x_t, level), {self.symbol: raw}, direct)
+
+    def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        """|target − output|²."""
+        target = self.target(x0, eps, prediction.level)
+        return {self.symbol: mean_square(target - prediction.parts[self.symbol])}
+
+
 def subtract(eps: Tensor, x_t: Tensor, level: Level) -> Tensor:
     """The clean image that a believed noise leaves: (x_t − sigma·eps) / alpha."""
     if isinstance(level.alpha, float) and isinstance(level.sigma, float):

@@ -16,20 +16,24 @@ gain_t²·|x0 − x0_mix|².
 |---|---|
 | `eps`, `x0`, `ratio` | ε_θ, x_θ, r_θ |
 | `gain` | √ᾱ_{t−1}·β_t / (1 − ᾱ_t) |
+
+The two need not be noise and clean image: `first` and `second` may be any two single outputs, say v and x0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError, unknown
-from dualout.parameterizations.base import Parameterization, Route, check_channels, log, mean_square, subtract
+from dualout.parameterizations.base import Parameterization, Route, SingleOutput, check_channels, log, mean_square
+from dualout.parameterizations.clean import CleanImage
+from dualout.parameterizations.epsilon import Epsilon
 from dualout.prediction import Prediction
 from dualout.schedules import Level, Scalar, Schedule
 
@@ -42,22 +46,26 @@ BLEND = {"gate": "balanced", "blend_weight": 1.0, "eps_weight": 0.3}
 
 @dataclass(frozen=True)
 class Dual(Parameterization):
-    """Two outputs and the weight that blends them; channels [eps (C), x0 (C), ratio logit (1)].
+    """Two outputs and the weight that blends them; channels [first (C), second (C), ratio logit (1)].
 
     Attributes:
         ratio: where the ratio comes from. "pixel": one logit a pixel (the paper). "channel": one a pixel and
             channel. "image": the mean of the logit over the pixels. "step": a learned table, one number a time step.
-            "velocity": sigma² / (alpha² + sigma²), with which dual output is v-prediction; "flow": sigma / (alpha +
-            sigma), with which it is rectified flow's velocity; or a fixed number from 0 (eps only) to 1 (x0 only).
+            "velocity": sigma² / (alpha² + sigma²), with which eps and x0 are v-prediction; "flow": sigma / (alpha +
+            sigma), with which they are rectified flow's velocity; or a fixed number from 0 (the first output only) to 1
+            (the second only).
         gate: what teaches the ratio. "posterior": the paper's L_mu, whose weight falls from 1 at t = 0 to 1.7e-8 at
-            t = 999 of the linear schedule. "balanced": a zero logit is the ratio "velocity", and each image's squared
-            error is divided by its own mean |x0_θ − x0_eps|², so that every t teaches alike.
+            t = 999 of the linear schedule. "balanced": a zero logit is the best ratio of two outputs that err alike
+            ("velocity" for eps and x0), and each image's squared error is divided by the mean square of what the two
+            routes differ by, so that every t teaches alike.
         detach: whether the routes are detached in the gate's loss (the paper).
         gate_weight: weight of the gate's loss; None is 1 for "posterior" and 0.05 for "balanced".
-        eps_weight: weight of |eps − eps_θ|².
-        x0_weight: weight of |x0 − x0_θ|².
+        eps_weight: weight of the first output's loss, |eps − eps_θ|².
+        x0_weight: weight of the second output's loss, |x0 − x0_θ|².
         blend_weight: weight of the blend's own error in v, |v − v_mix|² with v_mix = alpha·eps_mix − sigma·x0_mix. It
             reaches both outputs and the ratio; the paper has none.
+        first: what the first output is; believed where the ratio is 0.
+        second: what the second output is; believed where the ratio is 1.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dual-blend": BLEND}
@@ -69,6 +77,8 @@ class Dual(Parameterization):
     eps_weight: float = 1.0
     x0_weight: float = 1.0
     blend_weight: float = 0.0
+    first: SingleOutput = field(default_factory=Epsilon)
+    second: SingleOutput = field(default_factory=CleanImage)
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, str) and self.ratio not in RATIOS:
@@ -80,6 +90,13 @@ class Dual(Parameterization):
         for name in ("eps_weight", "x0_weight", "blend_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is a number, 0 or more; got {getattr(self, name)!r}")
+        pair = (self.first, self.second)
+        plain = all(isinstance(p, SingleOutput) and p.input_scale(Level(1.0, 1.0)) is None for p in pair)
+        if not plain or self.first.symbol == self.second.symbol:
+            raise InputError(
+                "first and second are two different single outputs of the same input, say Velocity() and "
+                f"CleanImage(); got {self.first!r} and {self.second!r}"
+            )
 
     @property
     def learns_ratio(self) -> bool:
@@ -99,14 +116,20 @@ class Dual(Parameterization):
         """Blend the two routes."""
         channels = x_t.shape[1]
         check_channels(raw, x_t, self.accepts(channels), self.name)
-        eps, x0, logit = raw.split_with_sizes((channels, channels, raw.shape[1] - 2 * channels), 1)
+        one, two, logit = raw.split_with_sizes((channels, channels, raw.shape[1] - 2 * channels), 1)
         ratio = self._ratio(logit, level)
-        # what needs no gradient may be written over: nobody else holds the subtractive route
-        mix = blend(ratio, x0, subtract(eps, x_t, level), inplace=not raw.requires_grad)
-        direct = eps if isinstance(ratio, float) and ratio == 0 else None
+        x0_one, x0_two = self.first.believe(one, x_t, level), self.second.believe(two, x_t, level)
+        parts = {self.first.symbol: one, self.second.symbol: two}
+        if "eps" not in parts:
+            parts["eps"] = (x_t - level.alpha * x0_one) / level.sigma
+        if "x0" not in parts:
+            parts["x0"] = x0_two
+        # what needs no gradient and nobody else holds may be written over
+        mix = blend(ratio, x0_two, x0_one, inplace=not raw.requires_grad and x0_one is not one)
+        direct = one if self.first.is_noise and isinstance(ratio, float) and ratio == 0 else None
         if not isinstance(ratio, Tensor) or ratio.ndim != x_t.ndim:
             ratio = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0], 1, *x_t.shape[2:])
-        return Prediction(x_t, level, mix, {"eps": eps, "x0": x0, "ratio": ratio}, direct)
+        return Prediction(x_t, level, mix, {**parts, "ratio": ratio}, direct)
 
     def accepts(self, image_channels: int) -> tuple[int, ...]:
         """What the head leaves, where the ratio is learned; a network that learned one may be read without it."""
@@ -129,13 +152,12 @@ class Dual(Parameterization):
             case fixed:
                 return float(fixed)
         if self.gate == "balanced":
-            logit = logit + 2 * log(sigma / alpha)
+            logit = logit + 2 * log(self.first.gain(level) / self.second.gain(level))
         return logit.sigmoid()
 
     def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """|eps − eps_θ|², |x0 − x0_θ|² and, where the ratio is learned, the gate's loss."""
-        parts = prediction.parts
-        losses = {"eps": mean_square(eps - parts["eps"]), "x0": mean_square(x0 - parts["x0"])}
+        """Those of the two outputs and, where the ratio is learned, the gate's loss."""
+        losses = self.first.losses(prediction, x0, eps) | self.second.losses(prediction, x0, eps)
         if self.ratio in LEARNED or not self.detach:
             losses["mu"] = self._gate_loss(prediction, x0)
         if self.blend_weight:
@@ -147,17 +169,17 @@ class Dual(Parameterization):
 
     def _gate_loss(self, prediction: Prediction, x0: Tensor) -> Tensor:
         x_t, level, parts = prediction.x_t, prediction.level, prediction.parts
-        direct, subtractive = parts["x0"], subtract(parts["eps"], x_t, level)
+        one, two = (p.believe(parts[p.symbol], x_t, level) for p in (self.first, self.second))
         if self.detach:
-            direct, subtractive = direct.detach(), subtractive.detach()
-        error = mean_square(x0 - blend(parts["ratio"], direct, subtractive))
+            one, two = one.detach(), two.detach()
+        error = mean_square(x0 - blend(parts["ratio"], two, one))
         if self.gate == "posterior":
             if level.gain is None:
                 raise InputError("the gate 'posterior' needs levels from Schedule.level, which know their step's gain")
             gain = level.gain.flatten() if isinstance(level.gain, Tensor) else level.gain
             return gain**2 * error
         # where the routes agree to the last digit there is nothing to choose: the floor keeps 0 / 0 at 0
-        apart = mean_square((direct - subtractive).detach())
+        apart = mean_square((two - one).detach())
         return error / apart.clamp(min=torch.finfo(apart.dtype).eps)
 
     def weights(self, schedule: Schedule) -> Mapping[str, float]:
@@ -165,7 +187,8 @@ class Dual(Parameterization):
         gate = self.gate_weight
         if gate is None:
             gate = 1.0 if self.gate == "posterior" else 0.05
-        parts = {"eps": self.eps_weight, "x0": self.x0_weight, "mu": gate, "blend": self.blend_weight}
+        parts = {self.first.symbol: self.eps_weight, self.second.symbol: self.x0_weight}
+        parts |= {"mu": gate, "blend": self.blend_weight}
         return {name: weight / 3 for name, weight in parts.items()}
 
     def route(self, route: Route) -> Parameterization:

@@ -6,27 +6,27 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dualout.parameterizations.base import Parameterization, check_channels, mean_square, subtract
-from dualout.prediction import Prediction
-from dualout.schedules import Level
+from dualout.parameterizations.base import SingleOutput, subtract
+from dualout.schedules import Level, Scalar
 
 
 @dataclass(frozen=True)
-class Epsilon(Parameterization):
+class Epsilon(SingleOutput):
     """x0 = (x_t − sigma·eps) / alpha; loss |eps − eps_θ|² (DDPM, Ho et al. 2020, equation 14)."""
 
     name = "eps"
     aliases = ("epsilon", "noise")
+    symbol = "eps"
+    is_noise = True
 
-    def channels(self, image_channels: int) -> int:
-        """C."""
-        return image_channels
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        """eps."""
+        return eps
 
-    def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
-        """Subtract the noise."""
-        check_channels(raw, x_t, (x_t.shape[1],), self.name)
-        return Prediction(x_t, level, subtract(raw, x_t, level), {"eps": raw}, direct=raw)
+    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+        """(x_t − sigma·eps) / alpha."""
+        return subtract(raw, x_t, level)
 
-    def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """|eps − eps_θ|²."""
-        return {"eps": mean_square(eps - prediction.parts["eps"])}
+    def gain(self, level: Level) -> Scalar:
+        """sigma / alpha."""
+        return level.sigma / level.alpha

@@ -6,27 +6,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dualout.parameterizations.base import Parameterization, check_channels, mean_square
-from dualout.prediction import Prediction
-from dualout.schedules import Level
+from dualout.parameterizations.base import SingleOutput
+from dualout.schedules import Level, Scalar
 
 
 @dataclass(frozen=True)
-class Flow(Parameterization):
+class Flow(SingleOutput):
     """u = eps − x0; loss |u − u_θ|² (rectified flow, Liu et al. 2022, arXiv 2209.03003, equation 1)."""
 
     name = "flow"
+    symbol = "u"
 
-    def channels(self, image_channels: int) -> int:
-        """C."""
-        return image_channels
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        """eps − x0."""
+        return eps - x0
 
-    def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
-        """x0 = (x_t − sigma·u) / (alpha + sigma)."""
-        check_channels(raw, x_t, (x_t.shape[1],), self.name)
-        x0 = (x_t - level.sigma * raw) / (level.alpha + level.sigma)
-        return Prediction(x_t, level, x0, {"u": raw})
+    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+        """(x_t − sigma·u) / (alpha + sigma)."""
+        return (x_t - level.sigma * raw) / (level.alpha + level.sigma)
 
-    def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """|u − u_θ|²."""
-        return {"u": mean_square(eps - x0 - prediction.parts["u"])}
+    def gain(self, level: Level) -> Scalar:
+        """sigma / (alpha + sigma)."""
+        return level.sigma / (level.alpha + level.sigma)
