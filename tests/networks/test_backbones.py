@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dualout import checkpoint
 from dualout.errors import InputError
 from dualout.networks import Backbone, Heads, ScaledTime, build
 from dualout.networks.adapter import innermost
 from dualout.networks.backbones.unet import norm_groups
+from dualout.networks.branched import BranchedConv2d
 
 NAMES = sorted(Backbone.kinds())
 LEARNED = ["iddpm-cifar10", "adm-imagenet64", "adm-imagenet128"]
@@ -217,6 +219,42 @@ def test_options_in_every_written_form() -> None:
     deeper = Backbone.parse("tiny:multipliers=[1+2+2]")
     assert build(deeper, 1, 32, 3).config.block_out_channels == [24, 48, 48]
     assert Backbone.parse(deeper.spec) == deeper
+
+
+@pytest.mark.parametrize(("channels", "out", "groups"), [(3, 7, [3, 4]), (1, 3, [1, 2]), (3, 3, [3]), (3, 10, [3, 7])])
+def test_branches_belong_to_one_output_each(channels: int, out: int, groups: list[int]) -> None:
+    torch.manual_seed(0)
+    network = build("tiny:width=8:branches=true", channels, 8, out)
+    last = network.conv_out
+    assert isinstance(last, BranchedConv2d)
+    assert last.groups == groups
+    x, t = torch.randn(2, channels, 8, 8), torch.tensor([3, 700])
+    before = network(x, t).sample
+    # without its block an output is the plain convolution of the shared features
+    features: list[torch.Tensor] = []
+    last.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        last.blocks[0].weight.zero_()
+        last.blocks[0].bias.zero_()
+        after = network(x, t).sample
+        torch.testing.assert_close(after[:, :channels], last.outputs[0](features[0]))
+    assert not torch.allclose(before[:, :channels], after[:, :channels])
+    assert torch.equal(before[:, channels:], after[:, channels:])
+    # and a checkpoint's description makes it again
+    again = checkpoint.construct(checkpoint.describe(network))
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(again(x, t).sample, after)
+
+
+@pytest.mark.parametrize(("network", "channels", "size"), [("small", 3, 32), ("small:width=16", 1, 16)])
+def test_branches_cost_less_than_a_hundredth(network: str, channels: int, size: int) -> None:
+    operations = []
+    for branches in ("false", "true"):
+        built = on_meta(f"{network}:branches={branches}", channels, size, 2 * channels + 1)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            built(torch.zeros(1, channels, size, size), torch.zeros(1, dtype=torch.long))
+        operations.append(counter.get_total_flops())
+    assert operations[0] < operations[1] < 1.01 * operations[0]
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,15 @@ class UNet(Backbone, ABC):
         multipliers: channels of each level, in widths, finest first.
         layers: residual blocks a level on the way down; one more on the way up.
         dropout: the share of activations that training drops.
+        branches: whether the first output and what comes after it have a block of their own before their
+            convolution, for less than 1% of the operations (`dualout.networks.branched`).
     """
 
     width: int = 32
     multipliers: tuple[float, ...] = (1, 2, 4)
     layers: int = 1
     dropout: float = 0.0
+    branches: bool = False
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -53,13 +56,16 @@ class UNet(Backbone, ABC):
         levels = halvings(size, len(self.multipliers) - 1) + 1
         check_coarsest(self.name, size, levels, len(self.multipliers))
         channels = [int(self.width * m) for m in self.multipliers[:levels]]
-        return unet(
+        network = unet(
             channels,
             attention={levels - 1},
             layers_per_block=self.layers,
             dropout=self.dropout,
             norm_num_groups=norm_groups(channels),
             **inputs_and_outputs(image_channels, size, out_channels, classes),
+        )
+        return network | (
+            {"layers": {"conv_out": branched(channels[0], image_channels, out_channels)}} if self.branches else {}
         )
 
 
@@ -91,6 +97,16 @@ def unet(
     up = [kind.replace("Down", "Up") for kind in reversed(down)]
     shape = {"block_out_channels": list(channels), "down_block_types": down, "up_block_types": up}
     return {"class": "diffusers.UNet2DModel", "arguments": shape | {"attention_head_dim": None} | arguments}
+
+
+def branched(width: int, image_channels: int, out_channels: int) -> dict[str, Any]:
+    """The last layer with a block for the first `image_channels`, and one for the rest: second output and ratio."""
+    rest = out_channels - image_channels
+    groups = [image_channels, rest] if rest > 0 else [out_channels]
+    return {
+        "class": "dualout.networks.branched.BranchedConv2d",
+        "arguments": {"in_channels": width, "groups": groups},
+    }
 
 
 def inputs_and_outputs(image_channels: int, size: Size, out_channels: int, classes: int | None) -> dict[str, Any]:
