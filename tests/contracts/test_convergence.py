@@ -88,6 +88,15 @@ def test_published_3m_has_order_2_and_ours_3() -> None:
     assert orders[1] == pytest.approx(2, abs=0.15)
 
 
+@pytest.mark.parametrize("steps", [5, 10, 20])
+def test_3m_does_not_follow_a_polynomial_further_than_it_was_fitted_over(steps: int) -> None:
+    # evenly in t, the last step to t = 0 is three to five times as long in log-SNR as the one before it
+    second, third = (
+        errors(DPMSolver(order=order, clip=None), MIXTURE, Linear(), "linspace", (steps,))[0] for order in (2, 3)
+    )
+    assert third < 1.3 * second
+
+
 def test_the_oracles_solve_the_equation() -> None:
     # d(x/alpha)/du = eps, u = sigma/alpha: the closed form, differentiated along the way
     for data in (GAUSSIAN, MIXTURE):

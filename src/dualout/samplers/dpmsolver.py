@@ -31,6 +31,10 @@ class DPMSolver(Sampler):
     Order p follows x0 by the polynomial through its last p values. The first steps, and the last one, which goes to a
     level without noise where λ is infinite, are of lower order.
 
+    A polynomial is not followed further than it was fitted over: 3M takes a step that is longer than the two before it
+    together by 2M. Even spacing in t ends with such a step, λ being steep near t = 0; the three images would there be
+    taken many times each, with both signs, and their errors with them.
+
     2M is the paper's. Its 3M, in the authors' code and wherever that was copied, adds the second divided difference of
     x0 where the expansion has the second derivative, which is twice that, and so converges with order 2; here it has
     order 3. `published` takes theirs, and with it their rule that below 15 steps the last but one is of order 2.
@@ -61,6 +65,8 @@ class DPMSolver(Sampler):
         if order == 1:
             return _Coefficients(decay, (phi,))
         r0 = (lam[k] - lam[k - 1]) / h
+        if order == 3 and not self.published and h > lam[k] - lam[k - 2]:
+            order = 2
         if order == 2:
             return _Coefficients(decay, (phi * (1 + 0.5 / r0), -phi * 0.5 / r0))
         r1 = (lam[k - 1] - lam[k - 2]) / h
