@@ -6,8 +6,14 @@
 A budget is a share of the images that the original saw (--seen, which is often a guess). The control is the original
 trained on, with the same images, batches, learning rate, warm-up and averaging. Everything is judged by images that
 neither the original's training nor the upgrade has seen (the test split), and by Fréchet distances of samples from the
-same noise. What is done is not done again: the same command goes on. Writes errors.csv (model, t, error of x0) and
-models.csv (one row a model), and prints both as Markdown tables.
+same noise. What is done is not done again: the same command goes on. Several seeds, say of originals and models from
+scratch that were trained with each, make a mean ± standard deviation:
+
+    python benchmarks/upgrade_foreign.py 'runs/eps-s{seed}' --scratch 'runs/dual-s{seed}' --seeds 0,1,2 \
+        --seen 128000 --split all --features digits,pixels --out runs/upgrade-digits
+
+Writes models.csv (one row a model and seed) and errors.csv (seed, t, the error of x0 of each model), and prints both as
+Markdown tables. Minutes are those of processor time, looks at held-out images included.
 """
 
 from __future__ import annotations
@@ -74,10 +80,12 @@ def config_of(o: argparse.Namespace, plan: Plan, out: Path) -> UpgradeConfig:
         data=o.data,
         size=o.size,
         scope=own.get(plan.scope, plan.scope),
+        # by gradients alone, to be compared with the closed form
+        start="zero" if plan.scope == "rows" else "closed",
         images=o.solve_images,
         steps=max(plan.steps, 1),
         batch_size=o.batch_size,
-        lr=o.lr,
+        lr=o.rows_lr if plan.scope == "rows" else o.lr,
         # a short budget is not spent on warming up
         warmup=min(50, plan.steps // 4),
         precision="fp32",
@@ -89,36 +97,33 @@ def config_of(o: argparse.Namespace, plan: Plan, out: Path) -> UpgradeConfig:
 
 
 def make(o: argparse.Namespace, plan: Plan, dataset: Dataset) -> float:
-    """Make one model, unless it is there; returns the seconds it took, without the looks at held-out images."""
-    out = o.out / plan.name
-    if plan.scope == "control":
-        return control(config_of(o, plan, out), dataset, out)
-    with Upgrade(config_of(o, plan, out)) as work:
-        if not work.finished:
-            for check in work:
-                told = f"{plan.name} {check.stage} {check.step}, {check.share:.0%} of the way: {check.score:+.3f}"
-                print(told, f"worse in {check.worse}", "kept" if check.kept else "not kept", flush=True)
-    record = read_record(out)
-    assert record is not None
-    return record["checks"][-1]["seconds"]
-
-
-def control(config: UpgradeConfig, dataset: Dataset, out: Path) -> float:
-    """Train the original on, on the images that an upgrade is trained on."""
-    told = out / "seconds.json"
+    """Make one model, unless it is there; returns the minutes of processor time it took."""
+    out, told = o.out / plan.name, o.out / "minutes" / f"{plan.name}.json"
     if told.exists():
         return json.loads(told.read_text())
+    began = time.process_time()
+    if plan.scope == "control":
+        control(config_of(o, plan, out), dataset, out)
+    else:
+        with Upgrade(config_of(o, plan, out)) as work:
+            for check in work if not work.finished else ():
+                how = f"{plan.name} {check.stage} {check.step}, {check.share:.0%} of the way: {check.score:+.3f}"
+                print(how, f"worse in {check.worse}", "kept" if check.kept else "not kept", flush=True)
+    minutes = (time.process_time() - began) / 60
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(minutes))
+    return minutes
+
+
+def control(config: UpgradeConfig, dataset: Dataset, out: Path) -> None:
+    """Train the original on, on the images that an upgrade is trained on."""
     order = opening.shuffled(len(dataset), config.seed)
     rest = order[min(config.held_out, len(order) // 4) :]
-    began = time.perf_counter()
     source = foreign.load(config.source, config.adapter).train()
     with Run(config.training(), denoiser=source, dataset=dataset.select(rest)) as run:
         for _ in run:
             pass
         run.denoiser.save_pretrained(out, image=image_of(dataset))
-    seconds = time.perf_counter() - began
-    told.write_text(json.dumps(seconds))
-    return seconds
 
 
 def image_of(dataset: Dataset) -> dict[str, Any]:
@@ -162,15 +167,27 @@ def judged(o: argparse.Namespace, name: str, path: Path, test: Dataset) -> dict[
 
 def score(o: argparse.Namespace, paths: list[Path]) -> list[dict[str, Any]]:
     """Fréchet distances of all models, by dualout evaluate."""
-    for sampler, steps in (("ddim", o.steps), ("ddim:clip=null", o.unclipped)):
+    asked = {
+        "ddim": (o.steps, "trailing"),
+        "ddim:clip=null": (o.unclipped, "trailing"),
+        "dpmsolver": (o.dpm, "linspace"),
+    }
+    for sampler, (steps, spacing) in asked.items():
         if steps:
             told = {
-                "data": o.data, "split": o.split, "images": o.images, "samplers": sampler, "steps": steps,
-                "features": o.features, "device": "cpu", "out": o.out / "scores",
+                "data": o.data, "split": o.split, "images": o.images, "samplers": sampler, "spacings": spacing,
+                "steps": steps, "features": o.features, "device": "cpu", "out": o.out / "scores",
             }  # fmt: skip
             flags = [f"--{name}={value}" for name, value in told.items()]
-            dualout(["evaluate", ",".join(map(str, paths)), *flags])
+            if dualout(["evaluate", ",".join(map(str, paths)), *flags]):
+                raise SystemExit(f"scoring in {o.out} failed")
     return json.loads((o.out / "scores" / "results.json").read_text())
+
+
+def column(score: dict[str, Any]) -> str:
+    """The name of a Fréchet distance: sampler and steps, and of what features."""
+    kind = {"ddim": "DDIM", "ddim:clip=null": "unclipped DDIM", "dpmsolver": "2M"}[score["sampler"]]
+    return f"{score['features'].split(':')[0]}, {kind} {score['steps']}"
 
 
 def summary(
@@ -195,18 +212,36 @@ def summary(
 
 
 def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    """A table."""
+    """A line a model, several seeds as mean ± standard deviation."""
 
-    def cell(v: Any) -> str:
-        return "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
+    def cell(values: list[Any]) -> str:
+        values = [v for v in values if v is not None]
+        spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3g}{spread}" if values else ""
 
-    return table(columns, [[cell(r.get(c)) for c in columns] for r in rows])
+    names = list(dict.fromkeys(r["model"] for r in rows))
+    lines = [[n, *(cell([r.get(c) for r in rows if r["model"] == n]) for c in columns)] for n in names]
+    return table(["model", *columns], lines)
+
+
+def gains(rows: list[dict[str, Any]], columns: list[str]) -> list[dict[str, Any]]:
+    """The share of what training from scratch gains, of the means over seeds; of x0 error in its logarithm."""
+
+    def mean(model: str, c: str) -> float:
+        values = [r[c] for r in rows if r["model"] == model]
+        return float(np.mean(np.log(values) if c == "x0 error" else values))
+
+    def share(model: str, c: str) -> float:
+        return (mean(ORIGINAL, c) - mean(model, c)) / (mean(ORIGINAL, c) - mean(SCRATCH, c))
+
+    names = dict.fromkeys(r["model"] for r in rows)
+    return [{"model": n} | {c: share(n, c) for c in columns} for n in names]
 
 
 def parsed() -> argparse.Namespace:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("source", help="a file of weights, or a checkpoint")
+    options.add_argument("source", help="a file of weights, or a checkpoint; {seed} in it is each seed")
     options.add_argument("--adapter", help="of a file of weights, as for dualout upgrade")
     options.add_argument("--data", default="digits")
     options.add_argument("--size", type=int, help="to make the images")
@@ -214,63 +249,72 @@ def parsed() -> argparse.Namespace:
     options.add_argument("--seen", type=int, required=True, help="images that the original was trained on, in all")
     options.add_argument("--shares", type=lambda v: [float(s) for s in v.split(",")], default=[0.01, 0.02, 0.1, 0.3])
     options.add_argument("--scopes", type=lambda v: v.split(","), default=["closed", "rows", "last", "all", "control"])
-    options.add_argument("--scratch", type=Path, help="a dual model trained from scratch, for the gain recovered")
+    options.add_argument("--scratch", help="a dual model trained from scratch, for the gain recovered; {seed} as well")
     options.add_argument("--batch_size", type=int, default=64)
     options.add_argument("--lr", type=float, default=5e-4)
+    options.add_argument("--rows_lr", type=float, default=3e-2, help="for the new rows by gradients, which start at 0")
     options.add_argument("--solve_images", type=int, default=2000, help="in the pass of the least squares")
     options.add_argument("--judged", type=int, default=256, help="test images that give the errors")
     options.add_argument("--bins", type=int, default=20)
     options.add_argument("--images", type=int, default=500, help="samples for the Fréchet distances")
     options.add_argument("--steps", default="5,10,20,50", help="of DDIM, x0 clipped")
     options.add_argument("--unclipped", default="10", help="steps of DDIM, x0 not clipped")
+    options.add_argument("--dpm", default="", help="steps of DPM-Solver++ 2M at linspace spacing, x0 clipped")
     options.add_argument("--features", default="pixels")
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--seeds", type=lambda v: [int(s) for s in v.split(",")], default=[0])
     options.add_argument("--out", type=Path, required=True)
     return options.parse_args()
+
+
+def measured(o: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One seed: a row a model, and a row a bin of t."""
+    dataset, test = (data.load(o.data, split=s, size=o.size) for s in ("train", "test"))
+    paths, minutes = {ORIGINAL: o.out / ORIGINAL}, {}
+    if not (paths[ORIGINAL] / "config.json").exists():
+        foreign.load(o.source, o.adapter).save_pretrained(paths[ORIGINAL], image=image_of(dataset))
+    if o.scratch:
+        paths[SCRATCH] = Path(o.scratch)
+    for plan in plans(o):
+        minutes[plan.name] = make(o, plan, dataset)
+        paths[plan.name] = o.out / plan.name
+    found = {name: judged(o, name, path, test) for name, path in paths.items()}
+    before = torch.tensor(found[ORIGINAL]["errors"], dtype=torch.float64)
+    rows = {name: {"seed": o.seed} | summary(o, name, path, before, found[name]) for name, path in paths.items()}
+    names = {str(path): name for name, path in paths.items()}
+    for name, row in rows.items():
+        row["minutes"] = minutes.get(name)
+    for s in score(o, list(paths.values())):
+        if s["run"] in names:
+            rows[names[s["run"]]][column(s)] = s["fd"]
+    edges = opening.bin_edges(1000, o.bins)
+    by_bin = [
+        {"seed": o.seed, "t": f"{edges[b]}–{edges[b + 1] - 1}"}
+        | {n: float(np.mean(f["errors"][b])) for n, f in found.items()}
+        for b in range(o.bins)
+    ]
+    return list(rows.values()), by_bin
 
 
 def main() -> None:
     o = parsed()
     torch.set_num_threads(1)
-    dataset, test = (data.load(o.data, split=s, size=o.size) for s in ("train", "test"))
-    paths, seconds = {ORIGINAL: o.out / ORIGINAL}, {}
-    if not (paths[ORIGINAL] / "config.json").exists():
-        foreign.load(o.source, o.adapter).save_pretrained(paths[ORIGINAL], image=image_of(dataset))
-    if o.scratch:
-        paths[SCRATCH] = o.scratch
-    for plan in plans(o):
-        seconds[plan.name] = make(o, plan, dataset)
-        paths[plan.name] = o.out / plan.name
-    found = {name: judged(o, name, path, test) for name, path in paths.items()}
-    before = torch.tensor(found[ORIGINAL]["errors"], dtype=torch.float64)
-    rows = [summary(o, name, path, before, found[name]) for name, path in paths.items()]
-    for row in rows:
-        row["minutes"] = seconds.get(row["model"], 0) / 60 or None
-    names, columns = {str(path): name for name, path in paths.items()}, []
-    by_name = {row["model"]: row for row in rows}
-    for s in score(o, list(paths.values())):
-        column = f"{'un' if 'null' in s['sampler'] else ''}clipped {s['features'].split(':')[0]} {s['steps']}"
-        columns.append(column)
-        if s["run"] in names:
-            by_name[names[s["run"]]][column] = s["fd"]
-    columns = list(dict.fromkeys(columns))
-    if o.scratch:
-        for row in rows:
-            for c in columns:
-                first, last = rows[0][c], by_name[SCRATCH][c]
-                row[f"gain {c}"] = (first - row[c]) / (first - last)
+    rows: list[dict[str, Any]] = []
+    by_bin: list[dict[str, Any]] = []
+    for seed in o.seeds:
+        own = argparse.Namespace(**vars(o))
+        own.seed, own.source = seed, o.source.format(seed=seed)
+        own.scratch = o.scratch and o.scratch.format(seed=seed)
+        own.out = o.out / f"seed-{seed}" if len(o.seeds) > 1 else o.out
+        more, bins = measured(own)
+        rows, by_bin = rows + more, by_bin + bins
     write_text(o.out / "models.csv", csv_text(rows))
-    edges = opening.bin_edges(1000, o.bins)
-    by_bin = [
-        {"t": f"{edges[b]}–{edges[b + 1] - 1}"} | {n: float(np.mean(f["errors"][b])) for n, f in found.items()}
-        for b in range(o.bins)
-    ]
     write_text(o.out / "errors.csv", csv_text(by_bin))
-    print(markdown(rows, ["model", "x0 error", "worst bin", "worst t", "worst z", "worse bins", "open", "minutes"]))
-    print(markdown(rows, ["model", "least", "largest", "beyond"]))
-    print(markdown(rows, ["model", *columns]))
+    distances = [c for c in rows[0] if ", " in c]
+    print(markdown(rows, ["x0 error", "worst bin", "worst t", "worst z", "worse bins", "open", "minutes"]))
+    print(markdown(rows, ["least", "largest", "beyond"]))
+    print(markdown(rows, distances))
     if o.scratch:
-        print(markdown(rows, ["model", *(f"gain {c}" for c in columns)]))
+        print(markdown(gains(rows, ["x0 error", *distances]), ["x0 error", *distances]))
 
 
 if __name__ == "__main__":
