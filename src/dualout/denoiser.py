@@ -17,6 +17,7 @@ from dualout.prediction import Prediction
 from dualout.schedules import Level, Schedule
 
 Network = nn.Module | Callable[..., Any]
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Loss(NamedTuple):
@@ -64,7 +65,7 @@ class Denoiser(nn.Module):
             t: their time step, 0 … T−1: one int for all, or a LongTensor (B,).
             conditions: passed on to the network.
         """
-        if x_t.dtype in (torch.float16, torch.bfloat16):
+        if x_t.dtype in HALF:
             x_t = x_t.float()
         if isinstance(t, int):
             level, time = self.schedule.scalars(t), self._time(t, x_t)
@@ -86,7 +87,9 @@ class Denoiser(nn.Module):
         x_in = x_t if scale is None else x_t * scale
         if self._dtype not in (None, x_t.dtype):
             x_in = x_in.to(self._dtype)
-        raw = _tensor(self.network(x_in, time, **conditions))
+        # a module searches for what it holds by name; the first look is the quick one
+        network = self._modules.get("network") or self.network
+        raw = _tensor(network(x_in, time, **conditions))
         if raw.dtype != x_t.dtype:
             raw = raw.to(x_t.dtype)
         if self.head is not None:

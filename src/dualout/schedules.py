@@ -32,12 +32,14 @@ Number = TypeVar("Number", bound=Tensor | float)
 _numbers: dict[tuple[float, torch.dtype], Tensor] = {}
 
 
-def number(value: float, like: Tensor) -> Tensor:
+def number(value: Scalar, like: Tensor) -> Tensor:
     """A number to multiply `like` with, as a tensor without dimensions.
 
     torch makes one of a Python number too, and casts it, each time: at the size of one image that is half of the time
     of the product. These are kept.
     """
+    if not isinstance(value, float):  # a tensor, of a step that is compiled
+        return torch.as_tensor(value)
     key = value, like.dtype
     found = _numbers.get(key)
     if found is None:

@@ -23,7 +23,7 @@ from dualout.prediction import Prediction
 from dualout.randomness import Draw
 from dualout.registry import Registered
 from dualout.samplers.spacing import SPACINGS, Spacing, space
-from dualout.schedules import CLEAN, Level, Schedule, number
+from dualout.schedules import CLEAN, Level, Scalar, Schedule, number
 
 
 class Denoises(Protocol):
@@ -136,7 +136,7 @@ class Sampler(Registered, ABC):
         """
         x = noise
         # nothing holds a moment while the next is made: its memory, still in the cache, serves again
-        for x in map(attrgetter("x_next"), self.trajectory(denoiser, noise, draw, **conditions)):  # noqa: B007
+        for x in map(attrgetter("x_next"), self._moments(denoiser, noise, draw, conditions)):  # noqa: B007
             pass
         return x.to(noise.dtype)
 
@@ -153,35 +153,52 @@ class Sampler(Registered, ABC):
 
         Arguments are those of `sample`; `differentiable` keeps the graph of gradients through all steps.
         """
-        schedule = denoiser.schedule
-        times, plan = _planned(self, schedule)
-        x = _start(noise, schedule.scalars(times[0]))
+        moments = self._moments(denoiser, noise, draw, conditions)
+        while True:
+            # what is around a step is not around what is done between two
+            with nullcontext() if differentiable or not torch.is_grad_enabled() else torch.no_grad():
+                moment = next(moments, None)
+            if moment is None:
+                return
+            yield moment
+            del moment
+
+    def _moments(
+        self, denoiser: Denoises, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]
+    ) -> Generator[Moment, None, None]:
+        """The K steps, with gradients as they are around each."""
+        times, plan = planned(self, denoiser.schedule)
+        x = begun(noise, denoiser.schedule.scalars(times[0]))
         past: list[Tensor] = []
 
         def look(x: Tensor, k: int) -> Prediction:
             return denoiser(x, times[k], **conditions)
 
         for k, t in enumerate(times):
-            with nullcontext() if differentiable or not torch.is_grad_enabled() else torch.no_grad():
-                prediction = denoiser(x, t, **conditions)
-                if k == 0 and "variance" in prediction.parts and not self.reads_variance:
-                    warnings.warn(_IGNORED.format(self.spec), stacklevel=2)
-                x_next = self.advance(Step(k, plan[k], prediction, past, draw, look))
+            prediction = denoiser(x, t, **conditions)
+            if k == 0:
+                self.warn_of(prediction)
+            x_next = self.advance(Step(k, plan[k], prediction, past, draw, look))
             yield Moment(k, t, x, prediction, x_next)
             x = x_next
             del prediction, x_next
+
+    def warn_of(self, prediction: Prediction) -> None:
+        """Say what of a trajectory's first prediction is left unread."""
+        if "variance" in prediction.parts and not self.reads_variance:
+            warnings.warn(_IGNORED.format(self.spec), stacklevel=4)
 
     def clipped(self, x0: Tensor) -> Tensor:
         """Believed clean images, within the range."""
         return x0 if self.clip is None else x0.clamp(*self.clip)
 
-    def scaled(self, factor: float, x0: Tensor) -> Tensor:
+    def scaled(self, factor: Scalar, x0: Tensor) -> Tensor:
         """factor · clip(x0), in a tensor that may be added to."""
         scale = number(factor, x0)
         return x0 * scale if self.clip is None else x0.clamp(*self.clip).mul_(scale)
 
 
-def _planned(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[Any]]:
+def planned(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[Any]]:
     """The time steps and the plan; those of numbers alone are kept."""
     try:
         return (_plan_kept if sampler.plans_keep else _plan)(sampler, schedule)
@@ -226,25 +243,27 @@ def visited(schedule: Schedule, times: Sequence[int]) -> list[Level[float]]:
     return [*(schedule.scalars(t) for t in times), CLEAN]
 
 
-def _start(noise: Tensor, level: Level[float]) -> Tensor:
+def begun(noise: Tensor, level: Level[float]) -> Tensor:
     """x_T ~ N(0, alpha² + sigma²): what images of unit variance look like at the first level."""
     x = noise.float() if noise.dtype in (torch.float16, torch.bfloat16) else noise
     power = level.alpha**2 + level.sigma**2
     return x if abs(power - 1) < 1e-9 else x * power**0.5
 
 
-def combine(*terms: tuple[float, Tensor | None]) -> Tensor:
+def combine(*terms: tuple[Scalar, Tensor]) -> Tensor:
     """The sum of coefficient · tensor, without a temporary for each; a coefficient of 0 is not computed."""
     for i, (coefficient, x) in enumerate(terms):
-        if coefficient != 0 and x is not None:
+        if not isinstance(coefficient, float) or coefficient != 0:
             return add(x * number(coefficient, x), *terms[i + 1 :])
-    return torch.zeros_like(next(x for _, x in terms if x is not None))
+    return torch.zeros_like(terms[0][1])
 
 
-def add(total: Tensor, *terms: tuple[float, Tensor | None]) -> Tensor:
+def add(total: Tensor, *terms: tuple[Scalar, Tensor]) -> Tensor:
     """`total`, with coefficient · tensor added in place."""
     for coefficient, x in terms:
-        if coefficient != 0 and x is not None:
+        if not isinstance(coefficient, float):  # a tensor, of a step that is compiled
+            total = total + coefficient * x
+        elif coefficient != 0:
             total.add_(x, alpha=coefficient)
     return total
 

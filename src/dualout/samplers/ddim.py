@@ -20,7 +20,7 @@ class _Coefficients(NamedTuple):
     eps: float
     x_t: float
     x0: float
-    noise: float
+    noise: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +56,15 @@ class DDIM(Sampler):
         tau = self.eta * s.sigma / t.sigma * math.sqrt(max(added, 0.0))
         direction = math.sqrt(max(s.sigma**2 - tau**2, 0.0))
         # eps = (x_t − alpha·x0) / sigma, put in
-        return _Coefficients(s.alpha, direction, direction / t.sigma, -direction * t.alpha / t.sigma, tau)
+        return _Coefficients(s.alpha, direction, direction / t.sigma, -direction * t.alpha / t.sigma, tau or None)
 
     def advance(self, step: Step) -> Tensor:
         """The images after a step."""
         c, p = step.plan, step.prediction
-        fresh = (c.noise, step.fresh()) if c.noise else (0.0, None)
         if p.direct is not None:
-            return add(self.scaled(c.clean, p.x0), (c.eps, p.direct), fresh)
-        if self.clip is None:
-            return combine((c.x_t, p.x_t), (c.clean + c.x0, p.x0), fresh)
-        return add(self.scaled(c.clean, p.x0), (c.x_t, p.x_t), (c.x0, p.x0), fresh)
+            x = add(self.scaled(c.clean, p.x0), (c.eps, p.direct))
+        elif self.clip is None:
+            x = combine((c.x_t, p.x_t), (c.clean + c.x0, p.x0))
+        else:
+            x = add(self.scaled(c.clean, p.x0), (c.x_t, p.x_t), (c.x0, p.x0))
+        return x if c.noise is None else add(x, (c.noise, step.fresh()))

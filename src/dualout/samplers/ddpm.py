@@ -23,7 +23,7 @@ LEARNED = "learned"
 class _Coefficients(NamedTuple):
     x0: float
     x_t: float
-    noise: float
+    noise: float | None
     """Standard deviation; the largest, where it is learned."""
     narrowing: float
     """log √(β̃/β)."""
@@ -67,19 +67,22 @@ class DDPM(Sampler):
     def _coefficients(self, t: Level[float], s: Level[float]) -> _Coefficients:
         ratio, kept = t.alpha / s.alpha, s.sigma**2 / t.sigma**2
         beta = max(t.sigma**2 - ratio**2 * s.sigma**2, 0.0)
-        noise = math.sqrt(beta * kept if self.variance == "small" else beta) if s.sigma > 0 else 0.0
+        noise = math.sqrt(beta * kept if self.variance == "small" else beta) if s.sigma > 0 else None
         narrowing = 0.5 * math.log(kept) if s.sigma > 0 else 0.0
         return _Coefficients(s.alpha * beta / t.sigma**2, ratio * kept, noise, narrowing)
 
     def advance(self, step: Step) -> Tensor:
         """The images after a step."""
         c, p = step.plan, step.prediction
-        fresh = step.fresh() if c.noise else None
-        if self.variance == LEARNED:
+        x = add(self.scaled(c.x0, p.x0), (c.x_t, p.x_t))
+        variance = _variance(p) if self.variance == LEARNED else None
+        if c.noise is None:
+            return x
+        fresh = step.fresh()
+        if variance is not None:
             # √(β^v·β̃^(1−v)) = √β·√(β̃/β)^(1−v)
-            narrow = ((1 - _variance(p)) * c.narrowing).exp()
-            fresh = None if fresh is None else fresh * narrow
-        return add(self.scaled(c.x0, p.x0), (c.x_t, p.x_t), (c.noise, fresh))
+            fresh = fresh * ((1 - variance) * c.narrowing).exp()
+        return add(x, (c.noise, fresh))
 
 
 def _variance(p: Prediction) -> Tensor:
