@@ -142,7 +142,7 @@ def _prepare(samplings: Sequence[Sampling], options: Options, group: Group) -> N
     batch_size, batches = min(options.batch_size, share), -(-share // options.batch_size)
     for sampling in samplings if share else ():
         same = [other.sampler.evaluations for other in samplings if other.model is sampling.model]
-        sampling.prepare(batch_size, batches * sum(same))
+        sampling.prepare(batch_size, batches * sum(same), batches * sampling.sampler.evaluations)
 
 
 def _print(rows: Sequence[Row], options: Options) -> None:

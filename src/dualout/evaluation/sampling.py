@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,6 +113,8 @@ class Sampling:
         if self.guidance is not None and self.model.classes is not None:
             view = ClassifierFree(view, self.guidance, class_labels=self.model.classes)
         self.view = view
+        self._sample: Callable[..., Tensor] = partial(self.stepping.sample, view)
+        self._steps = "eager"
 
     def _own_calibration(self) -> Calibration:
         if self.route != "mix":
@@ -155,7 +158,7 @@ class Sampling:
         self.prepare(len(indices), self.sampler.evaluations)
         start, draw, conditions = self._begun(indices)
         with self.chosen.autocast():
-            x0 = self.stepping.sample(self.view, start, draw, **conditions)
+            x0 = self._sample(start, draw, **conditions)
         if not torch.isfinite(x0).all():
             bad = [i for i, x in zip(indices, x0, strict=True) if not torch.isfinite(x).all()]
             raise InputError(
@@ -188,13 +191,14 @@ class Sampling:
         chosen = [self.labels[i % len(self.labels)] for i in indices]
         return {"class_labels": torch.tensor(chosen, device=self.device)}
 
-    def prepare(self, batch_size: int, calls: int) -> None:
+    def prepare(self, batch_size: int, calls: int, own: int | None = None) -> None:
         """Get the backend ready, unless it is.
 
         Args:
             batch_size: how many images will be made at a time.
             calls: how often the network will be called, by this sampling and others of the model; "auto" prepares
                 what so many calls repay.
+            own: of these, by this sampling; None is all.
 
         Raises:
             InputError: when the backend cannot compute this network, or not near enough to eager.
@@ -209,6 +213,13 @@ class Sampling:
             self.model.prepared[key] = backends.choose(self.backend, network, examples, self.chosen, calls)
         self._prepared = self.model.prepared[key]
         self._reading.network = self._prepared.network
+        if self.view is self._reading:
+            start, _, conditions = self._begun(range(batch_size))
+            with self.chosen.autocast():
+                fused, self._steps = backends.fuse(
+                    self._prepared.record["backend"], self._reading, self.stepping, start, conditions, own or calls
+                )
+            self._sample = fused or self._sample
 
     @torch.no_grad()
     def _examples(self, network: nn.Module, indices: Sequence[int]) -> list[backends.Call]:
@@ -249,8 +260,10 @@ class Sampling:
         } | ({} if self.backend == "eager" else {"backend": self.backend})
 
     def computed(self) -> dict[str, Any]:
-        """What computed the images: software, device, and which backend it came to be, as plain JSON values."""
+        """What computed the images: software, device, and which backend the network's calls and the rest of the steps
+        came to be computed by, as plain JSON values."""
         record = {"backend": self.backend} if self._prepared is None else self._prepared.record
+        record = record | {"steps": self._steps}
         return software(self.device) | {"computed_by": record}
 
 

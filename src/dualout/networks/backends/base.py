@@ -12,10 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.adapter import tensor_of
 from dualout.networks.precision import Precision
 from dualout.registry import Registered
+from dualout.samplers import Sampler
 
 
 class Call(NamedTuple):
@@ -86,6 +88,24 @@ class Backend(Registered, ABC):
         Raises:
             InputError: when the network cannot be translated.
         """
+
+    def fuse(
+        self, denoiser: Denoiser, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
+    ) -> Callable[..., Tensor] | None:
+        """All of the sampler's steps but the network as functions of the backend: called as ``Sampler.sample`` is,
+        (noise, draw, **conditions) -> images; None where it has none, or so few steps do not repay it.
+
+        Args:
+            denoiser: neither guided nor calibrated.
+            sampler: whose steps they are.
+            noise: an example of what it will be called with, (B, C, H, W).
+            conditions: that go with it.
+            steps: how many, of such batches, are to come.
+
+        Raises:
+            InputError: when the steps cannot be translated.
+        """
+        return None
 
 
 class Plain(nn.Module):

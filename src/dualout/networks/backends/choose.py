@@ -5,17 +5,19 @@ What another backend gives is compared with eager float32 before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.networks.adapter import tensor_of
 from dualout.networks.backends.base import Backend, Call
 from dualout.networks.device import seconds
 from dualout.networks.precision import Precision
+from dualout.samplers import Sampler
 
 AUTO = "auto"
 EAGER = "eager"
@@ -66,6 +68,21 @@ def choose(name: str, network: nn.Module, calls: Sequence[Call], precision: Prec
         prepared, record = _prepared(backend, network, calls, precision, expected)
         return Chosen(prepared, {"backend": backend.name, "why": "as asked"} | record)
     return _fastest(network, calls, precision, count, expected)
+
+
+@torch.no_grad()
+def fuse(
+    name: str, denoiser: Denoiser, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
+) -> tuple[Callable[..., Tensor] | None, str]:
+    """The rest of a sampler's steps, as the backend that computes the network does it; and who does it, or why not.
+
+    Arguments are those of `Backend.fuse`.
+    """
+    try:
+        fused = _named(name).fuse(denoiser, sampler, noise, conditions, steps)
+    except InputError as error:
+        return None, f"eager: {error}"
+    return fused, "eager" if fused is None else name
 
 
 def _named(name: str) -> Backend:
