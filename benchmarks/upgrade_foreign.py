@@ -231,8 +231,10 @@ def gains(rows: list[dict[str, Any]], columns: list[str]) -> list[dict[str, Any]
         values = [r[c] for r in rows if r["model"] == model]
         return float(np.mean(np.log(values) if c == "x0 error" else values))
 
-    def share(model: str, c: str) -> float:
-        return (mean(ORIGINAL, c) - mean(model, c)) / (mean(ORIGINAL, c) - mean(SCRATCH, c))
+    def share(model: str, c: str) -> float | None:
+        whole = mean(ORIGINAL, c) - mean(SCRATCH, c)
+        # where training from scratch gains nothing, there is nothing to share
+        return (mean(ORIGINAL, c) - mean(model, c)) / whole if whole > 0 else None
 
     names = dict.fromkeys(r["model"] for r in rows)
     return [{"model": n} | {c: share(n, c) for c in columns} for n in names]

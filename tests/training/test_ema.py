@@ -32,6 +32,17 @@ def test_is_the_weighted_sum_of_all_weights():
     assert torch.equal(ema.module.frozen, net.frozen)
 
 
+def test_without_warm_up_good_weights_are_left_slowly():
+    net = Net()
+    first = net.w.detach().clone()
+    ema = Ema(net, 0.99, warmup=False)
+    with torch.no_grad():
+        net.w.zero_()
+    for n in range(1, 11):
+        ema.update(n)
+    torch.testing.assert_close(ema.module.w, first * 0.99**10)
+
+
 def test_shares_no_memory_and_wants_no_gradient():
     net = Net()
     ema = Ema(net, 0.9)

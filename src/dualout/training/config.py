@@ -71,8 +71,10 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 leaves it alone"""
     ema: float = 0.999
-    """How much of the averaged weights, which are the ones that are used, is kept at a step; it rises to this value as
-    (1 + n) / (10 + n)"""
+    """How much of the averaged weights, which are the ones that are used, is kept at a step"""
+    ema_warmup: bool = True
+    """Let --ema rise to its value as (1 + n) / (10 + n), so that the first weights are forgotten early; false where
+    they are good ones, those of --init, and a short training is to be averaged over as many steps as --ema says"""
     precision: str = "auto"
     """Of the network: fp32, bf16 or fp16; auto takes what is fastest here (dualout info tells). The loss, the weights
     and their averages are always fp32"""

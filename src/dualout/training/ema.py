@@ -16,16 +16,18 @@ class Ema(Generic[Module]):
 
         average ← d·average + (1 − d)·weights,   d = min(decay, (1 + n) / (10 + n)) at the n-th update
 
-    so that the first, bad, weights are forgotten early.
+    so that the first, bad, weights are forgotten early. Without the warm-up d is `decay` from the first update: where
+    the first weights are good ones, the average leaves them as slowly as it follows.
 
     Args:
         module: the module that is trained; weights that are not trained, and buffers, are followed, not averaged.
         decay: d's final value.
         average: a module that holds the average so far; None begins with a copy of the weights.
+        warmup: whether d rises to its value.
     """
 
-    def __init__(self, module: Module, decay: float, average: Module | None = None) -> None:
-        self.decay = decay
+    def __init__(self, module: Module, decay: float, average: Module | None = None, *, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
         self.module: Module = copy.deepcopy(module).eval().requires_grad_(False) if average is None else average
         means, weights = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
         learned = [k for k, v in weights.items() if v.requires_grad]
@@ -35,7 +37,7 @@ class Ema(Generic[Module]):
 
     def decay_at(self, n: int) -> float:
         """d at the n-th update, counted from 1."""
-        return min(self.decay, (1 + n) / (10 + n))
+        return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, n: int) -> None:

@@ -36,7 +36,7 @@ class Learner:
         self.denoiser, self.config = denoiser.train(), config
         self.step = 0
         """How many updates were made."""
-        self.average = Ema(denoiser, config.ema)
+        self.average = Ema(denoiser, config.ema, warmup=config.ema_warmup)
         self.sharded = False
         """Whether the weights are divided among processes."""
         self._whole: Denoiser | None = None
@@ -77,7 +77,7 @@ class Learner:
         average = self.average.module
         for denoiser in (self.denoiser, average):
             shards.shard(denoiser, mesh)
-        self.average = Ema(self.denoiser, self.config.ema, average)
+        self.average = Ema(self.denoiser, self.config.ema, average, warmup=self.config.ema_warmup)
         self._optimize()
         for name, p in self.parameters.items():
             divided = {key: shards.like(p, memory[name][key].contiguous()) for key in _ADAM[1:]}

@@ -111,6 +111,8 @@ class UpgradeConfig:
             lr=self.lr,
             warmup=self.warmup,
             ema=self.ema,
+            # solved rows are good ones from the start: an average of few steps would only bring noise in
+            ema_warmup=self.start == "zero",
             precision=self.precision,
             seed=self.seed,
             workers=self.workers,
