@@ -118,7 +118,8 @@ class SingleOutput(Parameterization, ABC):
 
     def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
         """What `believe` makes of it."""
-        check_channels(raw, x_t, (x_t.shape[1],), self.name)
+        if raw.shape != x_t.shape:
+            check_channels(raw, x_t, (x_t.shape[1],), self.name)
         direct = raw if self.is_noise else None
         return Prediction(x_t, level, self.believe(raw, x_t, level), {self.symbol: raw}, direct)
 
@@ -145,12 +146,13 @@ def mean_square(difference: Tensor) -> Tensor:
     return difference.square().flatten(1).mean(1)
 
 
-def check_channels(raw: Tensor, x_t: Tensor, allowed: tuple[int, ...], name: str) -> None:
-    """Refuse an output that has another number of channels than the parameterization needs."""
-    (count, channels, *size), (b, _, *wanted) = raw.shape, x_t.shape
-    if channels not in allowed or size != wanted or count != b:
-        need = " or ".join(f"({', '.join(map(str, (b, c, *wanted)))})" for c in allowed)
+def check_channels(raw: Tensor, x_t: Tensor, allowed: tuple[int, ...], name: str) -> int:
+    """Refuse an output that has another number of channels than the parameterization needs; returns the number."""
+    shape, images = raw.shape, x_t.shape
+    if shape[1] not in allowed or shape[0] != images[0] or shape[2:] != images[2:]:
+        need = " or ".join(f"({', '.join(map(str, (images[0], c, *images[2:])))})" for c in allowed)
         raise InputError(
-            f"parameterization {name!r} of {x_t.shape[1]}-channel images needs a network output of shape {need}, "
-            f"got {tuple(raw.shape)}; dualout.widen gives a network more output channels"
+            f"parameterization {name!r} of {images[1]}-channel images needs a network output of shape {need}, "
+            f"got {tuple(shape)}; dualout.widen gives a network more output channels"
         )
+    return shape[1]

@@ -115,21 +115,23 @@ class Dual(Parameterization):
     def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
         """Blend the two routes."""
         channels = x_t.shape[1]
-        check_channels(raw, x_t, self.accepts(channels), self.name)
-        one, two, logit = raw.split_with_sizes((channels, channels, raw.shape[1] - 2 * channels), 1)
+        given = check_channels(raw, x_t, self.accepts(channels), self.name)
+        one, two, logit = raw.split_with_sizes((channels, channels, given - 2 * channels), 1)
         ratio = self._ratio(logit, level)
         x0_one, x0_two = self.first.believe(one, x_t, level), self.second.believe(two, x_t, level)
-        parts = {self.first.symbol: one, self.second.symbol: two}
+        parts = {self.first.symbol: one, self.second.symbol: two, "ratio": ratio}
         if "eps" not in parts:
             parts["eps"] = (x_t - level.alpha * x0_one) / level.sigma
         if "x0" not in parts:
             parts["x0"] = x0_two
         # what needs no gradient and nobody else holds may be written over
         mix = blend(ratio, x0_two, x0_one, inplace=not raw.requires_grad and x0_one is not one)
-        direct = one if self.first.is_noise and isinstance(ratio, float) and ratio == 0 else None
+        direct = None
         if not isinstance(ratio, Tensor) or ratio.ndim != x_t.ndim:
-            ratio = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0], 1, *x_t.shape[2:])
-        return Prediction(x_t, level, mix, {**parts, "ratio": ratio}, direct)
+            direct = one if self.first.is_noise and isinstance(ratio, float) and ratio == 0 else None
+            spread = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device)
+            parts["ratio"] = spread.expand(x_t.shape[0], 1, *x_t.shape[2:])
+        return Prediction(x_t, level, mix, parts, direct)
 
     def accepts(self, image_channels: int) -> tuple[int, ...]:
         """What the head leaves, where the ratio is learned; a network that learned one may be read without it."""
