@@ -6,10 +6,13 @@ standard deviation 0.30 into 0.11. A calibration corrects what a step sees, at i
     logit of the ratio  →  ratio_gain·logit + ratio_shift         (before blending; dual output only)
     x0   →  x0_scale·(low(x0) + x0_fine·(x0 − low(x0)))           low: the mean of each square of 2×2 pixels
     eps  →  eps_scale·(low(eps) + eps_fine·(eps − low(eps)))
-    x_t  →  alpha·x0 + sigma·eps of these,
+    x_t  →  alpha·x0 + sigma·eps of these
+    x0   →  x0 + x0_trend·(clip(x0) − clip(x0 of the step before)), and eps as that x0 and x_t imply,
 
-since what few steps lose depends on the variance of the data, of which images have little in fine detail. A Prediction
-it stays, so that every sampler that reads x_t, x0 and eps from Predictions is corrected alike.
+since what few steps lose depends on the variance of the data, of which images have little in fine detail, and on how x0
+goes on between one step and the next: with x0_trend = h/2h₋, h the step in log(alpha/sigma) and h₋ the one before, DDIM
+is DPM-Solver++ 2M. A Prediction it stays, so that every sampler that reads x_t, x0 and eps from Predictions is
+corrected alike.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from dualout.schedules import Schedule
 
 NEUTRAL = {
     "x0_scale": 1.0, "eps_scale": 1.0, "x0_fine": 1.0, "eps_fine": 1.0, "ratio_gain": 1.0, "ratio_shift": 0.0,
+    "x0_trend": 0.0,
 }  # fmt: skip
 """Every number a step can have, and the value that changes nothing."""
 
@@ -116,21 +120,30 @@ class Calibrated(nn.Module):
         denoiser: what is corrected.
         times: the K time steps.
         values: by name of `NEUTRAL`, one number a step: floats, or a tensor (K,) to find them by gradients.
+        clip: the sampler's, to which x0 is clipped where it is compared with that of the step before.
+
+    With an x0_trend it remembers the x0 of the step before, so that it follows one trajectory at a time.
     """
 
     def __init__(
-        self, denoiser: Callable[..., Prediction], times: Sequence[int], values: Mapping[str, Sequence[float] | Tensor]
+        self,
+        denoiser: Callable[..., Prediction],
+        times: Sequence[int],
+        values: Mapping[str, Sequence[float] | Tensor],
+        clip: Sequence[float] | None = (-1.0, 1.0),
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.schedule: Schedule = denoiser.schedule  # type: ignore[attr-defined]
         self.step_of = {t: k for k, t in enumerate(times)}
         self.values = dict(values)
+        self.clip = clip
+        self._seen: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, denoiser: Callable[..., Prediction], calibration: Calibration) -> Calibrated:
         """Apply a calibration."""
-        return cls(denoiser, calibration.times, calibration.values)
+        return cls(denoiser, calibration.times, calibration.values, calibration.sampler.get("clip"))
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
         """Look at noisy images at one of the K time steps.
@@ -142,7 +155,20 @@ class Calibrated(nn.Module):
         if k is None:
             raise InputError(f"this calibration is for the time steps {list(self.step_of)}, got {t}")
         value = {name: values[k] for name, values in self.values.items()}
-        return corrected(self.denoiser(x_t, t, **conditions), **value)
+        trend = value.pop("x0_trend", None)
+        p = corrected(self.denoiser(x_t, t, **conditions), **value)
+        return p if trend is None else self._followed(p, k, trend)
+
+    def _followed(self, p: Prediction, k: int, trend: Tensor | float) -> Prediction:
+        """Going on by `trend` as x0 went since the step before; the first step has none."""
+        if k == 0:
+            self._seen.clear()
+        x0 = p.x0 if self.clip is None else p.x0.clamp(*self.clip)
+        # Heun looks at a level twice, so the last two are kept
+        self._seen.pop(k - 2, None)
+        self._seen[k] = x0
+        before = self._seen.get(k - 1)
+        return p if before is None else Prediction(p.x_t, p.level, p.x0 + trend * (x0 - before), p.parts)
 
 
 def corrected(

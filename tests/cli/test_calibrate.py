@@ -86,6 +86,6 @@ def test_a_dry_run_tells_and_does_nothing(run, capsys):
     assert main(["calibrate", str(run), "--sampler", "ipndm", "--steps", "3", "--dry_run"]) == 0
     told = capsys.readouterr().out
     assert "sampler: ipndm" in told
-    assert "# fitted     6 numbers at each of 3 steps" in told
+    assert "# fitted     7 numbers at each of 3 steps" in told
     assert "# time" in told
     assert sorted(run.rglob("*")) == before

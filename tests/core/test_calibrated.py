@@ -1,6 +1,7 @@
 """Corrected Predictions stay Predictions, and the fit finds what a trajectory lacks."""
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, noise, samp
 from dualout.calibrated import Calibrated, corrected
 from dualout.networks.build import build
 from dualout.training.calibrate import Fit, fit, moved, nearest
-from dualout.training.views import LOOKED_AT, Views, Within
+from dualout.training.views import FLOOR, LOOKED_AT, Views, Within, whitening
 
 SCHEDULE = schedules.Linear()
 MEAN, SPREAD = 0.1, 0.3
@@ -67,6 +68,32 @@ def test_a_step_by_hand():
     x0 = exact(x, torch.tensor([999, 999]))
     middle = s.alpha * 0.9 * x0 + s.sigma * 1.1 * (x - t.alpha * x0) / t.sigma
     torch.testing.assert_close(made, 1.2 * exact(middle, torch.tensor([499, 499])))
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
+def test_ddim_that_follows_the_trend_is_2m(spacing):
+    denoiser, x = Denoiser(exact, CleanImage(), SCHEDULE), noise(range(3), (1, 2, 2), dtype=torch.float64)
+    ddim = samplers.DDIM(steps=6, spacing=spacing, clip=None)
+    times = ddim.timesteps(SCHEDULE)
+    lam = [math.log(level.alpha / level.sigma) for level in map(SCHEDULE.scalars, times)]
+    h = [b - a for a, b in pairwise(lam)]
+    trend = [0.0, *(0.5 * b / a for a, b in pairwise(h)), 0.0]
+    following = Calibrated(denoiser, times, {"x0_trend": trend}, clip=None)
+    second = samplers.DPMSolver(steps=6, spacing=spacing, clip=None).sample(denoiser, x)
+    assert (ddim.sample(denoiser, x) - second).abs().max() > 1e-3
+    for _ in range(2):  # of the trajectory before nothing is left
+        torch.testing.assert_close(ddim.sample(following, x), second)
+
+
+def test_the_trend_is_of_clipped_images_and_of_the_step_before_even_where_steps_look_twice():
+    at = {999: 3.0, 499: 0.5, 249: -0.25}
+    denoiser = Denoiser(lambda x, t: torch.full_like(x, at[int(t[0])]), CleanImage(), SCHEDULE)
+    following = Calibrated(denoiser, list(at), {"x0_trend": [7.0, 2.0, 0.5]})
+    x = torch.zeros(1, 1, 2, 2)
+    beliefs = [float(following(x, t).x0.mean()) for t in (999, 499, 499, 249, 249)]
+    assert beliefs == [3.0, -0.5, -0.5, -0.625, -0.625]
+    p = following(x + 1, 249)
+    torch.testing.assert_close(p.level.alpha * p.x0 + p.level.sigma * p.eps, p.x_t)
 
 
 def test_other_time_steps_are_refused():
@@ -127,6 +154,23 @@ def test_nearness_is_the_rms_distance_to_the_nearest_image():
     made = torch.stack([torch.full((1, 4, 4), 0.25), torch.full((1, 4, 4), 0.9)])
     assert nearest(made, real) == pytest.approx((0.25 + 0.1) / 2, rel=1e-5)
     assert nearest(real, real) == pytest.approx(0, abs=1e-6)
+
+
+def test_views_are_whitened_where_images_vary():
+    """Unit variance along every direction that holds variance; none is made of a direction that holds none."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([10.0, 3.0, 1.0, 1e-4])
+    x = torch.randn(4000, 4, generator=generator) * spread @ torch.linalg.qr(torch.randn(4, 4, generator=generator)).Q
+    by = whitening(x)
+    variance = (x @ by).var(0)
+    floor = FLOOR * spread.square().mean()
+    torch.testing.assert_close(
+        variance / variance[0], (u := spread.square() / (spread.square() + floor)) / u[0], rtol=0.1, atol=1e-6
+    )
+    assert float(variance.mean()) == pytest.approx(1, rel=1e-2)
+    # fewer images than directions
+    assert torch.isfinite(whitening(x[:3])).all()
+    assert torch.isfinite(whitening(torch.ones(8, 5))).all()
 
 
 def test_time_steps_move_to_where_the_distance_is_least():

@@ -196,6 +196,7 @@ def test_classes_guidance_and_a_calibration(tmp_path: Path) -> None:
     values = {
         "x0_scale": [1.1, 0.9, 1.05], "eps_scale": [1.0, 1.2, 0.9], "x0_fine": [0.8, 1.0, 1.3],
         "eps_fine": [0.9, 1.0, 1.1], "ratio_gain": [2.0, 1.0, 0.5], "ratio_shift": [0.3, -0.2, 0.0],
+        "x0_trend": [0.0, 0.4, -0.3],
     }  # fmt: skip
     calibration = Calibration(sampler.config(), times, values)
     write_onnx(denoiser, tmp_path, SHAPE, calibration=calibration)
@@ -215,11 +216,14 @@ def test_classes_guidance_and_a_calibration(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="takes class_labels; got none"):
         graph(start(), 3)
 
-    # anybody's DDIM, from the graph's x0 and eps alone, is the calibrated one
+    # anybody's DDIM, from the graph's x0 and eps and the trend beside it, is the calibrated one
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     x, told = start().numpy(), {"class_labels": labels.numpy()}
-    for t, s in zip(times, [*times[1:], None], strict=True):
+    before, trends = 0.0, graph.record["calibration"]["values"]["x0_trend"]
+    for t, s, trend in zip(times, [*times[1:], None], trends, strict=True):
         x0, eps = session.run(["x0", "eps"], {"x_t": x, "t": np.full(3, t), **told})
+        at, d = denoiser.schedule.scalars(t), trend * (x0.clip(-1, 1) - before)
+        before, x0, eps = x0.clip(-1, 1), x0 + d, eps - at.alpha / at.sigma * d
         alpha, sigma = (1.0, 0.0) if s is None else denoiser.schedule.scalars(s)[:2]
         x = (alpha * x0.clip(-1, 1) + sigma * eps).astype(np.float32)
     torch.testing.assert_close(torch.from_numpy(x), expected, **CLOSE)

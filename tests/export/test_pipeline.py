@@ -334,6 +334,7 @@ CALIBRATION = Calibration(
         "eps_scale": [1.0, 1.2, 1.1, 0.9],
         "ratio_gain": [1.0, 2.0, 0.5, 1.0],
         "ratio_shift": [0.1, 0.2, -0.4, 0.0],
+        "x0_trend": [0.0, 0.3, -0.2, 0.5],
     },
 )
 

@@ -26,7 +26,7 @@ from dualout.evaluation.sampling import Sampling, parse_route
 from dualout.evaluation.scoring import Results, Scoring, first_seed
 from dualout.networks.device import device as find_device
 from dualout.samplers import Sampler
-from dualout.training.calibrate import Fit, evenly, fit
+from dualout.training.calibrate import Fit, evenly, fit, parameters_of
 from dualout.training.config import TrainConfig
 from dualout.training.estimate import estimate
 from dualout.training.run import Run
@@ -132,8 +132,9 @@ def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, s
     how = Fit(**grid.calibration)
     weights = model.details["sha256"]
     try:
-        known = Calibration.load(directory, sampler.config()).protocol
-        if known.get("weights") == weights and known.get("fit") == vars(how):
+        known = Calibration.load(directory, sampler.config())
+        same = known.protocol.get("weights") == weights and known.protocol.get("fit") == vars(how)
+        if same and known.values.keys() == set(parameters_of(model.denoiser)):
             return
     except InputError:
         pass  # there is none yet: it is fitted

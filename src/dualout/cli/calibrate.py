@@ -1,10 +1,11 @@
 """Fit a few numbers a step to what a K-step trajectory wants; minutes, with the weights left as they are.
 
 First the time steps are moved to where the images come nearer to real ones. Then the numbers (a scale on x0, on eps and
-on the fine detail of each, and for dual output a gain and shift of the ratio's logit) are found by gradients through
-all K steps, against the training images; noise and images that the fit never sees decide whether and when to stop. All
-are written beside the weights, and ``--calibrated`` of sample and evaluate applies them. Judge them as anything else:
-with dualout evaluate, by seeds, images and features that were not used here.
+on the fine detail of each, how far x0's change since the step before goes on, and for dual output a gain and shift of
+the ratio's logit) are found by gradients through all K steps, against the training images; noise and images that the
+fit never sees decide whether and when to stop. All are written beside the weights, and ``--calibrated`` of sample and
+evaluate applies them. Judge them as anything else: with dualout evaluate, by seeds, images and features that were not
+used here.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Options:
     images: int = 20000
     """How many of them at most"""
     numbers: str | None = None
-    """Which to fit, of x0_scale, eps_scale, x0_fine, eps_fine, ratio_gain, ratio_shift; by default all that the model
-    has"""
+    """Which to fit, of x0_scale, eps_scale, x0_fine, eps_fine, x0_trend, ratio_gain, ratio_shift; by default all that
+    the model has"""
     iterations: int = 300
     """Updates of the numbers"""
     batch_size: int = 192

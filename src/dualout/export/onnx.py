@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dualout.calibrated import NEUTRAL, Calibration, corrected
+from dualout.calibrated import Calibration, corrected
 from dualout.card import render
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
@@ -77,7 +77,9 @@ def write_onnx(
         directory: made if it is missing.
         shape: of one image, (C, H, W).
         calibration: corrects what the graph gives at the K time steps of a calibrated sampler, x0 and eps; at others it
-            gives NaN. A sampler must take both from the graph, and not x_t as it was.
+            gives NaN. A sampler must take both from the graph, and not x_t as it was. An x0_trend is not in it: with
+            d = clip(x0) − clip(x0 of the step before), the sampler adds x0_trend·d to x0, and takes
+            x0_trend·(alpha/sigma)·d from eps.
         opset: the version of ONNX's operators.
         tolerance: how far ONNX Runtime may be from torch.
         beside: whether the weights go into a file beside; None does so where they are too large.
@@ -123,7 +125,8 @@ class _Graph(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.times = list(range(denoiser.schedule.steps)) if calibration is None else list(calibration.times)
-        self.numbers = [] if calibration is None else sorted(calibration.values)
+        # x0_trend is of two steps: whoever calls the graph adds it
+        self.numbers = [] if calibration is None else sorted(calibration.values.keys() - {"x0_trend"})
         for name in self.numbers:
             # one number a time step, NaN where the calibration knows none
             table = torch.full((denoiser.schedule.steps,), torch.nan)
@@ -143,10 +146,8 @@ class _Graph(nn.Module):
         return p.x0, p.eps, *(p.parts[name].contiguous() for name in parts), raw
 
     def _corrected(self, p: Prediction, t: Tensor) -> Prediction:
-        values: dict[str, Any] = dict(NEUTRAL)
-        for name in self.numbers:
-            values[name] = getattr(self, f"table_{name}")[t].view(-1, *[1] * (p.x_t.ndim - 1))
-        return corrected(p, **values)
+        shape = (-1, *[1] * (p.x_t.ndim - 1))
+        return corrected(p, **{name: getattr(self, f"table_{name}")[t].view(shape) for name in self.numbers})
 
 
 def _example(denoiser: Denoiser, shape: Sequence[int], times: Sequence[int]) -> tuple[tuple[Tensor, ...], int | None]:

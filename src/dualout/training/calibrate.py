@@ -153,7 +153,7 @@ def fit(
     values = {
         name: torch.full((len(times),), NEUTRAL[name], device=images.device, requires_grad=True) for name in names
     }
-    wrapped = Calibrated(_Recomputed(denoiser), times, values)
+    wrapped = Calibrated(_Recomputed(denoiser), times, values, sampler.clip)
     optimizer = torch.optim.Adam(values.values(), lr=how.lr, betas=(0.9, 0.95))
     frozen = {p: p.requires_grad for p in denoiser.parameters()}
     best_values = _floats(values)

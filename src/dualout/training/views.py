@@ -14,6 +14,9 @@ from dualout.networks.trace import deepest, first
 from dualout.randomness import mix
 from dualout.schedules import Schedule
 
+FLOOR = 0.1
+"""The variance, as a share of the mean over all directions, below which a direction counts for less."""
+
 LOOKED_AT = 0.17
 """sigma / alpha of the noise level at which the network is asked for its features; t = 48 of the linear schedule."""
 
@@ -21,10 +24,12 @@ LOOKED_AT = 0.17
 class Views(nn.Module):
     """Pixels averaged 2×2, a fixed random conv net at two scales, and the network's own features where it has some.
 
-    (B, C, H, W) -> a list of (B, D), each scaled so that real images have about unit variance in it.
+    (B, C, H, W) -> a list of (B, D), each whitened: real images have about unit variance in every direction in which
+    they vary at all. Unwhitened, a distance sees the few directions that hold most of the variance, and strokes that
+    are blurred or grey, which hold little, cost nothing.
 
     Args:
-        images: real ones, which the scales are taken from.
+        images: real ones, which the directions and their variances are taken from.
         seed: of the random conv net.
         denoiser: whose features are looked at too; None is nobody's.
         width: of the random conv net's first layer.
@@ -32,7 +37,6 @@ class Views(nn.Module):
 
     first: Tensor
     second: Tensor
-    scale: Tensor
 
     def __init__(self, images: Tensor, seed: int, denoiser: Denoiser | None = None, width: int = 32) -> None:
         super().__init__()
@@ -47,13 +51,12 @@ class Views(nn.Module):
         self.to(images.device)
         self.within = None if denoiser is None else Within.of(denoiser, images[:2])
         with torch.no_grad():
-            seen = zip(*(self._seen(batch) for batch in images.split(256)), strict=True)
-            spread = [torch.cat(view).std(0).square().mean().sqrt().clamp(min=1e-6) for view in seen]
-        self.register_buffer("scale", torch.stack(spread))
+            seen = zip(*(self._seen(batch) for batch in images[:1024].split(256)), strict=True)
+            self.whitened = [whitening(torch.cat(view)) for view in seen]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """The views of images (B, C, H, W)."""
-        return [view / scale for view, scale in zip(self._seen(images), self.scale, strict=True)]
+        return [view @ by for view, by in zip(self._seen(images), self.whitened, strict=True)]
 
     def _seen(self, images: Tensor) -> list[Tensor]:
         pixels = F.avg_pool2d(images, 2, ceil_mode=True).flatten(1)
@@ -61,6 +64,20 @@ class Views(nn.Module):
         coarse = F.leaky_relu(F.conv2d(fine, self.second, stride=2, padding=1), 0.2)
         views = [pixels, F.avg_pool2d(fine, 2, ceil_mode=True).flatten(1), coarse.flatten(1)]
         return views if self.within is None else [*views, self.within(images)]
+
+
+def whitening(x: Tensor) -> Tensor:
+    """The map (D, K) to x's principal directions, each in units of the root of its variance and FLOOR of the mean one.
+
+    Args:
+        x: (N, D).
+    """
+    _, singular, directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    variance = singular.square() / max(len(x) - 1, 1)
+    floor = (FLOOR * variance.sum() / x.shape[1]).clamp(min=1e-12)
+    scale = (variance + floor).rsqrt()
+    unit = (variance * scale.square()).mean().sqrt().clamp(min=1e-6)
+    return directions.T * (scale / unit)
 
 
 class Within:
