@@ -30,6 +30,7 @@ from dualout.training.upgrade import (
     upgrade,
     upgraded_of,
 )
+from dualout.training.upgrade_config import UpgradeConfig
 from dualout.training.upgrade_run import Upgrade
 
 SCHEDULE = dualout.schedules.Linear(200, 5e-4, 0.08)
@@ -392,6 +393,11 @@ def test_the_new_output_is_taught_where_it_would_be_asked(base) -> None:
     alone = Denoiser(lambda *_: network(*_).sample[:, own.closed == 1 :][:, :1], base, SCHEDULE).loss(x0, t, noise)
     for name, values in alone.parts.items():
         torch.testing.assert_close(found.parts[name], values)
+
+
+@pytest.mark.parametrize(("start", "forgets"), [("closed", False), ("zero", True)])
+def test_the_average_forgets_its_first_weights_early_only_where_rows_begin_at_zero(start, forgets) -> None:
+    assert UpgradeConfig(source="x", scope="all", start=start).training().ema_warmup is forgets
 
 
 def test_weights_between_are_means_and_the_source_stays() -> None:
