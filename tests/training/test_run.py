@@ -126,6 +126,20 @@ def test_changed_configuration_is_refused_with_old_and_new(whole):
     assert (whole / "state" / "run.json").read_text() == before
 
 
+def test_a_run_of_an_earlier_version_goes_on(whole, tmp_path):
+    """Options that parameterizations have had since are not changes."""
+    trained(tmp_path / "run", 5)
+    file = tmp_path / "run" / "state" / "run.json"
+    run = json.loads(file.read_text())
+    del run["denoiser"]["parameterization"]["first"], run["denoiser"]["parameterization"]["second"]
+    del run["denoiser"]["schedule"]["beta_end"]
+    file.write_text(json.dumps(run))
+    with Run(config(tmp_path / "run")) as going_on:
+        assert [step.index for step in going_on] == list(range(5, 10))
+    assert same(whole, tmp_path / "run")
+    assert "first" in json.loads(file.read_text())["denoiser"]["parameterization"]
+
+
 def test_changed_images_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (20, 8, 8), dtype=np.uint8))
     trained(tmp_path / "run", data=f"arrays:{tmp_path / 'x.npy'}", steps=2)

@@ -27,7 +27,7 @@ from dualout.training.config import TrainConfig
 from dualout.training.learner import Learner
 from dualout.training.loop import NotFinite, Step, train
 from dualout.training.meter import Meter
-from dualout.training.setup import Job, assemble, describe, several_processes
+from dualout.training.setup import Job, assemble, describe, described_now, several_processes
 
 
 class Run:
@@ -213,6 +213,8 @@ class Run:
         """Write what the run is, when it is what it was; and what a crash left half done."""
         assert self._directory is not None
         run = self._run = self._description()
+        if known is not None:
+            known = known | {"denoiser": described_now(known["denoiser"])}
         for key in _WORDS:
             if known is not None and known[key] != run[key]:
                 raise InputError(

@@ -165,6 +165,15 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
     }
 
 
+def described_now(described: dict[str, Any]) -> dict[str, Any]:
+    """What `describe` would write today of what an earlier version described: options that came since are at their
+    defaults."""
+    return described | {
+        "parameterization": Parameterization.from_config(described["parameterization"]).config(),
+        "schedule": Schedule.from_config(described["schedule"]).config(),
+    }
+
+
 def check_data(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse data that cannot be learnt from in this way."""
     if config.conditional and (dataset.labels is None or not dataset.classes):
