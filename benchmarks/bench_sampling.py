@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,6 +16,7 @@ from timing import Spread, Times, above, fastest, interleaved, ratio
 from torch import Tensor, nn
 
 import dualout
+from dualout.networks.backends.fused import Fused
 
 QUESTION = """## Sampling: what a step costs above the network
 
@@ -22,10 +24,12 @@ A network that returns a tensor made before (3×32×32), one thread: what is lef
 that network alone is subtracted. Peers sample as their documentation says, all with an eps-network of DDPM's schedule;
 none of them has dual output, so that dual output is compared with their single output. `by hand` is the least that
 single operations of torch take: DDIM written out for this one case, all coefficients made before, in place, without a
-look at x0 or at the arguments."""
+look at x0 or at the arguments. `compiled` is what `--backend compile` makes of a step besides the network: reading,
+blending and stepping in one kernel."""
 
 GOALS = {1: (0.25, 0.1), 64: (0.5, 1 / 7)}
 """By batch size: what dual and single output may cost, of the best peer's cost."""
+COMPILED = ", compiled"
 
 
 def measure(full: bool, peers: list[ModuleType]) -> Section:
@@ -39,8 +43,10 @@ def measure(full: bool, peers: list[ModuleType]) -> Section:
         best = fastest(cost, [name for name in cost if not name.startswith(("ours", "by hand", "the authors"))])
         if best:
             section.goals += [
-                Goal(f"dual output / {best}, batch {batch}", ratio(cost, "ours, dual", best), dual),
-                Goal(f"single output / {best}, batch {batch}", ratio(cost, "ours, single", best), single),
+                Goal(f"{output} output{how} / {best}, batch {batch}", ratio(cost, f"ours, {output}{how}", best), goal)
+                for how in ("", COMPILED)
+                for output, goal in (("dual", dual), ("single", single))
+                if f"ours, {output}{how}" in cost
             ]
     section.tables = [table(["µs a step", *(f"batch {b}" for b in GOALS)], rows(columns))]
     return section
@@ -74,6 +80,12 @@ def cases(peers: list[ModuleType], batch: int, steps: int) -> dict[str, Callable
         "ours, single": lambda: sampler.sample(eps_model, noise),
         "ours, dual": lambda: sampler.sample(dual_model, noise),
     }
+    if shutil.which("c++"):
+        one, both = (Fused(model, sampler, noise) for model in (eps_model, dual_model))
+        found |= {
+            f"ours, single{COMPILED}": lambda: one.sample(noise),
+            f"ours, dual{COMPILED}": lambda: both.sample(noise),
+        }
     for peer in peers:
         found |= peer.samplers(network, noise, steps)
         if peer.NAME == "the authors' code":

@@ -96,6 +96,13 @@ def test_images_do_not_depend_on_their_batch(quick):
     assert torch.equal(made(model, sampler, range(6), one)[5], made(model, sampler, range(5, 6), one)[0])
 
 
+def test_other_noise_than_it_was_made_for_is_refused(quick):
+    one = Fused(denoiser(), dualout.samplers.DDIM(steps=1), dualout.noise(range(2), SHAPE))
+    for wrong in (torch.zeros(2, 2, 4, 5), torch.zeros(2, *SHAPE, dtype=torch.float64)):
+        with pytest.raises(InputError, match=r"compiled for \(2, 4, 4\) of torch.float32 on cpu, and this noise is"):
+            one.sample(wrong)
+
+
 def test_samplers_that_look_twice_or_count_are_refused():
     for sampler in (dualout.samplers.Heun(steps=3), dualout.samplers.FromDiffusers(steps=3)):
         with pytest.raises(InputError, match="looks more than once a step, or has a state of its own"):

@@ -62,6 +62,7 @@ class Fused:
         times, plan = planned(sampler, schedule)
         self.denoiser, self.rows, self.first = denoiser, len(noise), schedule.scalars(times[0])
         self.turns: list[_Turn] = []
+        self.alike, noise = _alike(noise), noise.contiguous()
         functions: dict[Any, Any] = {}
         x, past = begun(noise, self.first), []
         rows = [torch.full((self.rows,), t, device=noise.device) for t in times]
@@ -80,14 +81,22 @@ class Fused:
                 function: Any = torch.compile(_turn(sampler, read), fullgraph=True, dynamic=False)
                 # ahead of time: a call looks for no function that fits it, and never makes another
                 functions[form] = function.aot_compile((given, {}))
+                # what would be looked at in every step is the same in all, and `sample` looks at it once
+                functions[form].disable_guard_check()
             self.turns.append(_Turn(rows[k], scalars, level, numbers, draw.given is not None, functions[form]))
             x, *past = functions[form](*given)
             _compare(x, expected, sampler)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, draw: Draw | None = None, **conditions: Any) -> Tensor:
-        """Make images; arguments are those of `Sampler.sample`."""
-        b = len(noise)
+        """Make images; arguments are those of `Sampler.sample`.
+
+        Raises:
+            InputError: for noise of another shape, type or device than the example.
+        """
+        if _alike(noise) != self.alike:
+            raise InputError(f"the steps were compiled for {self.alike}, and this noise is {_alike(noise)}")
+        noise, b = noise.contiguous(), len(noise)
         if b == self.rows:
             return self._batch(noise, draw, conditions)
         made = []
@@ -116,6 +125,11 @@ def _turn(sampler: Sampler, read: Callable[[Tensor, Tensor, Level], Prediction])
         return x_next, *kept
 
     return turn
+
+
+def _alike(noise: Tensor) -> str:
+    """What noise of any number of images has in common with that which functions are made for."""
+    return f"{tuple(noise.shape[1:])} of {noise.dtype} on {noise.device}"
 
 
 def _compare(got: Tensor, expected: Tensor, sampler: Sampler) -> None:
