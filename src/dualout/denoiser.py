@@ -17,7 +17,7 @@ from dualout.prediction import Prediction
 from dualout.schedules import Level, Schedule
 
 Network = nn.Module | Callable[..., Any]
-HALF = (torch.float16, torch.bfloat16)
+HALF = frozenset((torch.float16, torch.bfloat16))
 
 
 class Loss(NamedTuple):
