@@ -155,3 +155,13 @@ def test_a_dry_run_counts_and_writes_nothing(grid_file, tmp_path, capsys):
     assert "# scores     20 sets of 16 images" in told
     assert "# fits       4 calibrations" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_keeps_its_name_when_options_are_new(tmp_path):
+    """What is at its default is not part of the name, so that an option of a later version leaves it as it was."""
+
+    def name(**train):
+        return Grid(methods={"m": "eps"}, train={"data": "digits", **train}).models()[0].directory(tmp_path).name
+
+    assert name() == name(lr=1e-3, ema_warmup=True) == "m-845d11ad-seed0"
+    assert len({name(), name(lr=2e-3), name(ema_warmup=False), name(network="tiny")}) == 4

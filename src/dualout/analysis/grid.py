@@ -173,7 +173,9 @@ class Training(NamedTuple):
 
     def directory(self, out: Path) -> Path:
         """Where it is trained: named by what it is made of."""
-        own = {k: v for k, v in vars(self.config).items() if k not in _ELSEWHERE}
+        # what is at its default is left out, so that an option that is new changes no name
+        usual = {f.name: f.default for f in fields(TrainConfig)}
+        own = {k: v for k, v in vars(self.config).items() if k not in _ELSEWHERE and v != usual[k]}
         content = hashlib.blake2b(json.dumps(own, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
         return out / "models" / f"{self.method}-{content}-seed{self.seed}"
 
