@@ -96,6 +96,19 @@ def test_images_do_not_depend_on_their_batch(quick):
     assert torch.equal(made(model, sampler, range(6), one)[5], made(model, sampler, range(5, 6), one)[0])
 
 
+def test_conditions_go_with_their_images(quick):
+    def network(x: Tensor, t: Tensor, *, class_labels: Tensor) -> Tensor:
+        return 0 * x + class_labels.view(-1, 1, 1, 1) / 10
+
+    model, noise = (
+        dualout.Denoiser(network, dualout.CleanImage(), dualout.schedules.Linear()),
+        dualout.noise(range(5), SHAPE),
+    )
+    one = Fused(model, dualout.samplers.DDIM(steps=1), noise[:2], class_labels=torch.tensor([0, 1]))
+    got = one.sample(noise, class_labels=torch.arange(5))
+    torch.testing.assert_close(got[:, 0, 0, 0], torch.arange(5) / 10)
+
+
 def test_other_noise_than_it_was_made_for_is_refused(quick):
     one = Fused(denoiser(), dualout.samplers.DDIM(steps=1), dualout.noise(range(2), SHAPE))
     for wrong in (torch.zeros(2, 2, 4, 5), torch.zeros(2, *SHAPE, dtype=torch.float64)):
