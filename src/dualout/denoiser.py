@@ -88,7 +88,9 @@ class Denoiser(nn.Module):
         if self._dtype not in (None, x_t.dtype):
             x_in = x_in.to(self._dtype)
         # a module searches for what it holds by name; the first look is the quick one
-        network = self._modules.get("network") or self.network
+        network = self._modules.get("network")
+        if network is None:  # a function
+            network = self.network
         raw = _tensor(network(x_in, time, **conditions))
         if raw.dtype != x_t.dtype:
             raw = raw.to(x_t.dtype)
