@@ -14,10 +14,9 @@ from dualout import bounded, checkpoint, hub
 from dualout.errors import InputError
 from dualout.parameterizations.base import Parameterization, Route, check_channels
 from dualout.prediction import Prediction
-from dualout.schedules import Level, Schedule
+from dualout.schedules import HALF, Level, Schedule
 
 Network = nn.Module | Callable[..., Any]
-HALF = frozenset((torch.float16, torch.bfloat16))
 
 
 class Loss(NamedTuple):

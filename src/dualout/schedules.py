@@ -29,6 +29,9 @@ Scalar = Tensor | float
 Number = TypeVar("Number", bound=Tensor | float)
 
 
+HALF = frozenset((torch.float16, torch.bfloat16))
+"""Types that noise levels, and images on their way, are never computed in."""
+
 _numbers: dict[tuple[float, torch.dtype], Tensor] = {}
 
 

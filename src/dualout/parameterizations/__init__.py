@@ -1,6 +1,6 @@
 """How a network's output is read: one class a file, found by name."""
 
-from dualout.parameterizations.base import Parameterization
+from dualout.parameterizations.base import Parameterization, SingleOutput
 from dualout.parameterizations.clean import CleanImage
 from dualout.parameterizations.dual import Dual
 from dualout.parameterizations.epsilon import Epsilon
@@ -19,6 +19,7 @@ __all__ = [
     "Karras",
     "LearnedVariance",
     "Parameterization",
+    "SingleOutput",
     "Upgraded",
     "Velocity",
 ]

@@ -23,7 +23,7 @@ The two need not be noise and clean image: `first` and `second` may be any two s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -81,10 +81,7 @@ class Dual(Parameterization):
     second: SingleOutput = field(default_factory=CleanImage)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, str) and self.ratio not in RATIOS:
-            raise unknown("ratio", self.ratio, [*RATIOS, "a number from 0 to 1"])
-        if not isinstance(self.ratio, str) and not 0 <= self.ratio <= 1:
-            raise InputError(f"a fixed ratio is a number from 0 (eps only) to 1 (x0 only), got {self.ratio!r}")
+        check_ratio(self.ratio, RATIOS)
         if self.gate not in GATES:
             raise unknown("gate", self.gate, GATES)
         for name in ("eps_weight", "x0_weight", "blend_weight"):
@@ -129,8 +126,7 @@ class Dual(Parameterization):
         direct = None
         if not isinstance(ratio, Tensor) or ratio.ndim != x_t.ndim:
             direct = one if self.first.is_noise and isinstance(ratio, float) and ratio == 0 else None
-            spread = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device)
-            parts["ratio"] = spread.expand(x_t.shape[0], 1, *x_t.shape[2:])
+            parts["ratio"] = spread(ratio, x_t)
         return Prediction(x_t, level, mix, parts, direct)
 
     def accepts(self, image_channels: int) -> tuple[int, ...]:
@@ -141,18 +137,10 @@ class Dual(Parameterization):
         return (2 * c, 2 * c + 1, 3 * c)
 
     def _ratio(self, logit: Tensor, level: Level) -> Scalar:
-        alpha, sigma = level.alpha, level.sigma
-        match self.ratio:
-            case "velocity":
-                return sigma**2 / (alpha**2 + sigma**2)
-            case "flow":
-                return sigma / (alpha + sigma)
-            case "image":
-                logit = logit.mean(tuple(range(1, logit.ndim)), keepdim=True)
-            case str():
-                pass
-            case fixed:
-                return float(fixed)
+        if self.ratio not in LEARNED:
+            return untaught(self.ratio, level)
+        if self.ratio == "image":
+            logit = logit.mean(tuple(range(1, logit.ndim)), keepdim=True)
         if self.gate == "balanced":
             logit = logit + 2 * log(self.first.gain(level) / self.second.gain(level))
         return logit.sigmoid()
@@ -196,6 +184,28 @@ class Dual(Parameterization):
     def route(self, route: Route) -> Parameterization:
         """Read with another ratio: "eps" is 0, "x0" is 1, "velocity" and "flow" the blends of those names."""
         return self if route == "mix" else replace(self, ratio=ratio_of(route))
+
+
+def check_ratio(ratio: str | float, names: Sequence[str]) -> None:
+    """Refuse what is neither one of the names nor a fixed ratio."""
+    if isinstance(ratio, str) and ratio not in names:
+        raise unknown("ratio", ratio, [*names, "a number from 0 to 1"])
+    if not isinstance(ratio, str) and not 0 <= ratio <= 1:
+        raise InputError(f"a fixed ratio is a number from 0 (eps only) to 1 (x0 only), got {ratio!r}")
+
+
+def untaught(ratio: str | float, level: Level) -> Scalar:
+    """A ratio that is not learned: "velocity", "flow" or a number."""
+    alpha, sigma, _ = level
+    if ratio == "velocity":
+        return sigma**2 / (alpha**2 + sigma**2)
+    return sigma / (alpha + sigma) if ratio == "flow" else float(ratio)
+
+
+def spread(ratio: Scalar, x_t: Tensor) -> Tensor:
+    """A ratio for all images, or one an image, in every pixel: (B, 1, H, W)."""
+    ratio = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device)
+    return ratio.expand(x_t.shape[0], 1, *x_t.shape[2:])
 
 
 def ratio_of(route: Route) -> str | float:

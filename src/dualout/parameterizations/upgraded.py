@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from dualout.errors import InputError, unknown
+from dualout.errors import InputError
 from dualout.parameterizations.base import Parameterization, Route, check_channels, mean_square, subtract
 from dualout.parameterizations.clean import CleanImage
-from dualout.parameterizations.dual import Dual, blend, ratio_of
+from dualout.parameterizations.dual import Dual, blend, check_ratio, ratio_of, spread, untaught
 from dualout.parameterizations.epsilon import Epsilon
 from dualout.prediction import Prediction
-from dualout.schedules import Level, Scalar, Schedule
+from dualout.schedules import HALF, Level, Scalar, Schedule
 
 RATIOS = ("closed", "pixel", "velocity", "flow")
 SHUT = 120.0
@@ -57,10 +57,7 @@ class Upgraded(Parameterization):
             raise InputError(
                 f"an upgrade starts from a parameterization of one output, say Epsilon(); got {self.base!r}"
             )
-        if isinstance(self.ratio, str) and self.ratio not in RATIOS:
-            raise unknown("ratio", self.ratio, [*RATIOS, "a number from 0 to 1"])
-        if not isinstance(self.ratio, str) and not 0 <= self.ratio <= 1:
-            raise InputError(f"a fixed ratio is a number from 0 (eps only) to 1 (x0 only), got {self.ratio!r}")
+        check_ratio(self.ratio, RATIOS)
 
     @property
     def trained(self) -> str:
@@ -97,7 +94,7 @@ class Upgraded(Parameterization):
         p = self.base.read(x0 if self.trained == "x0" else first, x_t, level)
         eps = first if self.trained == "x0" else p.eps if p.direct is None else p.direct
         ratio = self._ratio(logit, level)
-        one = ratio if isinstance(ratio, Tensor) and ratio.ndim == x_t.ndim else _spread(ratio, x_t)
+        one = ratio if isinstance(ratio, Tensor) and ratio.ndim == x_t.ndim else spread(ratio, x_t)
         parts = {**p.parts, "eps": eps, "x0": x0, "ratio": one}
         if isinstance(ratio, float) and ratio == self.closed:
             return replace(p, parts=parts)
@@ -105,18 +102,9 @@ class Upgraded(Parameterization):
         return Prediction(x_t, level, blend(ratio, direct, subtractive), parts)
 
     def _ratio(self, logit: Tensor, level: Level) -> Scalar:
-        alpha, sigma = level.alpha, level.sigma
-        match self.ratio:
-            case "closed":
-                return self.closed
-            case "velocity":
-                return sigma**2 / (alpha**2 + sigma**2)
-            case "flow":
-                return sigma / (alpha + sigma)
-            case "pixel":
-                return logit.sigmoid()
-            case fixed:
-                return float(fixed)
+        if self.ratio == "pixel":
+            return logit.sigmoid()
+        return self.closed if self.ratio == "closed" else untaught(self.ratio, level)
 
     def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """That of `base`, the new output's share of its own, and where the gate is open the gate's."""
@@ -155,7 +143,7 @@ class GateTable(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> GateTable:
         kept = self.logits
         super()._apply(fn, recurse)
-        if self.logits.dtype in (torch.float16, torch.bfloat16):
+        if self.logits.dtype in HALF:
             # as the noise levels: the network's precision is its own affair
             self.logits = kept.to(self.logits.device)
         return self
@@ -170,8 +158,3 @@ def _share(own: Scalar, other: Scalar) -> Scalar:
     """own² / (own² + other²): one number an image, (B,), or one for all."""
     share = own**2 / (own**2 + other**2)
     return share.flatten() if isinstance(share, Tensor) else share
-
-
-def _spread(ratio: Scalar, x_t: Tensor) -> Tensor:
-    ratio = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device)
-    return ratio.expand(x_t.shape[0], 1, *x_t.shape[2:])

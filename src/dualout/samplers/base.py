@@ -23,7 +23,7 @@ from dualout.prediction import Prediction
 from dualout.randomness import Draw
 from dualout.registry import Registered
 from dualout.samplers.spacing import SPACINGS, Spacing, space
-from dualout.schedules import CLEAN, Level, Scalar, Schedule, number
+from dualout.schedules import CLEAN, HALF, Level, Scalar, Schedule, number
 
 
 class Denoises(Protocol):
@@ -245,7 +245,7 @@ def visited(schedule: Schedule, times: Sequence[int]) -> list[Level[float]]:
 
 def begun(noise: Tensor, level: Level[float]) -> Tensor:
     """x_T ~ N(0, alpha² + sigma²): what images of unit variance look like at the first level."""
-    x = noise.float() if noise.dtype in (torch.float16, torch.bfloat16) else noise
+    x = noise.float() if noise.dtype in HALF else noise
     power = level.alpha**2 + level.sigma**2
     return x if abs(power - 1) < 1e-9 else x * power**0.5
 
