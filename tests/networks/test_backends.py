@@ -24,7 +24,7 @@ from dualout.networks.precision import Precision
 
 CPU = torch.device("cpu")
 FP32, BF16 = (Precision(name, CPU, "") for name in ("fp32", "bf16"))
-OTHERS = sorted(set(Backend.kinds()) - {"eager"})
+OTHERS = sorted(name for name, kind in Backend.kinds().items() if name != "eager" and "cpu" in kind.devices)
 
 
 class Small(nn.Module):
@@ -175,6 +175,8 @@ def test_what_cannot_be_used_is_told_before_any_work(monkeypatch):
         backends.check("onnx", BF16)
     with pytest.raises(InputError, match=r"--backend openvino computes on cpu, not on cuda"):
         backends.check("openvino", Precision("fp32", torch.device("cuda"), ""))
+    with pytest.raises(InputError, match=r"--backend graph computes on cuda, not on cpu"):
+        backends.check("graph", FP32)
     monkeypatch.setattr("dualout.networks.backends.base.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs openvino, which is not installed.*dualout\[openvino\]"):
         backends.check("openvino", FP32)

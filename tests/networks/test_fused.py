@@ -112,7 +112,7 @@ def test_conditions_go_with_their_images(quick):
 def test_other_noise_than_it_was_made_for_is_refused(quick):
     one = Fused(denoiser(), dualout.samplers.DDIM(steps=1), dualout.noise(range(2), SHAPE))
     for wrong in (torch.zeros(2, 2, 4, 5), torch.zeros(2, *SHAPE, dtype=torch.float64)):
-        with pytest.raises(InputError, match=r"compiled for \(2, 4, 4\) of torch.float32 on cpu, and this noise is"):
+        with pytest.raises(InputError, match=r"made for \(2, 4, 4\) of torch.float32 on cpu, and this noise is"):
             one.sample(wrong)
 
 

@@ -70,7 +70,7 @@ class Options:
     precision: str = "fp32"
     """Of the model's network: fp32, bf16, fp16, auto"""
     backend: str = "eager"
-    """What computes the network: eager, compile, openvino, onnx, or auto, which measures and takes the fastest"""
+    """What computes the network: eager, graph, compile, openvino, onnx, or auto, which takes the fastest"""
     calibrated: bool = False
     """Apply what dualout calibrate found for each sampler, spacing and number of steps"""
     dry_run: bool = False

@@ -72,8 +72,8 @@ class Sampling:
         guidance: scale of classifier-free guidance; None is none.
         precision: of the network: "fp32", "bf16", "fp16", "auto".
         calibrated: apply the calibration that was found for this sampler.
-        backend: what computes the network: "eager", "compile", "openvino", "onnx", or "auto", the one that measures
-            fastest. Images are eager's within `dualout.networks.backends.TOLERANCE` of the network's output.
+        backend: what computes the network: "eager", "graph", "compile", "openvino", "onnx", or "auto", the one that
+            measures fastest. Images are eager's within `dualout.networks.backends.TOLERANCE` of the network's output.
 
     Raises:
         InputError: for a route that the model has not, labels that it does not know, or a precision or backend that
@@ -213,13 +213,12 @@ class Sampling:
             self.model.prepared[key] = backends.choose(self.backend, network, examples, self.chosen, calls)
         self._prepared = self.model.prepared[key]
         self._reading.network = self._prepared.network
-        if self.view is self._reading:
-            start, _, conditions = self._begun(range(batch_size))
-            with self.chosen.autocast():
-                fused, self._steps = backends.fuse(
-                    self._prepared.record["backend"], self._reading, self.stepping, start, conditions, own or calls
-                )
-            self._sample = fused or self._sample
+        start, _, conditions = self._begun(range(batch_size))
+        with self.chosen.autocast():
+            fused, self._steps = backends.fuse(
+                self._prepared.record["backend"], self.view, self.stepping, start, conditions, own or calls
+            )
+        self._sample = fused or self._sample
 
     @torch.no_grad()
     def _examples(self, network: nn.Module, indices: Sequence[int]) -> list[backends.Call]:

@@ -1,4 +1,4 @@
-"""What computes a network when images are made: torch itself, torch.compile, OpenVINO, ONNX Runtime."""
+"""What computes a network when images are made: torch itself, CUDA graphs, torch.compile, OpenVINO, ONNX Runtime."""
 
 from dualout.networks.backends.base import Backend, Call
 from dualout.networks.backends.choose import AUTO, TOLERANCE, Chosen, check, choose, fuse

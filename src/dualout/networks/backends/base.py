@@ -12,12 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.adapter import tensor_of
 from dualout.networks.precision import Precision
 from dualout.registry import Registered
 from dualout.samplers import Sampler
+from dualout.samplers.base import Denoises
 
 
 class Call(NamedTuple):
@@ -90,13 +90,13 @@ class Backend(Registered, ABC):
         """
 
     def fuse(
-        self, denoiser: Denoiser, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
+        self, denoiser: Denoises, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
     ) -> Callable[..., Tensor] | None:
         """All of the sampler's steps but the network as functions of the backend: called as ``Sampler.sample`` is,
         (noise, draw, **conditions) -> images; None where it has none, or so few steps do not repay it.
 
         Args:
-            denoiser: neither guided nor calibrated.
+            denoiser: plain, guided or calibrated, of the network that was prepared.
             sampler: whose steps they are.
             noise: an example of what it will be called with, (B, C, H, W).
             conditions: that go with it.

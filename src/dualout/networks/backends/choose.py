@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.networks.adapter import tensor_of
 from dualout.networks.backends.base import Backend, Call
 from dualout.networks.device import seconds
 from dualout.networks.precision import Precision
 from dualout.samplers import Sampler
+from dualout.samplers.base import Denoises
 
 AUTO = "auto"
 EAGER = "eager"
@@ -72,7 +72,7 @@ def choose(name: str, network: nn.Module, calls: Sequence[Call], precision: Prec
 
 @torch.no_grad()
 def fuse(
-    name: str, denoiser: Denoiser, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
+    name: str, denoiser: Denoises, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
 ) -> tuple[Callable[..., Tensor] | None, str]:
     """The rest of a sampler's steps, as the backend that computes the network does it; and who does it, or why not.
 

@@ -13,8 +13,10 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
 from dualout.networks.backends.fused import Fused
+from dualout.networks.backends.graph import recorded, replayed
 from dualout.networks.precision import Precision
 from dualout.samplers import Sampler
+from dualout.samplers.base import Denoises
 
 REPAID = 3e9
 """Numbers in the images of all steps from which on fusing is repaid: it takes about 3 s, and saves 1 ns of each."""
@@ -22,7 +24,7 @@ REPAID = 3e9
 
 @dataclass(frozen=True)
 class Compile(Backend):
-    """Fused kernels; on a GPU replayed as a CUDA graph, so that a call is one launch."""
+    """Fused kernels; on a GPU they are replayed as CUDA graphs."""
 
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
@@ -30,29 +32,22 @@ class Compile(Backend):
 
     def prepare(self, network: nn.Module, call: Call, precision: Precision) -> nn.Module:
         """Compiled for one size of batch; the weights are shared."""
-        graphs = precision.device.type == "cuda"
-        compiled: Any = torch.compile(
-            Plain(network, tuple(call.conditions)), dynamic=False, mode="reduce-overhead" if graphs else "default"
-        )
-
-        def replayed(*tensors: Tensor) -> Tensor:
-            # the next replay writes where this one did, and a multistep sampler still holds this one's result
-            torch.compiler.cudagraph_mark_step_begin()
-            return compiled(*tensors).clone()
-
-        fixed = FixedBatch(replayed if graphs else compiled, call)
+        compiled: Any = torch.compile(Plain(network, tuple(call.conditions)), dynamic=False)
         try:
             with torch.no_grad(), precision.autocast():
-                fixed(call.x, call.t, **call.conditions)
+                compiled(*call.tensors)
         except Exception as error:  # of the compiler's own, and of the C++ compiler that it calls
             raise refused(error, "take --backend eager") from error
-        return fixed
+        return replayed(compiled, call, precision) if precision.device.type == "cuda" else FixedBatch(compiled, call)
 
     def fuse(
-        self, denoiser: Denoiser, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
+        self, denoiser: Denoises, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
     ) -> Callable[..., Tensor] | None:
-        """Reading, blending and stepping in one kernel."""
-        if steps * noise.numel() < REPAID:
+        """On a processor reading, blending and stepping as one kernel, unless guided or calibrated; on a GPU all steps
+        as one graph."""
+        if noise.is_cuda:
+            return recorded(denoiser, sampler, noise, conditions, steps)
+        if not isinstance(denoiser, Denoiser) or steps * noise.numel() < REPAID:
             return None
         try:
             return Fused(denoiser, sampler, noise, **conditions).sample

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
+from dualout.networks.backends.trajectory import FixedTrajectory
 from dualout.prediction import Prediction
 from dualout.randomness import Draw
 from dualout.samplers import Sampler
@@ -38,11 +39,8 @@ class _Turn(NamedTuple):
     """(raw, x_t, level, plan, fresh, *past) -> (x_next, *past)."""
 
 
-class Fused:
+class Fused(FixedTrajectory):
     """Makes images as a sampler does, with everything but the network compiled.
-
-    The functions are made for one shape; smaller batches are filled up with copies of their last image, larger ones are
-    taken in pieces, so that an image is computed by the same code in every batch.
 
     Args:
         denoiser: neither guided nor calibrated.
@@ -60,9 +58,10 @@ class Fused:
             raise InputError(f"the sampler {sampler.spec} looks more than once a step, or has a state of its own")
         schedule, read = denoiser.schedule, denoiser.parameterization.read
         times, plan = planned(sampler, schedule)
-        self.denoiser, self.rows, self.first = denoiser, len(noise), schedule.scalars(times[0])
+        super().__init__(noise)
+        self.denoiser, self.first = denoiser, schedule.scalars(times[0])
         self.turns: list[_Turn] = []
-        self.alike, noise = _alike(noise), noise.contiguous()
+        noise = noise.contiguous()
         functions: dict[Any, Any] = {}
         x, past = begun(noise, self.first), []
         rows = [torch.full((self.rows,), t, device=noise.device) for t in times]
@@ -87,26 +86,6 @@ class Fused:
             x, *past = functions[form](*given)
             _compare(x, expected, sampler)
 
-    @torch.no_grad()
-    def sample(self, noise: Tensor, draw: Draw | None = None, **conditions: Any) -> Tensor:
-        """Make images; arguments are those of `Sampler.sample`.
-
-        Raises:
-            InputError: for noise of another shape, type or device than the example.
-        """
-        if _alike(noise) != self.alike:
-            raise InputError(f"the steps were compiled for {self.alike}, and this noise is {_alike(noise)}")
-        noise, b = noise.contiguous(), len(noise)
-        if b == self.rows:
-            return self._batch(noise, draw, conditions)
-        made = []
-        for start in range(0, b, self.rows):
-            rows = torch.arange(start, start + self.rows, device=noise.device).clamp(max=b - 1)
-            told = {name: v[rows] if isinstance(v, Tensor) and v.ndim else v for name, v in conditions.items()}
-            own = None if draw is None else lambda k, rows=rows: draw(k)[rows]
-            made.append(self._batch(noise[rows], own, told))
-        return torch.cat(made)[:b]
-
     def _batch(self, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]) -> Tensor:
         x, past = begun(noise, self.first), []
         for k, turn in enumerate(self.turns):
@@ -125,11 +104,6 @@ def _turn(sampler: Sampler, read: Callable[[Tensor, Tensor, Level], Prediction])
         return x_next, *kept
 
     return turn
-
-
-def _alike(noise: Tensor) -> str:
-    """What noise of any number of images has in common with that which functions are made for."""
-    return f"{tuple(noise.shape[1:])} of {noise.dtype} on {noise.device}"
 
 
 def _compare(got: Tensor, expected: Tensor, sampler: Sampler) -> None:

@@ -1,0 +1,175 @@
+"""CUDA graphs: what a GPU is told to do is recorded once, and then replayed without the host.
+
+A network of a thousand kernels takes the host longer to launch than a GPU to compute, unless the batch is large. A
+call of the network is recorded; and so are all K steps of a trajectory, as one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dualout.errors import InputError
+from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
+from dualout.networks.backends.trajectory import FixedTrajectory
+from dualout.networks.precision import Precision
+from dualout.randomness import Draw
+from dualout.samplers import Sampler
+from dualout.samplers.base import Denoises
+
+MOST = 100
+"""Evaluations of a trajectory that is recorded as a whole: a graph of 100 networks has about 100,000 kernels."""
+REPAID = 4
+"""Trajectories from which on recording one is repaid: it takes about three that are not recorded."""
+
+
+@dataclass(frozen=True)
+class Graph(Backend):
+    """The network, and all steps of a sampler, each replayed as a CUDA graph."""
+
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
+    seconds: ClassVar[float] = 0.5
+
+    def prepare(self, network: nn.Module, call: Call, precision: Precision) -> nn.Module:
+        """Recorded for one size of batch; the weights are shared, and may be changed where they are."""
+        return replayed(Plain(network, tuple(call.conditions)), call, precision)
+
+    def fuse(
+        self, denoiser: Denoises, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
+    ) -> Callable[..., Tensor] | None:
+        """All steps as one graph."""
+        return recorded(denoiser, sampler, noise, conditions, steps)
+
+
+def replayed(function: Callable[..., Tensor], call: Call, precision: Precision) -> nn.Module:
+    """A network's function, recorded; while something that calls it is recorded, it is only computed.
+
+    Args:
+        function: tensors of `call`'s shapes -> the output, (B, …).
+        call: an example.
+        precision: that it is computed in.
+
+    Raises:
+        InputError: when it cannot be recorded.
+    """
+    with torch.no_grad(), precision.autocast():
+        recording = Recording(function, *call.tensors)
+
+    def run(*tensors: Tensor) -> Tensor:
+        return function(*tensors) if torch.cuda.is_current_stream_capturing() else recording(*tensors)
+
+    return FixedBatch(run, call)
+
+
+def recorded(
+    denoiser: Denoises, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
+) -> Callable[..., Tensor] | None:
+    """A sampler's trajectory, recorded; None where so few steps do not repay it. Arguments are those of `Backend.fuse`.
+
+    Raises:
+        InputError: when it cannot be recorded.
+    """
+    if steps < REPAID * sampler.evaluations:
+        return None
+    if sampler.evaluations > MOST:
+        raise InputError(f"trajectories of more than {MOST} evaluations are not recorded as a whole")
+    return Recorded(denoiser, sampler, noise, **conditions).sample
+
+
+class Recording:
+    """A function of tensors that tells the GPU the same work each time, recorded once.
+
+    Args:
+        function: tensors -> a tensor; never waits for the GPU.
+        example: what it is called with, of the shapes and types of every call.
+
+    Raises:
+        InputError: when the function waits, or does what cannot be recorded.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *example: Tensor) -> None:
+        self.given = [v.clone(memory_format=torch.preserve_format) for v in example]
+        device = self.given[0].device
+        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            try:
+                side.wait_stream(current)
+                with torch.cuda.stream(side):
+                    # the first call may wait: for tables that are copied, and kernels that are chosen or compiled
+                    function(*self.given)
+                    _without_waiting(function, *self.given)
+                current.wait_stream(side)
+                # weights that autocast made half precision before are not of the graph, and those of the graph hold
+                # nothing until it is replayed
+                torch.clear_autocast_cache()
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self.made = function(*self.given)
+            except RuntimeError as error:
+                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise InputError(f"this cannot be recorded as a CUDA graph: {said}; take --backend eager") from error
+            finally:
+                torch.clear_autocast_cache()
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """What the function makes of these tensors."""
+        for kept, v in zip(self.given, tensors, strict=True):
+            kept.copy_(v, non_blocking=True)
+        self.graph.replay()
+        # the next replay writes where this one did
+        return self.made.clone()
+
+
+def _without_waiting(function: Callable[..., Tensor], *given: Tensor) -> None:
+    """Call a function where waiting for the GPU is an error: one that is met while recording spoils the process."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+class Recorded(FixedTrajectory):
+    """Makes images as a sampler does, all steps one launch.
+
+    Args:
+        denoiser: plain, guided or calibrated.
+        sampler: how it goes from noise to images.
+        noise: an example, (B, C, H, W), on a GPU.
+        conditions: that go with it; tensors are of each call, all else is as here.
+
+    Raises:
+        InputError: when the trajectory cannot be recorded.
+    """
+
+    @torch.no_grad()
+    def __init__(self, denoiser: Denoises, sampler: Sampler, noise: Tensor, **conditions: Any) -> None:
+        super().__init__(noise)
+        self.names = [name for name, v in conditions.items() if isinstance(v, Tensor)]
+        self.fresh: dict[int, Tensor] = {}
+        """By step, the fresh noise that it adds; filled before each replay."""
+
+        def trajectory(noise: Tensor, *told: Tensor) -> Tensor:
+            return sampler.sample(denoiser, noise, self._draw, **conditions | dict(zip(self.names, told, strict=True)))
+
+        self.noise = noise.contiguous()
+        self.recording = Recording(trajectory, self.noise, *(conditions[name] for name in self.names))
+
+    def _draw(self, k: int) -> Tensor:
+        if k not in self.fresh:
+            self.fresh[k] = torch.zeros_like(self.noise)
+        return self.fresh[k]
+
+    def _batch(self, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]) -> Tensor:
+        for k, kept in self.fresh.items():
+            if draw is None:
+                kept.normal_()
+            else:
+                kept.copy_(draw(k), non_blocking=True)
+        return self.recording(noise, *(conditions[name] for name in self.names))

@@ -1,0 +1,55 @@
+"""All steps of a sampler, made ready for one shape of noise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualout.errors import InputError
+from dualout.randomness import Draw
+
+
+class FixedTrajectory(ABC):
+    """Makes images as a sampler does, by what was made for one shape.
+
+    Smaller batches are filled up with copies of their last image, larger ones are taken in pieces, so that an image is
+    computed by the same code in every batch.
+
+    Args:
+        noise: an example, (B, C, H, W).
+    """
+
+    def __init__(self, noise: Tensor) -> None:
+        self.rows, self.alike = len(noise), _alike(noise)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, draw: Draw | None = None, **conditions: Any) -> Tensor:
+        """Make images; arguments are those of `Sampler.sample`.
+
+        Raises:
+            InputError: for noise of another shape, type or device than the example.
+        """
+        if _alike(noise) != self.alike:
+            raise InputError(f"the steps were made for {self.alike}, and this noise is {_alike(noise)}")
+        noise, b = noise.contiguous(), len(noise)
+        if b == self.rows:
+            return self._batch(noise, draw, conditions)
+        made = []
+        for start in range(0, b, self.rows):
+            rows = torch.arange(start, start + self.rows, device=noise.device).clamp(max=b - 1)
+            told = {name: v[rows] if isinstance(v, Tensor) and v.ndim else v for name, v in conditions.items()}
+            own = None if draw is None else lambda k, rows=rows: draw(k)[rows]
+            made.append(self._batch(noise[rows], own, told))
+        return torch.cat(made)[:b]
+
+    @abstractmethod
+    def _batch(self, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]) -> Tensor:
+        """Images from noise of the example's shape."""
+
+
+def _alike(noise: Tensor) -> str:
+    """What noise of any number of images has in common with that which the steps are made for."""
+    return f"{tuple(noise.shape[1:])} of {noise.dtype} on {noise.device}"
