@@ -53,5 +53,6 @@ class ClassifierFree(nn.Module):
         if not isinstance(value, Tensor):
             return value
         null = self.null.get(name, value)
-        null = torch.as_tensor(null, dtype=value.dtype, device=value.device).expand_as(value)
+        # a number is filled in where the others are: nothing is copied to the device
+        null = null.to(value).expand_as(value) if isinstance(null, Tensor) else torch.full_like(value, null)
         return torch.cat([value, null])

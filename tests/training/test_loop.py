@@ -182,6 +182,29 @@ def test_a_loss_that_is_no_number_names_step_and_images():
     assert str(order.indices(0, len(dataset), 24, 8).tolist()) in str(caught.value)
 
 
+def halved(broken: bool = False) -> tuple[Learner, list]:
+    """Thirty steps with scaled losses, where a gradient is of half precision, or no number whatever its scale."""
+    config = TrainConfig(**SMALL, steps=30)
+    denoiser = first_weights(config, images())
+    for weight in denoiser.parameters():
+        weight.register_hook(lambda g: g * float("nan") if broken else g.half().float())
+    learner = Learner(denoiser, config, scaled=True)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    return learner, list(train(learner, images()))
+
+
+def test_a_scale_that_is_too_large_is_halved_and_no_fault():
+    learner, steps = halved()
+    skipped = sum(float(step.grad_norm) == 0 for step in steps)
+    assert 0 < skipped < 20
+    assert learner.scaler.get_scale() == 2.0 ** (24 - skipped)
+    assert all(w.isfinite().all() for w in learner.denoiser.parameters())
+    assert float(steps[-1].loss) < float(steps[0].loss)
+    # a gradient that is no number at the smallest scale either is one
+    with pytest.raises(InputError, match="not finite at step 25"):
+        halved(broken=True)
+
+
 class Small(nn.Module):
     def __init__(self):
         super().__init__()

@@ -204,7 +204,8 @@ def untaught(ratio: str | float, level: Level) -> Scalar:
 
 def spread(ratio: Scalar, x_t: Tensor) -> Tensor:
     """A ratio for all images, or one an image, in every pixel: (B, 1, H, W)."""
-    ratio = torch.as_tensor(ratio, dtype=x_t.dtype, device=x_t.device)
+    # a number is filled in where the images are: nothing is copied there
+    ratio = ratio.to(x_t) if isinstance(ratio, Tensor) else x_t.new_full((), ratio)
     return ratio.expand(x_t.shape[0], 1, *x_t.shape[2:])
 
 

@@ -98,7 +98,10 @@ class Learner:
         self.scaler.scale(loss).backward()
 
     def update(self) -> tuple[float, Tensor]:
-        """Change the weights by the gradient; returns the learning rate and the gradient's norm before clipping."""
+        """Change the weights by the gradient; returns the learning rate and the gradient's norm before clipping.
+
+        Where a scaled gradient overflows (fp16), the weights stay and the norm is 0.
+        """
         step, weights = self.step + 1, list(self.parameters.values())
         lr = self.config.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -112,6 +115,10 @@ class Learner:
         # on a processor it costs nothing to look whether there is anything to clip
         if self.config.grad_clip and not (total.device.type == "cpu" and total <= self.config.grad_clip):
             nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip, norm, foreach=True)
+        if self.scaler.is_enabled():
+            # what overflowed only by its scale is no fault: the scaler leaves this step out and halves the scale
+            scale = self.scaler.scale(torch.ones_like(total))
+            total = torch.where(total.isfinite() | (scale <= 1), total, torch.zeros_like(total))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -45,7 +45,7 @@ class Step:
     parts: dict[str, Tensor]
     """The loss's parts by name, unweighted: scalars."""
     grad_norm: Tensor
-    """The norm of the gradient, before it was clipped: a scalar."""
+    """The norm of the gradient, before it was clipped: a scalar; 0 where fp16 overflowed, and no update was made."""
     lr: float
     """The learning rate."""
     metrics: dict[str, float] | None

@@ -185,7 +185,7 @@ def _only_rows(layer: nn.Module, rows: list[int]) -> int:
     count = 0
     for p in layer.parameters(recurse=False):
         p.requires_grad_(True)
-        keep = torch.zeros(rows_of(layer))
+        keep = torch.zeros(rows_of(layer), device=p.device)
         keep[rows] = 1
         p.register_hook(lambda g, keep=keep: g * keep.to(g).view(-1, *[1] * (g.ndim - 1)))
         count += p[0].numel() * len(rows)
