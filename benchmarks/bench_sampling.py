@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import subjects
 import torch
 from report import Goal, Section, table
-from timing import Spread, Times, above, fastest, interleaved, ratio
+from subjects import GPU, PLACE
+from timing import Spread, Times, above, fastest, interleaved, ratio, told
 from torch import Tensor, nn
 
 import dualout
@@ -27,19 +29,31 @@ single operations of torch take: DDIM written out for this one case, all coeffic
 look at x0 or at the arguments. `compiled` is what `--backend compile` makes of a step besides the network: reading,
 blending and stepping in one kernel."""
 
+ON_GPU = """## Sampling on a GPU: what a step costs above the network
+
+As on a processor; the network launches nothing, so that what is left is small kernels, and the host that launches them.
+Four calls are timed together. `clock` is the host's time until they were launched, the rest the time between two events
+on the GPU; where both are alike, the host is what is waited for. `compiled` is with `--full`."""
+
 GOALS = {1: (0.25, 0.1), 64: (0.5, 1 / 7)}
 """By batch size: what dual and single output may cost, of the best peer's cost."""
 COMPILED = ", compiled"
 
 
 def measure(full: bool, peers: list[ModuleType]) -> Section:
-    section, columns = Section(QUESTION), {}
+    section, columns = Section(ON_GPU if GPU else QUESTION), {}
     for batch, (dual, single) in GOALS.items():
-        steps, calls = (50, 4) if batch == 1 else (20, 1)
-        times = interleaved(cases(peers, batch, steps), rounds=61 if full else 15, calls=calls)
+        steps, calls = (50, 4) if batch == 1 else (20, 4 if GPU else 1)
+        rounds, launched = (61 if full else 15) // (3 if GPU else 1), {}
+        with told(f"batch {batch}: preparing"):
+            compared = cases(peers, batch, steps, compiled=full or not GPU)
+        with told(f"batch {batch}"):
+            times = interleaved(compared, rounds, calls=calls, launching=launched)
         section.times[f"batch {batch}, seconds a call of {steps} steps"] = times
-        cost = {k: [t / steps for t in v] for k, v in above(times, "bare").items()}
-        columns[batch] = cost
+        cost = _a_step(times, steps)
+        columns[f"batch {batch}"] = cost
+        if GPU:
+            columns[f"batch {batch}, clock"] = _a_step(launched, steps)
         best = fastest(cost, [name for name in cost if not name.startswith(("ours", "by hand", "the authors"))])
         if best:
             section.goals += [
@@ -48,25 +62,32 @@ def measure(full: bool, peers: list[ModuleType]) -> Section:
                 for output, goal in (("dual", dual), ("single", single))
                 if f"ours, {output}{how}" in cost
             ]
-    section.tables = [table(["µs a step", *(f"batch {b}" for b in GOALS)], rows(columns))]
+    section.tables = [table(["µs a step", *columns], rows(columns))]
     return section
 
 
-def rows(columns: dict[int, Times]) -> list[list[str]]:
+def _a_step(times: Times, steps: int) -> Times:
+    return {k: [t / steps for t in v] for k, v in above(times, "bare").items()}
+
+
+def rows(columns: dict[str, Times]) -> list[list[str]]:
     """Ours first, then from fast to slow."""
     first = next(iter(columns.values()))
     names = sorted(first, key=lambda n: (not n.startswith("ours"), not n.startswith("by"), statistics.median(first[n])))
-    return [[name, *(Spread.of(cost[name]).text(1e-6) for cost in columns.values())] for name in names]
+    return [
+        [name, *(Spread.of(cost[name]).text(1e-6) if name in cost else "" for cost in columns.values())]
+        for name in names
+    ]
 
 
-def cases(peers: list[ModuleType], batch: int, steps: int) -> dict[str, Callable[[], Any]]:
+def cases(peers: list[ModuleType], batch: int, steps: int, compiled: bool) -> dict[str, Callable[[], Any]]:
     generator = torch.Generator().manual_seed(0)
-    noise, single, dual = (torch.randn((batch, c, 32, 32), generator=generator) for c in (3, 3, 7))
+    noise, single, dual = (torch.randn((batch, c, 32, 32), generator=generator).to(PLACE) for c in (3, 3, 7))
     sampler, schedule = dualout.samplers.DDIM(steps=steps), dualout.schedules.Linear()
     network, two = subjects.Prepared(single), subjects.Prepared(dual)
     eps_model = dualout.Denoiser(network, dualout.Epsilon(), schedule)
     dual_model = dualout.Denoiser(two, dualout.Dual(), schedule)
-    t = torch.zeros(batch, dtype=torch.long)
+    t = torch.zeros(batch, dtype=torch.long, device=PLACE)
 
     def bare() -> None:
         for _ in range(steps):
@@ -80,12 +101,15 @@ def cases(peers: list[ModuleType], batch: int, steps: int) -> dict[str, Callable
         "ours, single": lambda: sampler.sample(eps_model, noise),
         "ours, dual": lambda: sampler.sample(dual_model, noise),
     }
-    if shutil.which("c++"):
-        one, both = (Fused(model, sampler, noise) for model in (eps_model, dual_model))
-        found |= {
-            f"ours, single{COMPILED}": lambda: one.sample(noise),
-            f"ours, dual{COMPILED}": lambda: both.sample(noise),
-        }
+    if compiled and shutil.which("c++"):
+        for output, model in (("single", eps_model), ("dual", dual_model)):
+            try:
+                found[f"ours, {output}{COMPILED}"] = partial(Fused(model, sampler, noise).sample, noise)
+            # what a compiler raises on a GPU that it does not know
+            except Exception as error:
+                if not GPU:
+                    raise
+                print(f"ours, {output}{COMPILED}: {error}", flush=True)
     for peer in peers:
         found |= peer.samplers(network, noise, steps)
         if peer.NAME == "the authors' code":
@@ -94,7 +118,7 @@ def cases(peers: list[ModuleType], batch: int, steps: int) -> dict[str, Callable
 
 
 def by_hand(network: nn.Module, noise: Tensor, levels: list[Any]) -> Callable[[], Tensor]:
-    times = torch.zeros(len(noise), dtype=torch.long)
+    times = torch.zeros(len(noise), dtype=torch.long, device=PLACE)
     plan = [(-t.sigma, torch.tensor(1 / t.alpha), torch.tensor(s.alpha), s.sigma) for t, s in pairwise(levels)]
 
     @torch.no_grad()
@@ -109,7 +133,7 @@ def by_hand(network: nn.Module, noise: Tensor, levels: list[Any]) -> Callable[[]
 
 
 def by_hand_dual(network: nn.Module, noise: Tensor, levels: list[Any]) -> Callable[[], Tensor]:
-    times = torch.zeros(len(noise), dtype=torch.long)
+    times = torch.zeros(len(noise), dtype=torch.long, device=PLACE)
     plan = [
         (-t.sigma, torch.tensor(1 / t.alpha), torch.tensor(s.alpha), s.sigma / t.sigma, -s.sigma * t.alpha / t.sigma)
         for t, s in pairwise(levels)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import subjects
 import torch
 from report import Goal, Section, table
-from timing import Spread, Times, above, fastest, interleaved, ratio
+from subjects import GPU, PLACE
+from timing import Spread, Times, above, digits, fastest, interleaved, ratio, told
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dualout
 from dualout.data.dataset import Dataset
-from dualout.errors import InputError
 from dualout.networks.precision import processor_units
 from dualout.training.config import TrainConfig
 from dualout.training.learner import Learner
@@ -33,73 +34,149 @@ are those of their examples, on a batch that lies ready; what some of them leave
 our number format, by autocast around its network; `default` is as its example does it."""
 
 
+ON_GPU = """## Training on a GPU: what a step costs
+
+As on a processor, but for the batch of M, which is 128, its dropout, which is 0.1 as in recipes/cifar10.yaml, and the
+layout: ours has its weights in channels_last, as `dualout train` does there, unless `contiguous` is said. Several steps
+are timed together, so that the host may run ahead of the GPU as it does in a real run; `launched` is when it had. In
+fp32 TF32 is as torch has it by default: on in convolutions, off in matrix products. The share of the peak is of 3
+forward passes' operations; that of rows in fp32 is of bf16's peak too."""
+
+
+class Case(NamedTuple):
+    """A network and a batch, and how it is timed."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    batch: int
+    rounds: int
+    calls: int = 1
+    compiled: tuple[str, ...] = ()
+    """Which of `PARAMETERIZATIONS` are compiled, too."""
+
+
+PARAMETERIZATIONS = {"": "eps", "dual output, ": "dual"}
+"""By what our cases are called."""
+
+
 def measure(full: bool, peers: list[ModuleType]) -> Section:
-    section = Section(QUESTION)
-    _measure_step(section, "S, batch 64", subjects.small, 64, peers, rounds=7 if full else 3, full=full)
-    _measure_step(section, "M, batch 8", subjects.cifar10, 8, peers, rounds=4 if full else 2, full=full)
-    _measure_overhead(section, peers, rounds=31 if full else 11)
+    if not GPU:
+        section = Section(QUESTION)
+        compiled = ("",) if full else ()
+        _measure_step(section, Case("S, batch 64", subjects.small, 64, 7 if full else 3, compiled=compiled), peers)
+        _measure_step(section, Case("M, batch 8", subjects.cifar10, 8, 4 if full else 2), peers)
+        _measure_overhead(section, peers, rounds=31 if full else 11)
+        return section
+    section, rounds = Section(ON_GPU), 5 if full else 3
+    peak = bf16_peak()
+    section.tables.append(f"The peak: {peak / 1e12:.0f} TFLOP/s, of a product of 8192 × 8192 matrices in bf16.")
+    compiled = tuple(PARAMETERIZATIONS) if full else ()
+    network = partial(subjects.cifar10, dropout=0.1)
+    _measure_step(section, Case("S, batch 64", subjects.small, 64, rounds, 10), peers, peak)
+    _measure_step(section, Case("M, batch 128", network, 128, rounds, 10, compiled), peers, peak)
+    with told("overhead"):
+        _measure_overhead(section, peers, rounds, calls=10)
     return section
 
 
-def _measure_step(
-    section: Section, name: str, build: Callable[..., nn.Module], batch: int, peers: list[ModuleType],
-    *, rounds: int, full: bool,
-) -> None:  # fmt: skip
-    network, images, small = build(), subjects.images(batch), name.startswith("S")
+def _measure_step(section: Section, case: Case, peers: list[ModuleType], peak: float | None = None) -> None:
+    """Args: peak: FLOP/s that shares are of, on a GPU."""
+    name, network, second = case.name, case.build(), case.build(7)
+    images = subjects.images(case.batch)
     cases = {
-        "ours, default": ours(network, batch),
-        "ours, fp32": ours(network, batch, precision="fp32"),
-        "ours, dual output, default": ours(build(7), batch, parameterization="dual"),
+        "ours, default": ours(network, case.batch),
+        "ours, fp32": ours(network, case.batch, precision="fp32"),
+        "ours, dual output, default": ours(second, case.batch, parameterization="dual"),
     }
-    if full and small:
-        compiled = ours(copy.deepcopy(network), batch, compile=True)
-        try:
-            compiled()
-            cases["ours, compiled, default"] = compiled
-        except InputError as error:
-            print(f"{name}, compiled: {error}", flush=True)
+    if GPU:
+        cases["ours, contiguous, default"] = ours(network, case.batch, channels_last=False)
+    compiled = _compiled(case, {"": network, "dual output, ": second})
+    cases |= compiled
     found: dict[str, Times] = {}
+    launched: Times = {}
     for kind, wrapped in (("default", network), ("bf16", InBf16(network))):
         theirs = {f"{n}, {kind}": step for peer in peers for n, step in peer.trainers(wrapped, images).items()}
         # a processor without units for bf16 takes three times as long, and no round says more than another
-        slow = kind == "bf16" and not (processor_units() or torch.cuda.is_available())
+        slow = kind == "bf16" and not (processor_units() or GPU)
         both = {k: _clean(step, network) for k, step in (cases | theirs).items()}
-        found[kind] = interleaved(both, 2 if slow else rounds, warmup=0 if slow else 1)
+        with told(f"{name}, {kind}"):
+            found[kind] = interleaved(
+                both, 2 if slow else case.rounds, warmup=0 if slow else 1, calls=case.calls, launching=launched
+            )
         section.times[f"{name}, {kind}, seconds a step"] = found[kind]
         # with the peers in bf16 only what it is compared with is timed again
-        cases = {"ours, default": cases["ours, default"]}
+        cases = {k: step for k, step in cases.items() if k == "ours, default" or (GPU and k in compiled)}
     times = found["default"]
     default, half = (
         fastest(found[kind], [n for n in found[kind] if n.endswith(kind) and not n.startswith("ours")])
         for kind in ("default", "bf16")
     )
     if default and half:
-        section.goals.append(_goal(times, name, default, "ours, default", 1.7 if small else 2.5))
-        if "ours, compiled, default" in times:
-            section.goals.append(_goal(times, name, default, "ours, compiled, default", 2.2))
-        if not small:
-            section.goals.append(_goal(found["bf16"], name, half, "ours, default", 1.2))
-            section.goals.append(_goal(times, name, default, "ours, fp32", 1.2))
+        _add_goals(section, name, found, default, half)
     reference = statistics.median(times[default]) if default else None
     shown = found["bf16"] | times
-    rows = [
-        [
-            case,
-            Spread.of(shown[case]).text(1e-3),
-            f"{reference / statistics.median(shown[case]):.2f}" if reference else "",
-        ]
-        for case in sorted(shown, key=lambda c: (not c.startswith("ours"), statistics.median(shown[c])))
-    ]
-    section.tables.append(table([f"{name}: ms a step", "median [min..max]", "× fastest peer, default"], rows))
+    rows = []
+    for key in sorted(shown, key=lambda c: (not c.startswith("ours"), statistics.median(shown[c]))):
+        median = statistics.median(shown[key])
+        row = [key, Spread.of(shown[key]).text(1e-3), f"{reference / median:.2f}" if reference else ""]
+        if peak:
+            share = 3 * case.batch * subjects.flop(second if "dual" in key else network) / median / peak
+            row += [digits(1e3 * statistics.median(launched[key])), digits(case.batch / median), f"{share:.1%}"]
+        rows.append(row)
+    header = [f"{name}: ms a step", "median [min..max]", "× fastest peer, default"]
+    section.tables.append(table(header + (["ms, launched", "images/s", "of the bf16 peak"] if peak else []), rows))
+
+
+def _compiled(case: Case, networks: dict[str, nn.Module]) -> dict[str, Callable[[], Any]]:
+    """Ours with the network compiled, which happens here."""
+    found = {}
+    for which in case.compiled:
+        key = f"ours, {which}compiled, default"
+        options = {"compile": True, "parameterization": PARAMETERIZATIONS[which]}
+        step = ours(copy.deepcopy(networks[which]), case.batch, **options)
+        try:
+            with told(f"{case.name}, {key}: compiling"):
+                step()
+        # of the compiler's own, and of those that it calls
+        except Exception as error:
+            print(f"{case.name}, {which}compiled: {error}", flush=True)
+        else:
+            found[key] = step
+    return found
+
+
+def _add_goals(section: Section, name: str, found: dict[str, Times], default: str, half: str) -> None:
+    """Args: default, half: the fastest peer at its default, and in bf16."""
+    times, small = found["default"], name.startswith("S")
+    compiled = [f"ours, {which}compiled, default" for which in PARAMETERIZATIONS]
+    if GPU:
+        # the peers' networks have a single output: dual output has a little more to do
+        for own in ("ours, default", *(c for c in compiled if c in times)):
+            section.goals += [_goal(found[k], name, peer, own, 1) for k, peer in (("default", default), ("bf16", half))]
+        section.goals.append(_goal(times, name, default, "ours, fp32", 1))
+        return
+    section.goals.append(_goal(times, name, default, "ours, default", 1.7 if small else 2.5))
+    if compiled[0] in times:
+        section.goals.append(_goal(times, name, default, compiled[0], 2.2))
+    if not small:
+        section.goals.append(_goal(found["bf16"], name, half, "ours, default", 1.2))
+        section.goals.append(_goal(times, name, default, "ours, fp32", 1.2))
 
 
 def _goal(times: Times, name: str, peer: str, own: str, least: float) -> Goal:
     return Goal(f"{name}: {peer} / {own}", ratio(times, peer, own), least, least=True)
 
 
-def _measure_overhead(section: Section, peers: list[ModuleType], rounds: int) -> None:
-    network, images, noise = subjects.small(), subjects.images(4), torch.randn(4, 3, 32, 32)
-    t = torch.randint(0, 1000, (4,))
+def bf16_peak() -> float:
+    """FLOP/s of a matrix product in bf16 that is large enough for a GPU."""
+    a, b = (torch.randn(8192, 8192, device=PLACE, dtype=torch.bfloat16) for _ in range(2))
+    times = interleaved({"product": lambda: a @ b}, 10, warmup=3)
+    return 2 * 8192**3 / statistics.median(times["product"])
+
+
+def _measure_overhead(section: Section, peers: list[ModuleType], rounds: int, calls: int = 1) -> None:
+    network, images, noise = subjects.small(), subjects.images(4), torch.randn(4, 3, 32, 32, device=PLACE)
+    t = torch.randint(0, 1000, (4,), device=PLACE)
 
     def bare() -> None:
         F.mse_loss(network(images, t), noise).backward()
@@ -107,7 +184,7 @@ def _measure_overhead(section: Section, peers: list[ModuleType], rounds: int) ->
     cases = {"bare": bare, "ours": ours(network, 4, precision="fp32")}
     for peer in peers:
         cases |= peer.trainers(network, images)
-    times = interleaved({k: _clean(step, network) for k, step in cases.items()}, rounds, warmup=2)
+    times = interleaved({k: _clean(step, network) for k, step in cases.items()}, rounds, warmup=2, calls=calls)
     section.times["S, batch 4, seconds a step"] = times
     cost, whole = above(times, "bare"), Spread.of(times["bare"])
     rows = [
@@ -119,7 +196,11 @@ def _measure_overhead(section: Section, peers: list[ModuleType], rounds: int) ->
 
 
 def ours(network: nn.Module, batch: int, *, images: Dataset | None = None, **options: Any) -> Callable[[], Any]:
-    """Steps of the loop behind `dualout train`."""
+    """Steps of the loop behind `dualout train`; on a GPU, of a copy of the network, which is laid out as there."""
+    if GPU:
+        options = {"channels_last": True, **options}
+        layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
+        network = copy.deepcopy(network).to(memory_format=layout)  # type: ignore[call-overload]
     options = {"parameterization": "eps", "steps": 10**9, "log_every": 50, "batch_size": batch, **options}
     config = TrainConfig(**options)
     parameterization = dualout.Parameterization.parse(config.parameterization or "")

@@ -1,4 +1,4 @@
-"""What is measured: networks with random weights, and random images."""
+"""What is measured, and where: networks with random weights, and random images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from dualout.data.dataset import Dataset
 from dualout.networks import build
+
+GPU = torch.cuda.is_available()
+PLACE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+"""Where networks and tensors are; clocks follow (`timing`)."""
 
 
 class Prepared(nn.Module):
@@ -45,17 +51,25 @@ def small(channels: int = 3, heads: int = 8) -> nn.Module:
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=64 // heads,
     )  # fmt: skip
-    return Plain(unet)
+    return Plain(unet).to(PLACE)
 
 
-def cifar10(channels: int = 3) -> nn.Module:
+def cifar10(channels: int = 3, dropout: float = 0.0) -> nn.Module:
     """M: DDPM's UNet for CIFAR-10, 35.7 million parameters, 12.1 GFLOP an image forward."""
-    return Plain(build("ddpm-cifar10:dropout=0.0", 3, 32, channels))
+    return Plain(build(f"ddpm-cifar10:dropout={dropout}", 3, 32, channels)).to(PLACE)
+
+
+@torch.no_grad()
+def flop(network: nn.Module) -> int:
+    """Operations of one image forward, counted as in bench_cost: a multiplication and an addition are two."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(images(1), torch.zeros(1, dtype=torch.long, device=PLACE))
+    return counter.get_total_flops()
 
 
 def images(count: int, seed: int = 0) -> Tensor:
     """(B, 3, 32, 32), uniform in [−1, 1]."""
-    return torch.rand((count, 3, 32, 32), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (torch.rand((count, 3, 32, 32), generator=torch.Generator().manual_seed(seed)) * 2 - 1).to(PLACE)
 
 
 def dataset(count: int = 1024) -> Dataset:

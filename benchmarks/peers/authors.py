@@ -44,7 +44,7 @@ def _diffusion(kind: str, implicit: bool) -> Any:
 
 def samplers(network: nn.Module, noise: Tensor, steps: int) -> dict[str, Callable[[], Any]]:
     """DDIM; with dual output where the network has 2C + 1 channels."""
-    dual = network(noise, torch.zeros(len(noise), dtype=torch.long)).shape[1] != noise.shape[1]
+    dual = network(noise, torch.zeros(len(noise), dtype=torch.long, device=noise.device)).shape[1] != noise.shape[1]
     times = _library.respace.respace_timesteps(1000, steps, "ddim")
     spaced = _library.respace.SpacedDiffusion(_diffusion("dualx" if dual else "eps", True), times)
     return {

@@ -31,7 +31,7 @@ def _denoiser(network: nn.Module) -> Any:
 
 
 def samplers(network: nn.Module, noise: Tensor, steps: int) -> dict[str, Callable[[], Any]]:
-    sampler = _library.sample.DDIMSampler(_denoiser(network), steps=steps, silent=True)
+    sampler = _library.sample.DDIMSampler(_denoiser(network), steps=steps, silent=True, device=noise.device)
     return {"azula": lambda: sampler(noise)}
 
 

@@ -43,7 +43,7 @@ def _diffusion(network: nn.Module, images: Tensor, **options: Any) -> Any:
     return _library.GaussianDiffusion(
         _Model(network, images.shape[1]), image_size=images.shape[-1], objective="pred_noise", beta_schedule="linear",
         **options,
-    )  # fmt: skip
+    ).to(images.device)  # fmt: skip
 
 
 def samplers(network: nn.Module, noise: Tensor, steps: int) -> dict[str, Callable[[], Any]]:
