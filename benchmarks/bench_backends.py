@@ -10,6 +10,7 @@ from typing import Any
 import subjects
 import torch
 from report import Section, table
+from subjects import GPU, PLACE
 from timing import Spread, interleaved, ratio
 
 from dualout.errors import InputError
@@ -23,30 +24,39 @@ root mean square over that of the output; what exceeds the tolerance is refused.
 of calls in the last column. A backend that is not installed, or a number format that the processor has no units for, is
 left out; torch.compile is measured with `--full`."""
 
+ON_GPU = """## Backends on a GPU: the network of `sample` and `evaluate`
+
+As on a processor; ten calls are timed together, as in a sampler, which never waits. torch.compile is measured with
+`--full`, in bf16."""
+
 BATCH = 64
 
 
 @torch.no_grad()
 def measure(full: bool, peers: list[ModuleType]) -> Section:
-    section, place = Section(QUESTION), torch.device("cpu")
+    section = Section(ON_GPU if GPU else QUESTION)
     network = subjects.small(7).eval()
-    call = Call(subjects.images(BATCH), torch.full((BATCH,), 500), {})
+    call = Call(subjects.images(BATCH), torch.full((BATCH,), 500, device=PLACE), {})
     found: dict[str, tuple[Chosen, Precision, float]] = {}
+    # compilers for GPUs work in processes of their own
+    clock = time.perf_counter if GPU else time.process_time
     for kind in sorted(Backend.kinds().values(), key=lambda backend: backend.seconds):
         for name in kind.precisions:
-            precision = Precision(name, place, "as asked")
-            skipped = (name == "bf16" and not processor_units()) or (kind.name == "compile" and not full)
-            if name == "fp16" or skipped:
+            precision = Precision(name, PLACE, "as asked")
+            slow = name == "bf16" and not (GPU or processor_units())
+            skipped = kind.name == "compile" and not (full and (name == "bf16" or not GPU))
+            if name == "fp16" or slow or skipped:
                 continue
-            begun = time.process_time()
+            begun = clock()
             try:
                 kind().check(precision)
                 chosen = choose(kind.name, network, [call], precision, 1)
             except InputError as error:
                 print(f"{kind.name}, {name}: {error}", flush=True)
                 continue
-            found[f"{kind.name}, {name}"] = chosen, precision, time.process_time() - begun
-    times = interleaved({name: _call(*ready[:2], call) for name, ready in found.items()}, 15 if full else 7)
+            found[f"{kind.name}, {name}"] = chosen, precision, clock() - begun
+    cases = {name: _call(*ready[:2], call) for name, ready in found.items()}
+    times = interleaved(cases, 15 if full else 7, calls=10 if GPU else 1)
     section.times["seconds a call"] = times
     rows = []
     for name, (chosen, _, preparing) in found.items():

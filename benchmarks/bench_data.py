@@ -98,4 +98,4 @@ def _batches(dataset: Dataset) -> Iterator[Any]:
 def _tiny() -> Callable[[], Any]:
     from dualout.networks import build
 
-    return ours(build("tiny", 1, 8, 3), BATCH, images=data.load("digits"), parameterization="dual")
+    return ours(build("tiny", 1, 8, 3).to(subjects.PLACE), BATCH, images=data.load("digits"), parameterization="dual")

@@ -12,8 +12,10 @@ from typing import Any
 import subjects
 import torch
 from report import Section, table
+from subjects import GPU, PLACE
 from timing import Spread, Times, digits, interleaved
 from torch import nn
+from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -25,8 +27,16 @@ Forward and backward of S (64 images) and M (8 images), one thread. The peak is 
 networks' own 3×3 convolutions reach. `bf16` is autocast alone; `attention in fp32` is what `dualout train` does on
 processors. The profile is of that, by kind of operation."""
 
-GFLOP = {"S": 3 * 64 * 0.618, "M": 3 * 8 * 12.1}
+BATCHES = {"S": 64, "M": 128 if GPU else 8}
+CALLS = 10 if GPU else 1
+GFLOP = {"S": 3 * BATCHES["S"] * 0.618, "M": 3 * BATCHES["M"] * 12.1}
 """Of forward and backward."""
+
+ON_GPU = f"""## Precision on a GPU: where the time of a training step goes
+
+Forward and backward of S (64 images) and M ({BATCHES["M"]} images), {CALLS} timed together. The peak is what one large
+matrix product and the networks' own 3×3 convolutions reach. `bf16` is autocast, attention included. The profile is of
+the GPU's time in bf16, by kind of operation."""
 
 KINDS = {
     "convolution": ("convolution", "conv2d"),
@@ -39,16 +49,17 @@ KINDS = {
 
 
 def measure(full: bool, peers: list[ModuleType]) -> Section:
-    section = Section(QUESTION)
+    section = Section(ON_GPU if GPU else QUESTION)
     section.tables.append(_peaks(5 if full else 3))
     # without units for bf16 most of the time goes to what is slow beyond doubt
-    many = full and bool(processor_units() or torch.cuda.is_available())
+    many = full and bool(processor_units() or GPU)
     for name, build in {"S": subjects.small, "M": subjects.cifar10}.items():
         cases = _cases(name, build)
-        times = interleaved(cases, (7 if name == "S" else 5) if many else 2)
+        times = interleaved(cases, (7 if name == "S" else 5) if many else 2, calls=CALLS)
         section.times[f"{name}, seconds of forward and backward"] = times
         section.tables.append(_table(name, times))
-        section.tables.append(_profile(name, cases["bf16, attention in fp32"]))
+        which = "bf16" if GPU else "bf16, attention in fp32"
+        section.tables.append(_profile(f"{name}, {which}", cases[which]))
     return section
 
 
@@ -56,15 +67,21 @@ def _cases(name: str, build: Callable[..., nn.Module]) -> dict[str, Callable[[],
     found = {
         "fp32": _step(name, build()),
         "bf16": _step(name, build(), bf16=True),
-        "bf16, attention in fp32": _step(name, build(), bf16=True, apart=True),
         "fp32, channels_last": _step(name, build(), layout=torch.channels_last),
+    }
+    if name == "S":
+        found["fp32, one head"] = _step(name, build(heads=1))
+        found["bf16, one head"] = _step(name, build(heads=1), bf16=True)
+    if GPU:
+        # attention stays in bf16 there
+        return found | {"bf16, channels_last": _step(name, build(), bf16=True, layout=torch.channels_last)}
+    found |= {
+        "bf16, attention in fp32": _step(name, build(), bf16=True, apart=True),
         "bf16, attention in fp32, channels_last": _step(
             name, build(), bf16=True, apart=True, layout=torch.channels_last
         ),
     }
     if name == "S":
-        found["fp32, one head"] = _step(name, build(heads=1))
-        found["bf16, one head"] = _step(name, build(heads=1), bf16=True)
         found["bf16, attention in fp32, one head"] = _step(name, build(heads=1), bf16=True, apart=True)
     return found
 
@@ -78,17 +95,17 @@ def _step(
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Callable[[], None]:
     """Forward and backward; `apart` keeps attention in float32."""
-    batch = 64 if name == "S" else 8
+    batch = BATCHES[name]
     network.to(memory_format=layout)
-    x, t = subjects.images(batch).contiguous(memory_format=layout), torch.randint(0, 1000, (batch,))
-    target = torch.randn(x.shape)
+    x, t = subjects.images(batch).contiguous(memory_format=layout), torch.randint(0, 1000, (batch,), device=PLACE)
+    target = torch.randn(x.shape, device=PLACE)
 
     def step() -> None:
         with ExitStack() as stack:
             if apart:
                 stack.enter_context(choose("bf16", x.device).autocast())
             elif bf16:
-                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                stack.enter_context(torch.autocast(PLACE.type, torch.bfloat16))
             out = network(x, t)
         F.mse_loss(out.float(), target).backward()
         network.zero_grad(set_to_none=True)
@@ -99,12 +116,15 @@ def _step(
 def _peaks(rounds: int) -> str:
     """GFLOP/s of a large matrix product and of convolutions."""
     cases, work = {}, {}
+    side_of_matrix = 8192 if GPU else 2048
+    shapes = ((128, 128, 32), (128, 256, 16)) if GPU else ((64, 32, 32), (8, 256, 16))
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(2048, 2048, dtype=dtype)
-        cases[f"matrix product, {dtype}"], work[f"matrix product, {dtype}"] = lambda a=a: a @ a, 2 * 2048**3
-        for batch, channels, side in ((64, 32, 32), (8, 256, 16)):
-            x = torch.randn(batch, channels, side, side, dtype=dtype, requires_grad=True)
-            convolution = nn.Conv2d(channels, channels, 3, padding=1).to(dtype)
+        a = torch.randn(side_of_matrix, side_of_matrix, dtype=dtype, device=PLACE)
+        cases[f"matrix product, {dtype}"] = lambda a=a: a @ a
+        work[f"matrix product, {dtype}"] = 2 * side_of_matrix**3
+        for batch, channels, side in shapes:
+            x = torch.randn(batch, channels, side, side, dtype=dtype, device=PLACE, requires_grad=True)
+            convolution = nn.Conv2d(channels, channels, 3, padding=1).to(PLACE, dtype)
             ahead = f"convolution {batch}×{channels}×{side}×{side}"
             flop = 2 * batch * side**2 * channels**2 * 9
 
@@ -142,12 +162,16 @@ def _table(name: str, times: Times) -> str:
 
 
 def _profile(name: str, step: Callable[[], None]) -> str:
-    with profile(activities=[ProfilerActivity.CPU]) as measured:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+    with profile(activities=activities) as measured:
         step()
     shares: Counter[str] = Counter()
     for event in measured.key_averages():
+        # kernels are also listed by themselves: their time is that of the operations that launched them
+        if event.device_type != DeviceType.CPU:
+            continue
         kind = next((k for k, words in KINDS.items() if any(w in event.key for w in words)), "other")
-        shares[kind] += event.self_cpu_time_total
+        shares[kind] += event.self_device_time_total if GPU else event.self_cpu_time_total
     total = sum(shares.values())
     rows = [[kind, f"{share / total:.0%}"] for kind, share in shares.most_common()]
-    return table([f"{name}, bf16 with attention in fp32: kind of operation", "share of the time"], rows)
+    return table([f"{name}: kind of operation", "share of the time"], rows)

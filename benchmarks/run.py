@@ -5,6 +5,9 @@
     python benchmarks/run.py sampling          one question: bench_sampling.py
     python benchmarks/run.py --authors PATH    also the authors' code, from a checkout of it
 
+Where there is a GPU, networks are measured on it, by the time between events; the answers stand beside those of a
+processor. `throughput` is asked of a GPU alone.
+
 A question is written down as soon as it is answered; one that fails, or is interrupted by Ctrl-C, leaves the others as
 they are, and what is left is told at the end.
 
@@ -29,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 
 MINUTES = {
     "backends": (1, 2.5), "cost": (0.5, 0.5), "data": (1, 1.5), "frechet": (0.5, 1), "precision": (2.5, 3.5),
-    "processes": (0, 5), "sampling": (0.5, 1), "training": (5, 10),
+    "processes": (0, 5), "sampling": (0.5, 1), "throughput": (0, 0), "training": (5, 10),
 }  # fmt: skip
 """About what a question takes on two quiet cores with AVX-512: the short form, the long one."""
 
@@ -55,6 +58,7 @@ def main() -> int:
     import machine
     import peers
     import report
+    import subjects
     import torch
 
     torch.set_num_threads(given.threads)
@@ -69,9 +73,8 @@ def main() -> int:
         **machine.describe(),
     }
     asked = given.questions or questions
-    print(
-        f"about {sum(MINUTES[name][given.full] for name in asked):.0f} minutes, when the machine is quiet", flush=True
-    )
+    minutes = sum(MINUTES[name][given.full] for name in asked)
+    print(f"about {minutes:.0f} minutes, on two quiet cores without a GPU", flush=True)
     unanswered: dict[str, str] = {}
     for place, name in enumerate(asked):
         print(f"\n== {name}, about {MINUTES[name][given.full]} minutes", flush=True)
@@ -80,14 +83,14 @@ def main() -> int:
             section = importlib.import_module(f"bench_{name}").measure(given.full, present)
             if section is not None:
                 print(section.text(), flush=True)
-                report.write(given.out, name, section, how)
+                report.write(given.out, f"{name}, GPU" if subjects.GPU else name, section, how)
         except KeyboardInterrupt:
             unanswered |= dict.fromkeys(asked[place:], "interrupted")
             break
         except Exception as error:
             traceback.print_exc()
             unanswered[name] = f"{type(error).__name__}: {error}"
-        print(f"took {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
+        print(f"took {time.monotonic() - begun:.0f} s", flush=True)
     print(f"\nwritten: {given.out / 'performance.md'}")
     for name, why in unanswered.items():
         print(f"unanswered: {name} ({why})")
