@@ -139,6 +139,26 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_written(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"backend": "openvin"}, "unknown backend 'openvin'; did you mean 'openvino'"),
+        ({"backend": "onnx", "precision": "bf16"}, "--backend onnx computes in fp32, not in bf16"),
+        ({"precision": "fp61"}, "unknown precision 'fp61'"),
+    ],
+)
+def test_a_backend_or_precision_that_cannot_be_used_is_told(option, told):
+    with pytest.raises(InputError, match=told):
+        Grid(device="cpu", **option)
+
+
+def test_images_are_made_as_the_grid_says(grid_file, tmp_path):
+    asked = ["--config", str(grid_file), "--out", str(tmp_path / "out"), "--precision", "bf16", "--backend", "auto"]
+    assert main(["compare", *asked, "--calibrated", "[false]", "--spacings", "[trailing]"]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {(r["protocol"]["precision"], r["protocol"]["backend"]) for r in rows} == {("bf16", "auto")}
+
+
+@pytest.mark.parametrize(
     ("train", "says"),
     [({"data": [None]}, "data is a name"), ({"steps": "x"}, "steps is a whole number"), ({"lr": []}, "lr is")],
 )

@@ -103,11 +103,16 @@ def run(grid: Grid, out: Path) -> Iterator[Doing | list[Row]]:
             for route in grid.routes(training, calibrated):
                 for seed in grid.sets:
                     first = first_seed(seed, grid.images)
-                    sampling = Sampling(model, sampler, parse_route(str(route)), first, calibrated=calibrated)
+                    sampling = Sampling(
+                        model, sampler, parse_route(str(route)), first, precision=grid.precision,
+                        calibrated=calibrated, backend=grid.backend,
+                    )  # fmt: skip
                     scoring = Scoring(sampling, grid.images, references, seed)
                     wanted.append((training, scoring))
                     if all(results.find(row) for row in scoring.pending()):
                         continue
+                    batches = -(-grid.images // grid.batch_size)
+                    sampling.prepare(min(grid.batch_size, grid.images), batches * sampler.evaluations)
                     for count in scoring.run(grid.batch_size):
                         yield Doing(f"{training.method} seed {training.seed}: {scoring.title}", count, grid.images)
                     results.add(scoring.rows())

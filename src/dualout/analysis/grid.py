@@ -14,7 +14,9 @@ from dualout.errors import InputError, unknown
 from dualout.evaluation.features import Features
 from dualout.evaluation.sampling import build_sampler
 from dualout.evaluation.scoring import check_count
+from dualout.networks import backends
 from dualout.networks.device import device as find_device
+from dualout.networks.precision import choose
 from dualout.registry import described, fits
 from dualout.samplers import Sampler
 from dualout.schedules import Schedule
@@ -63,6 +65,10 @@ class Grid:
     """The method that ratios are taken to; by default the first"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
+    precision: str = "fp32"
+    """Of the networks when images are made: fp32, bf16, fp16, auto; of their training it is an option of `train`"""
+    backend: str = "eager"
+    """What computes the networks when images are made: eager, graph, compile, openvino, onnx, or auto"""
     batch_size: int = 256
     """Images sampled at a time"""
 
@@ -93,7 +99,7 @@ class Grid:
         for part in self.parts():
             for spec, spacing, steps in product(part.samplers, part.spacings, part.steps):
                 build_sampler(spec, steps, spacing)
-        find_device(self.device)
+        backends.check(self.backend, choose(self.precision, find_device(self.device)))
         self.models()
 
     def parts(self) -> list[Part]:

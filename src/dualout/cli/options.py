@@ -68,7 +68,7 @@ _TRUTHS = ("true", "false", "True", "False", "yes", "no", "null")
 
 def _spell_switches(options: type, arguments: Sequence[str]) -> list[str]:
     """``--flag`` alone means true where the field is a bool; jsonargparse wants the word."""
-    switches = {f"--{name}" for name, kind in types(options).items() if kind is bool or bool in get_args(kind)}
+    switches = {f"--{name}" for name, kind in types(options).items() if fits(True, kind)}
     following = [*arguments[1:], ""]
     return [
         f"{argument}=true" if argument in switches and after not in _TRUTHS else argument
