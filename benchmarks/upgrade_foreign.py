@@ -13,7 +13,8 @@ scratch that were trained with each, make a mean ± standard deviation:
         --seen 128000 --split all --features digits,pixels --out runs/upgrade-digits
 
 Writes models.csv (one row a model and seed) and errors.csv (seed, t, the error of x0 of each model), and prints both as
-Markdown tables. Minutes are those of processor time, looks at held-out images included.
+Markdown tables. Minutes are those of processor time, looks at held-out images included; with --device cuda they are
+the clock's.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from dualout.cli.main import main as dualout
 from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
 from dualout.networks import foreign
+from dualout.networks.device import device as place
 from dualout.randomness import mix, noise
 from dualout.samplers import Sampler
 from dualout.training import opening
@@ -91,17 +93,18 @@ def config_of(o: argparse.Namespace, plan: Plan, out: Path) -> UpgradeConfig:
         precision="fp32",
         check_every=max(10, -(-plan.steps // 2)),
         seed=o.seed,
-        device="cpu",
+        device=str(o.device),
         out=str(out),
     )
 
 
 def make(o: argparse.Namespace, plan: Plan, dataset: Dataset) -> float:
-    """Make one model, unless it is there; returns the minutes of processor time it took."""
+    """Make one model, unless it is there; returns the minutes it took, on a processor of its time."""
     out, told = o.out / plan.name, o.out / "minutes" / f"{plan.name}.json"
     if told.exists():
         return json.loads(told.read_text())
-    began = time.process_time()
+    clock = time.process_time if o.device.type == "cpu" else time.perf_counter
+    began = clock()
     if plan.scope == "control":
         control(config_of(o, plan, out), dataset, out)
     else:
@@ -109,7 +112,8 @@ def make(o: argparse.Namespace, plan: Plan, dataset: Dataset) -> float:
             for check in work if not work.finished else ():
                 how = f"{plan.name} {check.stage} {check.step}, {check.share:.0%} of the way: {check.score:+.3f}"
                 print(how, f"worse in {check.worse}", "kept" if check.kept else "not kept", flush=True)
-    minutes = (time.process_time() - began) / 60
+    minutes = (clock() - began) / 60
+    print(f"{plan.name}: {minutes:.2f} minutes", flush=True)
     told.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(json.dumps(minutes))
     return minutes
@@ -121,8 +125,9 @@ def control(config: UpgradeConfig, dataset: Dataset, out: Path) -> None:
     rest = order[min(config.held_out, len(order) // 4) :]
     source = foreign.load(config.source, config.adapter).train()
     with Run(config.training(), denoiser=source, dataset=dataset.select(rest)) as run:
-        for _ in run:
-            pass
+        for step in run:
+            if step.metrics is not None:
+                print(f"control {step.index} of {config.steps}: loss {step.metrics['loss']:.4f}", flush=True)
         run.denoiser.save_pretrained(out, image=image_of(dataset))
 
 
@@ -135,21 +140,21 @@ def image_of(dataset: Dataset) -> dict[str, Any]:
 def errors(denoiser: Denoiser, test: Dataset, o: argparse.Namespace) -> torch.Tensor:
     """|x0 − p.x0|² of unseen images in each bin of t, (bins, images), x0 not clipped."""
     rows = opening.shuffled(len(test), 0)[: o.judged]
-    stream = opening.Stream(test, rows, denoiser.schedule.steps, o.bins, 12345, torch.device("cpu"))
+    stream = opening.Stream(test, rows, denoiser.schedule.steps, o.bins, 12345, o.device)
     found: list[list[torch.Tensor]] = [[] for _ in range(o.bins)]
     for batch in stream:
         level = denoiser.schedule.level(batch.t).like(batch.x0)
         p = denoiser(level.alpha * batch.x0 + level.sigma * batch.noise, batch.t, **batch.conditions)
-        found[batch.bin].append((p.x0.double() - batch.x0).square().flatten(1).mean(1))
+        found[batch.bin].append((p.x0.double() - batch.x0).square().flatten(1).mean(1).cpu())
     return torch.stack([torch.cat(row) for row in found])
 
 
 @torch.no_grad()
-def look(denoiser: Denoiser, shape: tuple[int, ...], images: int = 32) -> dict[str, float]:
+def look(denoiser: Denoiser, shape: tuple[int, ...], device: torch.device, images: int = 32) -> dict[str, float]:
     """The range of ancestral samples in 100 steps that are never clipped."""
     sampler = Sampler.parse(LOOK)
-    first = noise(mix(0, np.arange(images)), shape)
-    x = sampler.sample(denoiser, first, draw=lambda k: noise(mix(1, k, np.arange(images)), shape))
+    first = noise(mix(0, np.arange(images)), shape, device=device)
+    x = sampler.sample(denoiser, first, draw=lambda k: noise(mix(1, k, np.arange(images)), shape, device=device))
     return {"least": float(x.min()), "largest": float(x.max()), "beyond": float((x.abs() > 1.1).double().mean())}
 
 
@@ -158,8 +163,10 @@ def judged(o: argparse.Namespace, name: str, path: Path, test: Dataset) -> dict[
     kept = o.out / "judged" / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    denoiser = Denoiser.from_pretrained(path).eval()
-    found = {"errors": errors(denoiser, test, o).tolist()} | look(denoiser, (test.channels, *test.size))
+    began = time.perf_counter()
+    denoiser = Denoiser.from_pretrained(path).to(o.device).eval()
+    found = {"errors": errors(denoiser, test, o).tolist()} | look(denoiser, (test.channels, *test.size), o.device)
+    print(f"{name}: judged in {time.perf_counter() - began:.1f} s", flush=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found))
     return found
@@ -176,7 +183,7 @@ def score(o: argparse.Namespace, paths: list[Path]) -> list[dict[str, Any]]:
         if steps:
             told = {
                 "data": o.data, "split": o.split, "images": o.images, "samplers": sampler, "spacings": spacing,
-                "steps": steps, "features": o.features, "device": "cpu", "out": o.out / "scores",
+                "steps": steps, "features": o.features, "device": o.device, "out": o.out / "scores",
             }  # fmt: skip
             flags = [f"--{name}={value}" for name, value in told.items()]
             if dualout(["evaluate", ",".join(map(str, paths)), *flags]):
@@ -264,6 +271,7 @@ def parsed() -> argparse.Namespace:
     options.add_argument("--dpm", default="", help="steps of DPM-Solver++ 2M at linspace spacing, x0 clipped")
     options.add_argument("--features", default="pixels")
     options.add_argument("--seeds", type=lambda v: [int(s) for s in v.split(",")], default=[0])
+    options.add_argument("--device", type=place, default="cpu", help="cpu, cuda, cuda:1 …, or auto")
     options.add_argument("--out", type=Path, required=True)
     return options.parse_args()
 
