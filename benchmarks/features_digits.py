@@ -5,7 +5,8 @@
                                                                   one for other data: --features classifier:path=FILE
 
 The classifier sees the training split, shifted by up to a pixel; its accuracy on the test split is written into the
-file. A run is determined by its arguments: data order, shifts and weights come from --seed.
+file. A run is determined by its arguments, to the rounding of its device: data order, shifts and weights come from
+--seed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from dualout.data import load
 from dualout.data.pixels import to_model
 from dualout.evaluation.features.classifier import Digits, SmallClassifier, accuracy
+from dualout.networks.device import device
 from dualout.version import __version__
 
 
@@ -42,6 +44,7 @@ def main() -> None:
     options.add_argument("--width", type=int, default=18)
     options.add_argument("--features", type=int, default=64)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--device", default="auto", help="cpu, cuda, …; by default the accelerator, if there is one")
     options.add_argument("--out", type=Path, default=Digits.shipped)
     chosen = options.parse_args()
 
@@ -49,33 +52,35 @@ def main() -> None:
     test = load(chosen.test) if chosen.test else load(chosen.data, split="test")
     if train.labels is None or test.labels is None:
         options.error("a classifier needs labels, and these images have none")
-    images, held_out = (to_model(d.batch(range(len(d)))) for d in (train, test))
-    classes = int(train.labels.max()) + 1
+    place = device(chosen.device)
+    images, held_out = (to_model(d.batch(range(len(d)))).to(place) for d in (train, test))
+    labels, held_out_labels = train.labels.to(place), test.labels.to(place)
+    classes = int(labels.max()) + 1
     # halved until 2 or 3 pixels are left
     stages = max(1, min(train.size).bit_length() - 2)
 
     torch.manual_seed(chosen.seed)
     generator = torch.Generator().manual_seed(chosen.seed)
-    network = SmallClassifier(train.channels, train.size, classes, chosen.width, chosen.features, stages)
+    network = SmallClassifier(train.channels, train.size, classes, chosen.width, chosen.features, stages).to(place)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, chosen.steps)
     for step in range(1, chosen.steps + 1):
         rows = torch.randint(0, len(images), (chosen.batch_size,), generator=generator)
         logits = network.logits(shifted(images[rows], generator))
-        loss = F.cross_entropy(logits, train.labels[rows], label_smoothing=0.05)
+        loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
         if step % 500 == 0:
-            right = accuracy(network, held_out, test.labels)
+            right = accuracy(network, held_out, held_out_labels)
             print(f"step {step:5d}  loss {loss:.4f}  test accuracy {right:.4f}", flush=True)
 
     trained = {
         "data": train.name,
         "fingerprint": train.fingerprint,
         "images": len(train),
-        "test_accuracy": round(accuracy(network, held_out, test.labels), 4),
+        "test_accuracy": round(accuracy(network, held_out, held_out_labels), 4),
         "test_images": len(test),
         "steps": chosen.steps,
         "batch_size": chosen.batch_size,
