@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.parameterizations import Dual, Epsilon, Karras, Parameterization
+from dualout.parameterizations import Dual, Epsilon
 from dualout.randomness import SeededDraw, noise
 from dualout.samplers import FromDiffusers, Sampler
 from dualout.schedules import Schedule
@@ -206,37 +204,6 @@ def test_what_lies_inside_the_range_is_not_touched_by_clipping(sampler: Sampler)
     wide = dataclasses.replace(sampler, clip=(-50.0, 50.0))
     a, b = (s.sample(denoiser, start(3), fresh(3)) for s in (sampler, wide))
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Fails where the host waits for the device or sends it data; the meta device stands for any."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, out = func.name(), func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.is_meta and name in ("aten::_to_copy", "aten::copy_"):
-            source = args[1] if name == "aten::copy_" else args[0]
-            assert source.is_meta, f"{name} from {source.device}"
-        return out
-
-
-@OWN
-@pytest.mark.parametrize("parameterization", [Dual(), Dual(gate="balanced"), Dual(ratio="step"), Karras()])
-def test_no_step_waits_for_the_device(sampler: Sampler, parameterization: Parameterization) -> None:
-    # tensors on the meta device have no values: whatever asks for one fails
-    network = Conv(channels_out=parameterization.channels(2))
-    denoiser = Denoiser(network, parameterization, short()).to("meta")
-    x, sampler = torch.empty(2, *SHAPE, device="meta"), dataclasses.replace(sampler, clip=(-1.0, 1.0))
-    with NoSynchronisation():
-        for m in sampler.trajectory(denoiser, x, draw=lambda k: torch.empty_like(x)):
-            assert m.x_next.is_meta
-            assert m.x_next.shape == x.shape
-
-
-def test_the_guard_notices_a_wait() -> None:
-    with NoSynchronisation(), pytest.raises(RuntimeError, match="meta"):
-        torch.empty(1, device="meta").item()
-    with NoSynchronisation(), pytest.raises(AssertionError, match="from cpu"):
-        torch.ones(1).to("meta")
 
 
 @OWN

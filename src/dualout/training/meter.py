@@ -37,8 +37,7 @@ class Meter:
     def add(self, step: int, values: dict[str, Tensor], images: int) -> None:
         """The values of a step, scalars on the device, and how many images it took over all processes."""
         latest = torch.stack([v.detach().float() for v in values.values()])
-        # a product: `where` would copy both numbers to the device, and wait
-        bad = latest.isfinite().all().logical_not() * step
+        bad = torch.where(latest.isfinite().all(), 0, step)
         self._bad = bad if self._bad is None else torch.where(self._bad > 0, self._bad, bad)
         self._names = list(values)
         self._sums = latest if self._sums is None else self._sums.to(latest.device) + latest
