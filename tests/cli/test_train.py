@@ -85,7 +85,7 @@ def test_changed_settings_are_refused(tmp_path_factory, capsys, arguments, says)
         (["--sampler", "ddim:steps=5000"], "1000"),
         (["--init", "nowhere/at all/x"], "no checkpoint"),
         (["--device", "tpu9"], "--device 'tpu9' cannot be used"),
-        (["--precision", "fp16"], "fp16 is for GPUs"),
+        (["--precision", "fp16", "--device", "cpu"], "fp16 is for GPUs"),
         (["--steps", "many"], "steps"),
     ],
 )
