@@ -14,7 +14,8 @@ from dualout.errors import InputError
 def device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" is the accelerator of this machine, or else its processor.
 
-    Of several processes that torchrun started on a machine with several GPUs, each takes its own.
+    Of several processes that torchrun started on a machine with several GPUs, each takes its own. A GPU that is taken by
+    its number becomes torch's current one, which is what CUDA graphs, compiled kernels and pinned memory are of.
 
     Raises:
         InputError: when there is no such device here.
@@ -22,7 +23,7 @@ def device(name: str = "auto") -> torch.device:
     if name == "auto":
         local = os.environ.get("LOCAL_RANK")
         if local is not None and torch.cuda.device_count() > int(local):
-            return torch.device("cuda", int(local))
+            return _current(torch.device("cuda", int(local)))
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         asked = torch.device(name)
@@ -33,7 +34,13 @@ def device(name: str = "auto") -> torch.device:
             f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}; this machine has cpu"
             + (f" and {here.type}" if here else "")
         ) from error
-    return asked
+    return _current(asked)
+
+
+def _current(place: torch.device) -> torch.device:
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
+    return place
 
 
 def seconds(work: Callable[[], object], place: torch.device) -> float:
