@@ -14,8 +14,8 @@ from dualout.errors import InputError
 def device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" is the accelerator of this machine, or else its processor.
 
-    Of several processes that torchrun started on a machine with several GPUs, each takes its own. A GPU that is taken by
-    its number becomes torch's current one, which is what CUDA graphs, compiled kernels and pinned memory are of.
+    Of several processes that torchrun started on a machine with several GPUs, each takes its own. A GPU that is taken
+    by its number becomes torch's current one, which is what CUDA graphs, compiled kernels and pinned memory are of.
 
     Raises:
         InputError: when there is no such device here.
