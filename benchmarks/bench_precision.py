@@ -173,5 +173,7 @@ def _profile(name: str, step: Callable[[], None]) -> str:
         kind = next((k for k, words in KINDS.items() if any(w in event.key for w in words)), "other")
         shares[kind] += event.self_device_time_total if GPU else event.self_cpu_time_total
     total = sum(shares.values())
+    if not total:
+        return f"{name}: the profiler saw no work on the GPU."
     rows = [[kind, f"{share / total:.0%}"] for kind, share in shares.most_common()]
     return table([f"{name}: kind of operation", "share of the time"], rows)

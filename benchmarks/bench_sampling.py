@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dualout
 from dualout.networks.backends.fused import Fused
+from dualout.networks.backends.graph import Recorded
 
 QUESTION = """## Sampling: what a step costs above the network
 
@@ -33,11 +34,12 @@ ON_GPU = """## Sampling on a GPU: what a step costs above the network
 
 As on a processor; the network launches nothing, so that what is left is small kernels, and the host that launches them.
 Four calls are timed together. `clock` is the host's time until they were launched, the rest the time between two events
-on the GPU; where both are alike, the host is what is waited for. `compiled` is with `--full`."""
+on the GPU; where both are alike, the host is what is waited for. `graph` is all steps replayed as one CUDA graph, as
+`--backend graph` does it; `compiled` is with `--full`."""
 
 GOALS = {1: (0.25, 0.1), 64: (0.5, 1 / 7)}
 """By batch size: what dual and single output may cost, of the best peer's cost."""
-COMPILED = ", compiled"
+COMPILED, GRAPH = ", compiled", ", graph"
 
 
 def measure(full: bool, peers: list[ModuleType]) -> Section:
@@ -58,7 +60,7 @@ def measure(full: bool, peers: list[ModuleType]) -> Section:
         if best:
             section.goals += [
                 Goal(f"{output} output{how} / {best}, batch {batch}", ratio(cost, f"ours, {output}{how}", best), goal)
-                for how in ("", COMPILED)
+                for how in ("", COMPILED, GRAPH)
                 for output, goal in (("dual", dual), ("single", single))
                 if f"ours, {output}{how}" in cost
             ]
@@ -101,15 +103,17 @@ def cases(peers: list[ModuleType], batch: int, steps: int, compiled: bool) -> di
         "ours, single": lambda: sampler.sample(eps_model, noise),
         "ours, dual": lambda: sampler.sample(dual_model, noise),
     }
-    if compiled and shutil.which("c++"):
+    made: dict[str, Any] = {COMPILED: Fused} if compiled and shutil.which("c++") else {}
+    made |= {GRAPH: Recorded} if GPU else {}
+    for how, trajectory in made.items():
         for output, model in (("single", eps_model), ("dual", dual_model)):
             try:
-                found[f"ours, {output}{COMPILED}"] = partial(Fused(model, sampler, noise).sample, noise)
+                found[f"ours, {output}{how}"] = partial(trajectory(model, sampler, noise).sample, noise)
             # what a compiler raises on a GPU that it does not know
             except Exception as error:
                 if not GPU:
                     raise
-                print(f"ours, {output}{COMPILED}: {error}", flush=True)
+                print(f"ours, {output}{how}: {error}", flush=True)
     for peer in peers:
         found |= peer.samplers(network, noise, steps)
         if peer.NAME == "the authors' code":
