@@ -52,7 +52,11 @@ class Denoiser(nn.Module):
         self.head = parameterization.head(schedule)
         self.card: dict[str, Any] = {}
         """What is written on the model card: how it was trained, and its metrics with their protocols."""
-        self.register_buffer("times", torch.arange(schedule.steps), persistent=False)
+        # what is the denoiser's own is where the network is
+        place = next((p.device for p in network.parameters()), None) if isinstance(network, nn.Module) else None
+        self.register_buffer("times", torch.arange(schedule.steps, device=place), persistent=False)
+        if self.head is not None:
+            self.head.to(place)
         self._rows: tuple[Any, Sequence[Tensor]] = None, ()
         self._follow_network()
 
@@ -121,8 +125,8 @@ class Denoiser(nn.Module):
         """
         view = Denoiser(self.network, self.parameterization.route(route), self.schedule)
         view.head = self.head if view.head is not None else None
-        view.card = self.card
-        return view.to(self.times.device).train(self.training)
+        view.card, view.times = self.card, self.times
+        return view.train(self.training)
 
     def save_pretrained(self, path: str | Path, **extra: Any) -> None:
         """Write a checkpoint directory: config.json, model.safetensors and README.md, whole or not at all.

@@ -237,3 +237,14 @@ def test_weights_move_with_the_denoiser() -> None:
     denoiser = Denoiser(Net(4), Dual(ratio="step"), Cosine(T))
     assert set(denoiser.state_dict()) == {"network.conv.weight", "network.conv.bias", "head.logit"}
     assert denoiser.to("meta").times.is_meta
+
+
+def test_all_of_a_denoiser_is_where_its_network_is() -> None:
+    # the meta device stands for a GPU, from which nothing can be moved back unnoticed
+    network = nn.Conv2d(1, 3, 1).to("meta")
+    plain = Denoiser(lambda x, t: network(x), Dual(), Linear()).to("meta")
+    for denoiser in (Denoiser(network, Dual(), Linear()), Denoiser(network, Dual(ratio="step"), Linear()), plain):
+        for view in (denoiser, denoiser.route("eps"), denoiser.route("velocity").route("x0")):
+            tensors = [*view.parameters(), *view.buffers()]
+            assert tensors
+            assert all(v.is_meta for v in tensors)

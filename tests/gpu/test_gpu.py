@@ -295,12 +295,15 @@ def test_commands(command: list[str], model: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_a_pipeline_of_diffusers_goes_where_it_is_put(model: Path) -> None:
-    pipelines = {}
-    for place in (CPU, GPU):
-        pipeline = DualOutputPipeline.from_denoiser(Denoiser.from_pretrained(model), DDIM(steps=4)).to(place)
-        pipeline.set_progress_bar_config(disable=True)
-        pipelines[place] = pipeline(latents=noise(range(3), DIGIT), num_inference_steps=4, output_type="latent").images
-    assert near(pipelines[GPU], pipelines[CPU], 1e-3)
+    for route in ("mix", "eps", 0.4):
+        found = {}
+        for place in (CPU, GPU):
+            pipeline = DualOutputPipeline.from_denoiser(Denoiser.from_pretrained(model), DDIM(steps=4)).to(place)
+            pipeline.set_progress_bar_config(disable=True)
+            given = {"latents": noise(range(3), DIGIT), "num_inference_steps": 4, "output_type": "latent"}
+            found[place] = pipeline(**given, route=route).images
+            assert pipeline.unet.device == place
+        assert near(found[GPU], found[CPU], 1e-3)
 
 
 def test_learned_variances_are_sampled_there() -> None:

@@ -146,7 +146,6 @@ class DualOutputPipeline(DiffusionPipeline):
                 )
             tensors = {name: torch.tensor(value) for name, value in self.config["head"].items()}
             checkpoint.load_strictly(denoiser.head, tensors, "the pipeline's head")
-            denoiser.head.to(self.unet.device)
         denoiser.card = dict(self.config["card"])
         return denoiser.train(self.unet.training)
 
