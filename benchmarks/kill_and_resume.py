@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -99,9 +100,11 @@ def start(command: list[str], log: Path) -> int:
             from dualout.cli.main import main as dualout
 
             code = dualout(command)
-            sys.stdout.flush()
-            sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -17,6 +17,7 @@ from dualout import checkpoint
 from dualout.errors import InputError
 from dualout.networks import Output, Positional, ScaledTime, build, widen
 from dualout.networks.wide import KINDS, wider
+from dualout.networks.widen import _same
 
 SAMPLERS = [
     dualout.samplers.DDIM(steps=10),
@@ -363,3 +364,12 @@ def test_arguments_that_are_refused(tiny: nn.Module) -> None:
     ]:
         with pytest.raises(InputError, match=message):
             widen(network, channels, **options)
+
+
+def test_on_a_gpu_the_old_channels_may_round_otherwise_but_not_be_others():
+    before = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    rounded = before.bfloat16().float()
+    assert not _same(rounded, before, exact=True)
+    assert _same(rounded, before, exact=False)
+    assert not _same(before + 0.05 * before.flip(0), before, exact=False)
+    assert not _same(before * torch.nan, before, exact=False)

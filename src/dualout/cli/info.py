@@ -83,7 +83,9 @@ def here() -> dict[str, Any]:
     best = choose("auto", device)
     return {
         "versions": {"dualout": __version__, "python": platform.python_version(), "system": platform.platform()}
-        | {name: _version(name) for name in _LIBRARIES},
+        | {name: _version(name) for name in _LIBRARIES}
+        # with what it was built for, which a package's version does not tell
+        | {"torch": str(torch.__version__)},
         "extras": {name: _installed(modules) for name, modules in _EXTRAS.items()},
         "devices": devices,
         "recommended": {

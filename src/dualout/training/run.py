@@ -152,6 +152,15 @@ class Run:
             self._directory.save(tensors, numbers, self.config.keep)
             self._publish()
         if self._group is not None:
+            self._wait()
+
+    def _wait(self) -> None:
+        """For all processes."""
+        assert self._group is not None
+        if self._group.device.type == "cpu":
+            # accelerate would ask for the GPU of this process's number, which there need not be
+            torch.distributed.barrier()
+        else:
             self._group.wait_for_everyone()
 
     def _together(self, work: Callable[[], Any]) -> Any:

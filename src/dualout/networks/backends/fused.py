@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
@@ -77,9 +78,11 @@ class Fused(FixedTrajectory):
             given = (raw, x, level, numbers, draw.given, *past)
             form = _form(given)
             if form not in functions:
-                function: Any = torch.compile(_turn(sampler, read), fullgraph=True, dynamic=False)
-                # ahead of time: a call looks for no function that fits it, and never makes another
-                functions[form] = function.aot_compile((given, {}))
+                # ahead of time: a call looks for no function that fits it, and never makes another; torch 2.11 does it
+                # only when it is told to
+                with dynamo.patch(enable_aot_compile=True):
+                    function: Any = torch.compile(_turn(sampler, read), fullgraph=True, dynamic=False)
+                    functions[form] = function.aot_compile((given, {}))
                 # what would be looked at in every step is the same in all, and `sample` looks at it once
                 functions[form].disable_guard_check()
             self.turns.append(_Turn(rows[k], scalars, level, numbers, draw.given is not None, functions[form]))

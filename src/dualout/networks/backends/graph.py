@@ -6,7 +6,9 @@ call of the network is recorded; and so are all K steps of a trajectory, as one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +27,9 @@ MOST = 100
 """Evaluations of a trajectory that is recorded as a whole: a graph of 100 networks has about 100,000 kernels."""
 REPAID = 4
 """Trajectories from which on recording one is repaid: it takes about three that are not recorded."""
+
+_whole: ContextVar[bool] = ContextVar("whole", default=False)
+"""Whether a trajectory is being recorded: the network in it is a part of that, and no recording of its own."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Graph(Backend):
 
 
 def replayed(function: Callable[..., Tensor], call: Call, precision: Precision) -> nn.Module:
-    """A network's function, recorded; while something that calls it is recorded, it is only computed.
+    """A network's function, recorded; while a trajectory that calls it is recorded, it is only computed.
 
     Args:
         function: tensors of `call`'s shapes -> the output, (B, …).
@@ -61,7 +66,7 @@ def replayed(function: Callable[..., Tensor], call: Call, precision: Precision) 
         recording = Recording(function, *call.tensors)
 
     def run(*tensors: Tensor) -> Tensor:
-        return function(*tensors) if torch.cuda.is_current_stream_capturing() else recording(*tensors)
+        return recording.computed(*tensors) if _whole.get() else recording(*tensors)
 
     return FixedBatch(run, call)
 
@@ -93,6 +98,7 @@ class Recording:
     """
 
     def __init__(self, function: Callable[..., Tensor], *example: Tensor) -> None:
+        self.function = function
         self.given = [v.clone(memory_format=torch.preserve_format) for v in example]
         device = self.given[0].device
         current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -108,7 +114,7 @@ class Recording:
                 # weights that autocast made half precision before are not of the graph, and those of the graph hold
                 # nothing until it is replayed
                 torch.clear_autocast_cache()
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                with _generator_kept(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.made = function(*self.given)
             except RuntimeError as error:
                 said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -116,13 +122,35 @@ class Recording:
             finally:
                 torch.clear_autocast_cache()
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        """What the function makes of these tensors."""
+    def computed(self, *tensors: Tensor) -> Tensor:
+        """What the function makes of these tensors, without the recording; to the function they are those of it, so
+        that what was compiled for these fits."""
+        self._given(tensors)
+        return self.function(*self.given)
+
+    def _given(self, tensors: Sequence[Tensor]) -> None:
         for kept, v in zip(self.given, tensors, strict=True):
             kept.copy_(v, non_blocking=True)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """What the function makes of these tensors."""
+        self._given(tensors)
         self.graph.replay()
         # the next replay writes where this one did
         return self.made.clone()
+
+
+@contextmanager
+def _generator_kept(device: torch.device) -> Iterator[None]:
+    """After a recording that failed, torch takes its random numbers for recorded ones (pytorch issue 171263), and gives
+    none any more: then go on with a copy of the generator's state."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    spare = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(spare)
+        raise
 
 
 def _without_waiting(function: Callable[..., Tensor], *given: Tensor) -> None:
@@ -159,7 +187,11 @@ class Recorded(FixedTrajectory):
             return sampler.sample(denoiser, noise, self._draw, **conditions | dict(zip(self.names, told, strict=True)))
 
         self.noise = noise.contiguous()
-        self.recording = Recording(trajectory, self.noise, *(conditions[name] for name in self.names))
+        before = _whole.set(True)
+        try:
+            self.recording = Recording(trajectory, self.noise, *(conditions[name] for name in self.names))
+        finally:
+            _whole.reset(before)
 
     def _draw(self, k: int) -> Tensor:
         if k not in self.fresh:
