@@ -151,6 +151,22 @@ def test_a_backend_or_precision_that_cannot_be_used_is_told(option, told):
         Grid(device="cpu", **option)
 
 
+def test_a_calibration_of_another_precision_is_fitted_again(grid_file, tmp_path):
+    asked = ["--config", str(grid_file), "--spacings", "[trailing]", "--steps", "[2]", "--calibrated", "[true]"]
+    asked += ["--methods", "{eps: eps}", "--choose_seeds", "[]", "--out", str(tmp_path / "out")]
+    for precision in ("fp32", "bf16"):
+        assert main(["compare", *asked, "--precision", precision]) == 0
+        (fitted,) = (tmp_path / "out").glob("models/*/calibration/*.json")
+        protocol = json.loads(fitted.read_text())["protocol"]
+        assert protocol["precision"] == precision
+    # one that an older version made was of float32, and is kept
+    content = json.loads(fitted.read_text())
+    del content["protocol"]["precision"]
+    fitted.write_text(json.dumps(content))
+    assert main(["compare", *asked, "--precision", "fp32"]) == 0
+    assert "precision" not in json.loads(fitted.read_text())["protocol"]
+
+
 def test_images_are_made_as_the_grid_says(grid_file, tmp_path):
     asked = ["--config", str(grid_file), "--out", str(tmp_path / "out"), "--precision", "bf16", "--backend", "auto"]
     assert main(["compare", *asked, "--calibrated", "[false]", "--spacings", "[trailing]"]) == 0

@@ -41,6 +41,27 @@ def test_calibrates_and_applies(run, tmp_path, capsys):
     assert (tmp_path / "plain/images.npz").read_bytes() != (tmp_path / "calibrated/images.npz").read_bytes()
 
 
+def test_the_precision_is_that_of_the_network_and_of_nothing_else(tmp_path, capsys):
+    torch.manual_seed(0)
+    denoiser = Denoiser(build("tiny:width=8", 1, (8, 8), 3), Dual(), schedules.Linear())
+    torch.nn.init.normal_(denoiser.network.conv_out.weight, std=0.05)
+    run = tmp_path / "model"
+    denoiser.save_pretrained(run, image={"channels": 1, "size": [8, 8]})
+    assert main(["calibrate", str(run), *COMMAND, "--device", "cpu", "--precision", "fp16"]) == 2
+    assert "fp16 is for GPUs" in capsys.readouterr().err
+    path, found = run / "calibration" / "dpmsolver-3-trailing-order=2.json", {}
+    for precision in ("fp32", "bf16"):
+        # with attention, whose number format on a processor is its own, also when it is computed again
+        assert main(["calibrate", str(run), *COMMAND, "--device", "cpu", "--precision", precision]) == 0
+        found[precision] = json.loads(path.read_text())
+        assert found[precision]["protocol"]["precision"] == precision
+    one, other = (torch.tensor(list(v["values"].values())) for v in found.values())
+    assert 0 < (one - other).abs().max() < 0.05
+    before = [v["protocol"]["held_out_before"] for v in found.values()]
+    assert before[0] != before[1]
+    assert before[0] == pytest.approx(before[1], rel=0.02)
+
+
 def test_a_calibration_is_of_its_sampler_and_weights(run, tmp_path, capsys):
     main(["calibrate", str(run), *COMMAND])
     assert main(["sample", str(run), "--steps", "4", "--calibrated", "--out", str(tmp_path / "a")]) == 2

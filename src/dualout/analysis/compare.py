@@ -25,6 +25,7 @@ from dualout.evaluation.reference import Reference
 from dualout.evaluation.sampling import Sampling, parse_route
 from dualout.evaluation.scoring import Results, Scoring, first_seed
 from dualout.networks.device import device as find_device
+from dualout.networks.precision import choose
 from dualout.samplers import Sampler
 from dualout.training.calibrate import Fit, evenly, fit, parameters_of
 from dualout.training.config import TrainConfig
@@ -134,11 +135,14 @@ def _trained(training: Training, directory: Path) -> Iterator[Doing]:
 
 
 def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, sampler: Sampler) -> Iterator[Doing]:
-    how = Fit(**grid.calibration)
+    how, precision = Fit(**grid.calibration), choose(grid.precision, model.device)
     weights = model.details["sha256"]
+    asked = {"weights": weights, "fit": vars(how), "precision": precision.name}
     try:
         known = Calibration.load(directory, sampler.config())
-        same = known.protocol.get("weights") == weights and known.protocol.get("fit") == vars(how)
+        # older ones are of float32, and do not say so
+        protocol = {"precision": "fp32"} | known.protocol
+        same = all(protocol.get(key) == value for key, value in asked.items())
         if same and known.values.keys() == set(parameters_of(model.denoiser)):
             return
     except InputError:
@@ -146,7 +150,7 @@ def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, s
     dataset = _data(grid, model, "train")
     images = to_model(dataset.batch(evenly(len(dataset), 20_000))).to(model.device)
     last = None
-    for last in fit(model.denoiser, sampler, images, how):
+    for last in fit(model.denoiser, sampler, images, how, precision=precision):
         yield Doing(
             f"calibrating {training.method} seed {training.seed}: {sampler.spec}", last.iteration, how.iterations
         )

@@ -63,6 +63,8 @@ class Options:
     """Of the noise, the order of the images and the random features"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
+    precision: str = "fp32"
+    """Of the model's network while images are made for the fit: fp32, bf16, fp16, auto"""
     dry_run: bool = False
     """Print the configuration, what is fitted and what memory and time to expect, and stop"""
 
@@ -73,10 +75,13 @@ def run(arguments: list[str]) -> int | None:
 
     from dualout.evaluation.model import Model
     from dualout.networks.device import device
+    from dualout.networks.precision import choose
 
     if not Path(options.run).expanduser().is_dir():
         raise InputError(f"calibrate writes beside the weights: {options.run} is no directory here")
-    model = Model.load(options.run, device(options.device))
+    place = device(options.device)
+    choose(options.precision, place)
+    model = Model.load(options.run, place)
     if options.dry_run:
         return _dry_run(options, model)
     found = _fitted(options, model)
@@ -121,7 +126,7 @@ def _dry_run(options: Options, model: Model) -> None:
     from dualout.training.calibrate import parameters_of
 
     how, sampler = _asked(options, model)
-    found = cost([Sampling(model, sampler)], how.batch, how.batch)
+    found = cost([Sampling(model, sampler, precision=options.precision)], how.batch, how.batch)
     names = parameters_of(model.denoiser) if options.numbers is None else listed(options.numbers)
     images = how.trajectories(options.steps)
     rows = {
@@ -138,6 +143,7 @@ def _fitted(options: Options, model: Model) -> Calibration:
     from dualout import data
     from dualout.data.pixels import to_model
     from dualout.evaluation.features import cache_directory
+    from dualout.networks.precision import choose
     from dualout.training.calibrate import evenly, fit
 
     how, sampler = _asked(options, model)
@@ -153,7 +159,8 @@ def _fitted(options: Options, model: Model) -> Calibration:
     last = None
     with console.progress("distance") as bar:
         task = bar.add_task(f"calibrating {sampler.spec}", total=how.iterations, distance="")
-        for last in fit(model.denoiser, sampler, images, how, numbers):
+        precision = choose(options.precision, model.device)
+        for last in fit(model.denoiser, sampler, images, how, numbers, precision):
             bar.update(task, completed=last.iteration, distance=f"held-out {last.held_out:.4g} (best {last.best:.4g})")
     if last is None:
         raise InputError(f"--iterations {options.iterations} leaves nothing to fit")

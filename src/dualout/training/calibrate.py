@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from dualout.calibrated import NEUTRAL, Calibrated, Calibration
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
+from dualout.networks.precision import Precision
 from dualout.prediction import Prediction
 from dualout.randomness import SeededDraw, mix, noise
 from dualout.samplers.base import Denoises, Sampler
@@ -97,6 +98,7 @@ def fit(
     images: Tensor,
     how: Fit,
     numbers: Sequence[str] | None = None,
+    precision: Precision | None = None,
 ) -> Iterator[Progress]:
     """Calibrate; yields at every check, the last time with the result.
 
@@ -106,6 +108,7 @@ def fit(
         images: real ones, float in [−1, 1], (N, C, H, W).
         how: the settings.
         numbers: which to fit, of `calibrated.NEUTRAL`; None is all that the parameterization has.
+        precision: of the network when images are made; None is float32. How far images are is measured in float32.
 
     Raises:
         InputError: for too few images, or numbers that there are not.
@@ -121,6 +124,8 @@ def fit(
     real, real_held = images[held:], images[:held]
     views = Views(real[:2048], how.seed, denoiser if how.own_features else None)
     distance = Distance.parse(how.distance)
+    precision = precision or Precision("fp32", images.device, "the default")
+    plain = _Recomputed(denoiser, precision)
 
     def far(made: Tensor, real: Tensor, seed: int) -> Tensor:
         return torch.stack([distance(a, b, seed) for a, b in zip(views(made), views(real), strict=True)]).sum()
@@ -135,10 +140,10 @@ def fit(
     @torch.no_grad()
     def far_at(times: Sequence[int]) -> float:
         rows = real[: how.compared]
-        return float(far(_made(denoiser, sampler.at(times), rows, how.seed + 3, 0, grad=False), rows, how.seed))
+        return float(far(_made(plain, sampler.at(times), rows, how.seed + 3, 0, grad=False), rows, how.seed))
 
     asked, times = sampler.config(), sampler.timesteps(denoiser.schedule)
-    start, near = held_out(denoiser, sampler)
+    start, near = held_out(plain, sampler)
     nearness = {"before": near, "after": near, "held_out_images": nearest(real_held, real)}
     best = start
     if how.move_times:
@@ -147,13 +152,13 @@ def fit(
         except InputError as error:
             raise InputError(f"the time steps cannot be moved ({error}); take --move_times 0") from error
         there = sampler.at(others)
-        now, near = held_out(denoiser, there)
+        now, near = held_out(plain, there)
         if now < best:
             best, times, sampler, nearness["after"] = now, others, there, near
     values = {
         name: torch.full((len(times),), NEUTRAL[name], device=images.device, requires_grad=True) for name in names
     }
-    wrapped = Calibrated(_Recomputed(denoiser), times, values, sampler.clip)
+    wrapped = Calibrated(plain, times, values, sampler.clip)
     optimizer = torch.optim.Adam(values.values(), lr=how.lr, betas=(0.9, 0.95))
     frozen = {p: p.requires_grad for p in denoiser.parameters()}
     best_values = _floats(values)
@@ -184,6 +189,7 @@ def fit(
                 "nearest": dict(nearness),
                 "iterations": i,
                 "fit": vars(how),
+                "precision": precision.name,
                 "own_features": None if views.within is None else {"layer": views.within.layer, "t": views.within.t},
                 "images": len(real),
                 "held_out_images": held,
@@ -199,11 +205,11 @@ def fit(
 
 
 class _Recomputed(nn.Module):
-    """A denoiser whose activations are recomputed in the backward pass instead of kept."""
+    """A denoiser, computed in a number format, whose activations are recomputed in the backward pass, not kept."""
 
-    def __init__(self, denoiser: Denoises) -> None:
+    def __init__(self, denoiser: Denoises, precision: Precision) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self.precision = denoiser, precision
 
     @property
     def schedule(self) -> Schedule:
@@ -211,13 +217,15 @@ class _Recomputed(nn.Module):
 
     def forward(self, x_t: Tensor, t: int, **conditions: Any) -> Prediction:
         if not (torch.is_grad_enabled() and x_t.requires_grad):
-            with torch.no_grad():
+            with torch.no_grad(), self.precision.autocast():
                 return self.denoiser(x_t, t, **conditions)
 
         level: list[Level] = []
 
         def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            p = self.denoiser(x, t, **conditions)
+            # in here, so that it is around the second computation too
+            with self.precision.autocast():
+                p = self.denoiser(x, t, **conditions)
             level[:] = [p.level]
             return p.x0, dict(p.parts)
 
