@@ -17,8 +17,12 @@ from dualout.errors import InputError
 from dualout.evaluation.model import Model
 from dualout.evaluation.sampling import Sampling
 from dualout.guidance import ClassifierFree
-from dualout.networks.backends import graph
+from dualout.networks import build
+from dualout.networks.backends import Call, graph
+from dualout.networks.backends.base import Plain
 from dualout.networks.backends.graph import Recorded, Recording
+from dualout.networks.backends.half import Half, plain_of
+from dualout.networks.precision import Precision
 from dualout.samplers import Sampler
 
 PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,3 +150,47 @@ def test_weights_may_be_changed_where_they_are(model):
     with torch.no_grad():
         model.network.conv.weight.mul_(0.5)  # type: ignore[union-attr, operator]
     assert torch.allclose(one.sample(noise), sampler.sample(model, noise), atol=1e-5)
+
+
+def unet() -> tuple[nn.Module, Call]:
+    network = build("tiny:width=8", 1, 8, 3).eval()
+    for p in network.parameters():  # the last layer begins with zeros
+        nn.init.normal_(p, std=0.1) if p.ndim > 1 else None
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return network.to(PLACE), Call(x.to(PLACE), torch.full((4,), 500, device=PLACE), {})
+
+
+def test_half_precision_is_throughout_where_the_network_allows_it():
+    network, call = unet()
+    bf16 = Precision("bf16", PLACE, "")
+    half = plain_of(network, call, bf16)
+    assert isinstance(half, Half)
+    assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    with torch.no_grad():
+        expected = network(call.x, call.t).sample
+        got = half(*call.tensors)
+        # nothing of autocast is in it
+        with torch.autocast(PLACE.type, torch.bfloat16):
+            assert torch.equal(half(*call.tensors), got)
+    assert got.dtype == torch.float32
+    assert 1e-4 < float((got - expected).norm() / expected.norm()) < 0.1
+    assert isinstance(plain_of(network, call, Precision("fp32", PLACE, "")), Plain)
+
+
+def test_a_network_with_float32_tensors_of_its_own_or_that_overflows_is_left_to_autocast():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Conv2d(1, 3, 1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.last(x * torch.linspace(0, 1, 8, device=x.device))
+
+    class Large(Own):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.last((x * 1e5).tanh() * 1e3 * self.last.weight.new_tensor(1e3) * 1e-6)
+
+    call, bf16, fp16 = unet()[1], *(Precision(name, PLACE, "") for name in ("bf16", "fp16"))
+    assert isinstance(plain_of(Own().to(PLACE), call, bf16), Plain)
+    assert isinstance(plain_of(Large().to(PLACE), call, fp16), Plain)

@@ -14,6 +14,7 @@ from dualout.errors import InputError
 from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
 from dualout.networks.backends.fused import Fused
 from dualout.networks.backends.graph import recorded, replayed
+from dualout.networks.backends.half import plain_of
 from dualout.networks.precision import Precision
 from dualout.samplers import Sampler
 from dualout.samplers.base import Denoises
@@ -31,14 +32,16 @@ class Compile(Backend):
     seconds: ClassVar[float] = 60.0
 
     def prepare(self, network: nn.Module, call: Call, precision: Precision) -> nn.Module:
-        """Compiled for one size of batch; the weights are shared."""
-        compiled: Any = torch.compile(Plain(network, tuple(call.conditions)), dynamic=False)
+        """Compiled for one size of batch; the weights are shared, except in half precision on a GPU."""
+        gpu = precision.device.type == "cuda"
+        plain = plain_of(network, call, precision) if gpu else Plain(network, tuple(call.conditions))
+        compiled: Any = torch.compile(plain, dynamic=False)
         try:
             with torch.no_grad(), precision.autocast():
                 compiled(*call.tensors)
         except Exception as error:  # of the compiler's own, and of the C++ compiler that it calls
             raise refused(error, "take --backend eager") from error
-        return replayed(compiled, call, precision) if precision.device.type == "cuda" else FixedBatch(compiled, call)
+        return replayed(compiled, call, precision) if gpu else FixedBatch(compiled, call)
 
     def fuse(
         self, denoiser: Denoises, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int

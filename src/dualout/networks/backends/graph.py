@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
-from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
+from dualout.networks.backends.base import Backend, Call, FixedBatch
+from dualout.networks.backends.half import plain_of
 from dualout.networks.backends.trajectory import FixedTrajectory
 from dualout.networks.precision import Precision
 from dualout.randomness import Draw
@@ -41,8 +42,9 @@ class Graph(Backend):
     seconds: ClassVar[float] = 0.5
 
     def prepare(self, network: nn.Module, call: Call, precision: Precision) -> nn.Module:
-        """Recorded for one size of batch; the weights are shared, and may be changed where they are."""
-        return replayed(Plain(network, tuple(call.conditions)), call, precision)
+        """Recorded for one size of batch, in half precision throughout where that is asked for and the network allows
+        it. In float32 the weights are shared, and may be changed where they are."""
+        return replayed(plain_of(network, call, precision), call, precision)
 
     def fuse(
         self, denoiser: Denoises, sampler: Sampler, noise: Tensor, conditions: dict[str, Any], steps: int
