@@ -153,7 +153,11 @@ def legend_below(axes: Axes, columns: int = 2) -> None:
         rows = -(-len(labels) // columns)
         figure: Any = axes.figure
         figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(columns, len(labels)),
+            # long enough that a dashed line shows beside its marker
+            handlelength=3.0, handletextpad=0.5, columnspacing=1.0,
+        )  # fmt: skip
 
 
 def png(figure: Figure, title: str = "", dpi: int = 160) -> bytes:
