@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from report import Section, table
+from subjects import operations
 from timing import digits
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from dualout.networks import build
 from dualout.parameterizations import Parameterization
@@ -59,13 +58,11 @@ CASES = {
 
 
 def measure(full: bool, peers: list[ModuleType]) -> Section:
-    section, rows = Section(""), []
-    for name, case in CASES.items():
-        recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-        classes = case.classes if recipe.get("conditional") else None
-        flop, parameters = counted(recipe, case._replace(classes=classes))
-        if name == "cifar10":
-            section.question = QUESTION.format(measured=3 * flop * MEASURED / 1e12)
+    recipes = {name: yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8")) for name in CASES}
+    counts = {name: counted(recipe, CASES[name]) for name, recipe in recipes.items()}
+    rows = []
+    for name, recipe in recipes.items():
+        flop, parameters = counts[name]
         training = 3 * flop * recipe["batch_size"] * recipe["steps"]
         sampling = flop * SAMPLES * STEPS
         rows.append(
@@ -78,20 +75,19 @@ def measure(full: bool, peers: list[ModuleType]) -> Section:
         "recipe", "million parameters", "GFLOP an image forward", "FLOP to train", "1 H100", "8 H100",
         "dollars (8 H100)", f"{SAMPLES:,} images, {STEPS} steps, 1 H100", "GiB a GPU",
     ]  # fmt: skip
-    section.tables = [table(header, rows)]
-    return section
+    measured = 3 * counts["cifar10"][0] * MEASURED / 1e12
+    return Section(QUESTION.format(measured=measured), tables=[table(header, rows)])
 
 
 def counted(recipe: dict[str, Any], case: Case) -> tuple[int, int]:
     """FLOP of one image forward, and parameters; no number is computed."""
+    classes = case.classes if recipe.get("conditional") else None
     channels = Parameterization.parse(recipe["parameterization"]).channels(case.channels)
     with torch.device("meta"):
-        network: nn.Module = build(recipe["network"], case.channels, case.size, channels, classes=case.classes).eval()
-        x, t = torch.empty(1, case.channels, case.size, case.size), torch.zeros(1, dtype=torch.long)
-        told = {} if case.classes is None else {"class_labels": torch.zeros(1, dtype=torch.long)}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(x, t, **told)
-    return counter.get_total_flops(), sum(p.numel() for p in network.parameters())
+        network: nn.Module = build(recipe["network"], case.channels, case.size, channels, classes=classes).eval()
+        x = torch.empty(1, case.channels, case.size, case.size)
+        told = {} if classes is None else {"class_labels": torch.zeros(1, dtype=torch.long)}
+    return operations(network, x, **told), sum(p.numel() for p in network.parameters())
 
 
 def _hours(flop: float, gpus: int, rate: float) -> float:

@@ -37,8 +37,8 @@ our number format, by autocast around its network; `default` is as its example d
 ON_GPU = """## Training on a GPU: what a step costs
 
 As on a processor, but for the batch of M, which is 128, its dropout, which is 0.1 as in recipes/cifar10.yaml, and the
-layout: ours has its weights in channels_last, as `dualout train` does there, unless `contiguous` is said. Several steps
-are timed together, so that the host may run ahead of the GPU as it does in a real run; `launched` is when it had. In
+layout: ours has its weights in channels_last, as `dualout train` does there, unless `contiguous` is said. Ten steps
+are timed together, in which the host runs ahead of the GPU as in a real training; `launched` is the host's own time. In
 fp32 TF32 is as torch has it by default: on in convolutions, off in matrix products. The share of the peak is of 3
 forward passes' operations; that of rows in fp32 is of bf16's peak too."""
 
@@ -120,7 +120,9 @@ def _measure_step(section: Section, case: Case, peers: list[ModuleType], peak: f
         median = statistics.median(shown[key])
         row = [key, Spread.of(shown[key]).text(1e-3), f"{reference / median:.2f}" if reference else ""]
         if peak:
-            share = 3 * case.batch * subjects.flop(second if "dual" in key else network) / median / peak
+            share = (
+                3 * case.batch * subjects.operations(second if "dual" in key else network, images[:1]) / median / peak
+            )
             row += [digits(1e3 * statistics.median(launched[key])), digits(case.batch / median), f"{share:.1%}"]
         rows.append(row)
     header = [f"{name}: ms a step", "median [min..max]", "× fastest peer, default"]

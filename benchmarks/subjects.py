@@ -60,10 +60,11 @@ def cifar10(channels: int = 3, dropout: float = 0.0) -> nn.Module:
 
 
 @torch.no_grad()
-def flop(network: nn.Module) -> int:
-    """Operations of one image forward, counted as in bench_cost: a multiplication and an addition are two."""
+def operations(network: nn.Module, x: Tensor, **conditions: Tensor) -> int:
+    """Floating-point operations of a forward pass of images; a multiplication and an addition are two."""
+    t = torch.zeros(len(x), dtype=torch.long, device=x.device)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(images(1), torch.zeros(1, dtype=torch.long, device=PLACE))
+        network(x, t, **conditions)
     return counter.get_total_flops()
 
 

@@ -192,5 +192,10 @@ def test_a_network_with_float32_tensors_of_its_own_or_that_overflows_is_left_to_
             return self.last((x * 1e5).tanh() * 1e3 * self.last.weight.new_tensor(1e3) * 1e-6)
 
     call, bf16, fp16 = unet()[1], *(Precision(name, PLACE, "") for name in ("bf16", "fp16"))
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        Half(Own().to(PLACE), (), torch.bfloat16)(*call.tensors)
     assert isinstance(plain_of(Own().to(PLACE), call, bf16), Plain)
-    assert isinstance(plain_of(Large().to(PLACE), call, fp16), Plain)
+    large = Large().to(PLACE)
+    with torch.no_grad():
+        assert not Half(large, (), torch.float16)(*call.tensors).isfinite().any()
+    assert isinstance(plain_of(large, call, fp16), Plain)

@@ -21,6 +21,7 @@ from dualout.errors import InputError
 if TYPE_CHECKING:
     from dualout.calibrated import Calibration
     from dualout.evaluation.model import Model
+    from dualout.networks.precision import Precision
     from dualout.samplers import Sampler
     from dualout.training.calibrate import Fit
 
@@ -80,11 +81,11 @@ def run(arguments: list[str]) -> int | None:
     if not Path(options.run).expanduser().is_dir():
         raise InputError(f"calibrate writes beside the weights: {options.run} is no directory here")
     place = device(options.device)
-    choose(options.precision, place)
+    precision = choose(options.precision, place)
     model = Model.load(options.run, place)
     if options.dry_run:
         return _dry_run(options, model)
-    found = _fitted(options, model)
+    found = _fitted(options, model, precision)
     protocol = found.protocol
     before, after = protocol["held_out_before"], protocol["held_out_after"]
     rows = [
@@ -139,11 +140,10 @@ def _dry_run(options: Options, model: Model) -> None:
     console.dry_run(vars(options), rows)
 
 
-def _fitted(options: Options, model: Model) -> Calibration:
+def _fitted(options: Options, model: Model, precision: Precision) -> Calibration:
     from dualout import data
     from dualout.data.pixels import to_model
     from dualout.evaluation.features import cache_directory
-    from dualout.networks.precision import choose
     from dualout.training.calibrate import evenly, fit
 
     how, sampler = _asked(options, model)
@@ -159,7 +159,6 @@ def _fitted(options: Options, model: Model) -> Calibration:
     last = None
     with console.progress("distance") as bar:
         task = bar.add_task(f"calibrating {sampler.spec}", total=how.iterations, distance="")
-        precision = choose(options.precision, model.device)
         for last in fit(model.denoiser, sampler, images, how, numbers, precision):
             bar.update(task, completed=last.iteration, distance=f"held-out {last.held_out:.4g} (best {last.best:.4g})")
     if last is None:
