@@ -1,7 +1,6 @@
 """Corrected Predictions stay Predictions, and the fit finds what a trajectory lacks."""
 
 import dataclasses
-import math
 from itertools import pairwise
 
 import pytest
@@ -10,7 +9,10 @@ import torch
 from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, noise, samplers, schedules
 from dualout.calibrated import Calibrated, corrected
 from dualout.networks.build import build
-from dualout.training.calibrate import Fit, fit, moved, nearest
+from dualout.training.calibrate import Fit, fit
+from dualout.training.comparison import Comparison, nearest
+from dualout.training.distances import Energy, SlicedWasserstein, quantiles
+from dualout.training.starts import Start, moved, trends
 from dualout.training.views import FLOOR, LOOKED_AT, Views, Within, whitening
 
 SCHEDULE = schedules.Linear()
@@ -75,14 +77,76 @@ def test_ddim_that_follows_the_trend_is_2m(spacing):
     denoiser, x = Denoiser(exact, CleanImage(), SCHEDULE), noise(range(3), (1, 2, 2), dtype=torch.float64)
     ddim = samplers.DDIM(steps=6, spacing=spacing, clip=None)
     times = ddim.timesteps(SCHEDULE)
-    lam = [math.log(level.alpha / level.sigma) for level in map(SCHEDULE.scalars, times)]
-    h = [b - a for a, b in pairwise(lam)]
-    trend = [0.0, *(0.5 * b / a for a, b in pairwise(h)), 0.0]
-    following = Calibrated(denoiser, times, {"x0_trend": trend}, clip=None)
+    following = Calibrated(denoiser, times, {"x0_trend": trends(times, SCHEDULE)}, clip=None)
     second = samplers.DPMSolver(steps=6, spacing=spacing, clip=None).sample(denoiser, x)
     assert (ddim.sample(denoiser, x) - second).abs().max() > 1e-3
     for _ in range(2):  # of the trajectory before nothing is left
         torch.testing.assert_close(ddim.sample(following, x), second)
+
+
+@pytest.mark.parametrize(("times", "expected"), [([999], [0]), ([999, 0], [0, 0])])
+def test_one_or_two_steps_have_no_trend(times, expected):
+    assert trends(times, SCHEDULE) == expected
+
+
+def test_the_start_that_is_ahead_goes_on():
+    """With the exact denoiser 2M is nearer than DDIM from the first; a fit may not begin behind it."""
+    denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
+    data = MEAN + SPREAD * noise(range(1000), (1, 4, 4))
+    how = Fit(iterations=1, batch=64, lr=1e-6, move_times=0, held_out=250)
+    sampler, comparison = samplers.DDIM(steps=8, spacing="logsnr"), Comparison(denoiser, data, how)
+    uncalibrated = Start(["x0_trend"], sampler.timesteps(SCHEDULE), second_order=False)
+    plain, second = (comparison.held_out(*s.applied(denoiser, sampler)).distance for s in uncalibrated.kinds())
+    assert second < 0.9 * plain
+    *_, last = fit(denoiser, sampler, data, how, ["x0_trend"])
+    assert last.calibration.protocol["begun_as"] == "2M"
+    assert last.best == pytest.approx(second, rel=1e-3)
+    # DPM-Solver++ follows the trend itself: twice is worse, and what changes nothing goes on
+    *_, last = fit(denoiser, samplers.DPMSolver(steps=8, spacing="logsnr"), data, how, ["x0_trend"])
+    assert last.calibration.protocol["begun_as"] == "uncalibrated"
+
+
+def test_moving_time_steps_looks_at_no_images_twice():
+    denoiser, calls = Denoiser(Exact(), CleanImage(), SCHEDULE), []
+    sampler, how = samplers.DDIM(steps=6), Fit(batch=8, move_times=2, held_out=16, own_features=False)
+    comparison = Comparison(denoiser, MEAN + SPREAD * noise(range(64), (1, 4, 4)), how)
+
+    class Counting:
+        schedule = SCHEDULE
+
+        def __call__(self, x_t, t):
+            calls.append(t)
+            return denoiser(x_t, t)
+
+    start = Start(["x0_trend"], sampler.timesteps(SCHEDULE), second_order=True)
+    found = start.moved(Counting(), sampler, comparison)
+    looked = len(calls)
+
+    def far(times):
+        return comparison.once(*dataclasses.replace(start, times=times).applied(Counting(), sampler))
+
+    assert moved(start.times, 999, far, 2) == found.times
+    assert looked < 0.65 * (len(calls) - looked)
+
+
+def test_a_batch_is_compared_with_all_real_images_at_its_own_ranks():
+    ordered = torch.arange(8.0)[:, None]
+    torch.testing.assert_close(quantiles(ordered, 8), ordered)
+    torch.testing.assert_close(quantiles(ordered, 4), torch.tensor([[0.5], [2.5], [4.5], [6.5]]))
+    torch.testing.assert_close(quantiles(ordered, 16)[:3], torch.tensor([[0.0], [0.25], [0.75]]))
+    x, y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).split(25)
+    assert SlicedWasserstein()(x, y.repeat(2, 1), 0) == pytest.approx(float(SlicedWasserstein()(x, y, 0)), rel=0.2)
+
+
+def test_the_energy_distance_of_unequal_numbers_is_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    found = torch.stack(
+        [
+            Energy()(torch.randn(8, 5, generator=generator), torch.randn(200, 5, generator=generator), 0)
+            for _ in range(400)
+        ]
+    )
+    assert abs(found.mean()) < 4 * found.std() / 20
 
 
 def test_the_trend_is_of_clipped_images_and_of_the_step_before_even_where_steps_look_twice():

@@ -1,7 +1,7 @@
-"""How far a batch of made images is from a batch of real ones, with gradients.
+"""How far a batch of made images is from real ones, with gradients.
 
 Each distance is zero in expectation only for equal distributions, needs no labels and no trained network, and is
-symmetric. B images made, B real, C channels.
+symmetric. B images made, N real: the more real ones, the less the distance of one batch says of another by chance.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Distance(Registered, ABC):
 
     @abstractmethod
     def __call__(self, made: Tensor, real: Tensor, seed: int) -> Tensor:
-        """A scalar, from (B, D) and (B, D); `seed` says which random directions are looked at."""
+        """A scalar, from (B, D) and (N, D); `seed` says which random directions are looked at."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class SlicedWasserstein(Distance):
     directions: int = 256
 
     def __call__(self, made: Tensor, real: Tensor, seed: int) -> Tensor:
-        """A scalar, from (B, D) and (B, D)."""
+        """A scalar, from (B, D) and (N, D)."""
         generator = torch.Generator().manual_seed(int(mix(seed, 1)) % 2**63)
         directions = torch.randn(made.shape[1], self.directions, generator=generator).to(made)
         directions = directions / directions.norm(dim=0)
-        return (_sorted(made @ directions) - _sorted(real @ directions)).abs().mean()
+        return (_sorted(made @ directions) - quantiles(_sorted(real @ directions), len(made))).abs().mean()
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,27 @@ class Energy(Distance):
     """Energy distance 2·E|x − y| − E|x − x'| − E|y − y'| (Székely & Rizzo 2013), over √D."""
 
     def __call__(self, made: Tensor, real: Tensor, seed: int) -> Tensor:
-        """A scalar, from (B, D) and (B, D)."""
-        unbiased = len(made) / (len(made) - 1)
-        within = (_pairs(made, made) + _pairs(real, real)) * unbiased
-        return (2 * _pairs(made, real) - within) / made.shape[1] ** 0.5
+        """A scalar, from (B, D) and (N, D)."""
+        return (2 * _pairs(made, real) - _within(made) - _within(real)) / made.shape[1] ** 0.5
 
 
 def _sorted(x: Tensor) -> Tensor:
     return x.sort(dim=0).values
+
+
+def quantiles(ordered: Tensor, count: int) -> Tensor:
+    """The values of (N, D), sorted along N, at `count` evenly spaced ranks, in the middle of each: (count, D)."""
+    n = len(ordered)
+    if n == count:
+        return ordered
+    rank = ((torch.arange(count, device=ordered.device) + 0.5) * (n / count) - 0.5).clamp(0, n - 1)
+    below = rank.long()
+    return torch.lerp(ordered[below], ordered[(below + 1).clamp(max=n - 1)], (rank - below).to(ordered)[:, None])
+
+
+def _within(x: Tensor) -> Tensor:
+    """Between two different ones of x, on average."""
+    return _pairs(x, x) * (len(x) / (len(x) - 1))
 
 
 def _pairs(x: Tensor, y: Tensor) -> Tensor:

@@ -51,12 +51,17 @@ class Views(nn.Module):
         self.to(images.device)
         self.within = None if denoiser is None else Within.of(denoiser, images[:2])
         with torch.no_grad():
-            seen = zip(*(self._seen(batch) for batch in images[:1024].split(256)), strict=True)
+            seen = zip(*map(self._seen, images[:1024].split(256)), strict=True)
             self.whitened = [whitening(torch.cat(view)) for view in seen]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """The views of images (B, C, H, W)."""
         return [view @ by for view, by in zip(self._seen(images), self.whitened, strict=True)]
+
+    @torch.no_grad()
+    def of(self, images: Tensor) -> list[Tensor]:
+        """The views of any number of images (N, C, H, W), a few hundred at a time."""
+        return [torch.cat(view) for view in zip(*map(self, images.split(256)), strict=True)]
 
     def _seen(self, images: Tensor) -> list[Tensor]:
         pixels = F.avg_pool2d(images, 2, ceil_mode=True).flatten(1)

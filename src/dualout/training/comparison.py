@@ -1,0 +1,110 @@
+"""What the images of a calibration are compared with: real ones that the fit sees, and others that it does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualout.denoiser import Denoiser
+from dualout.errors import InputError
+from dualout.randomness import SeededDraw, mix, noise
+from dualout.samplers.base import Denoises, Sampler
+from dualout.training.distances import Distance
+from dualout.training.views import Views
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dualout.training.calibrate import Fit
+
+REAL = 2048
+"""Real images, at most, that every batch of made ones is compared with."""
+
+
+class Far(NamedTuple):
+    """How far made images are from real ones that the fit does not see, and how near to those of the fit."""
+
+    distance: float
+    nearest: float
+
+
+class Comparison:
+    """What made images are compared with: real images of the fit, and others held out.
+
+    Args:
+        denoiser: whose network looks at images too, where the fit asks for that.
+        images: real ones, (N, C, H, W).
+        how: the settings.
+
+    Raises:
+        InputError: for too few images.
+    """
+
+    def __init__(self, denoiser: Denoiser, images: Tensor, how: Fit) -> None:
+        held = min(how.held_out, len(images) // 4)
+        if held < 16:
+            raise InputError(f"calibration needs 64 images or more, got {len(images)}")
+        images = images[torch.from_numpy(_shuffled(how.seed, len(images)))]
+        self.how, self.distance = how, Distance.parse(how.distance)
+        self.real, real_held = images[held:], images[:held]
+        self.views = Views(self.real[:REAL], how.seed, denoiser if how.own_features else None)
+        self.seen, self.seen_held = self.views.of(self.real[:REAL]), self.views.of(real_held)
+        self.nearest_real = nearest(real_held, self.real)
+
+    def far(self, made: Tensor, seed: int) -> Tensor:
+        """How far images are from those of the fit: a scalar, with gradients."""
+        return self._sum(made, self.seen, seed)
+
+    @torch.no_grad()
+    def held_out(self, denoiser: Denoises, sampler: Sampler) -> Far:
+        """Of images from noise that the fit does not see."""
+        counts = [min(self.how.batch, self.how.held_out - i) for i in range(0, self.how.held_out, self.how.batch)]
+        firsts = range(0, self.how.held_out, self.how.batch)
+        made = torch.cat([self.made(denoiser, sampler, n, 1, first) for n, first in zip(counts, firsts, strict=True)])
+        return Far(float(self._sum(made, self.seen_held, self.how.seed)), nearest(made, self.real))
+
+    @torch.no_grad()
+    def once(self, denoiser: Denoises, sampler: Sampler) -> float:
+        """How far images of one noise are from those of the fit."""
+        return float(self.far(self.made(denoiser, sampler, self.how.compared, 3, 0), self.how.seed))
+
+    def made(
+        self, denoiser: Denoises, sampler: Sampler, count: int, kind: int, first: int, *, grad: bool = False
+    ) -> Tensor:
+        """Images (count, C, H, W), from noises of a kind, counted from `first`."""
+        seeds, shape = mix(self.how.seed + kind, torch.arange(first, first + count).numpy()), self.real.shape[1:]
+        draw = SeededDraw(seeds, shape, device=self.real.device)  # type: ignore[arg-type]
+        x = noise(seeds, shape, device=self.real.device)
+        for moment in sampler.trajectory(denoiser, x, draw, differentiable=grad):
+            x = moment.x_next
+        return x if sampler.clip is None else x.clamp(*sampler.clip)
+
+    def protocol(self) -> dict[str, Any]:
+        """What images were compared by."""
+        within = self.views.within
+        return {
+            "own_features": None if within is None else {"layer": within.layer, "t": within.t},
+            "images": len(self.real),
+            "held_out_images": len(self.seen_held[0]),
+        }
+
+    def _sum(self, made: Tensor, seen: Sequence[Tensor], seed: int) -> Tensor:
+        views = zip(self.views(made), seen, strict=True)
+        return torch.stack([self.distance(a, b, seed) for a, b in views]).sum()
+
+
+def nearest(made: Tensor, real: Tensor) -> float:
+    """How far images are from the nearest of others, root mean square over pixels, on average.
+
+    Made images that come nearer to the images of the fit than unseen real images are copies of these.
+    """
+    distances = [torch.cdist(rows.flatten(1), real.flatten(1)).amin(1) for rows in made.split(256)]
+    return float(torch.cat(distances).mean()) / made[0].numel() ** 0.5
+
+
+def _shuffled(seed: int, n: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(seed).permutation(n)
