@@ -1,7 +1,7 @@
 """K-step calibration: fit a few numbers a step to what a K-step trajectory wants.
 
 The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, from
-the uncalibrated start and from DPM-Solver++ 2M's, of which the one that is ahead at the first check goes on, against
+the uncalibrated start and from DPM-Solver++ 2M's, of which the one that is ahead halfway goes on, against
 a distance between made and real images; each step is recomputed in the backward pass, so that memory does not grow
 with K. Noise and images that the fit never sees decide which goes on and when to stop.
 
@@ -28,9 +28,12 @@ from dualout.prediction import Prediction
 from dualout.randomness import mix
 from dualout.samplers.base import Denoises, Sampler
 from dualout.schedules import Level, Schedule
-from dualout.training.comparison import Comparison, Far
+from dualout.training.comparison import Comparison
 from dualout.training.distances import Distance
 from dualout.training.starts import Start
+
+RACE = 0.5
+"""The part of the updates that is made from both starts; the better goes on."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ class Fit:
     def trajectories(self, steps: int) -> float:
         """How many images are made through all steps, at most; what gradients cost is counted as such."""
         # an update makes its images, makes each step again in the backward pass, and that costs two more
-        updates = 4 * (self.iterations + min(self.iterations, self.check_every)) * self.batch
+        updates = 4 * (1 + RACE) * self.iterations * self.batch
         # from two starts; of a trajectory whose step k is moved the k steps before are known
         moves = 2 * 2 * self.move_times * (steps / 2) * self.compared
-        checks = (3 + self.iterations / self.check_every) * self.held_out
+        checks = (3 + (1 + RACE) * self.iterations / self.check_every) * self.held_out
         return updates + moves + checks
 
 
@@ -137,11 +140,14 @@ def fit(
                 descent.update(i)
             if i % how.check_every and i != how.iterations:
                 continue
-            ahead = min(descents, key=_Descent.check)
-            descents = [ahead]
-            worse = 0 if ahead.now.distance < best.distance else worse + 1
+            for descent in descents:
+                descent.check()
+            ahead = min(descents, key=lambda descent: descent.best.distance)
+            if i >= how.iterations * RACE:
+                descents = [ahead]
+            worse = 0 if ahead.best.distance < best.distance else worse + 1
             if not worse:
-                best, found, values = ahead.now, ahead.start, _floats(ahead.values)
+                best, found, values = ahead.best, ahead.start, ahead.best_values
             protocol = {
                 "held_out_before": before.distance,
                 "held_out_after": best.distance,
@@ -170,10 +176,9 @@ class _Descent:
 
     Attributes:
         values: by name, one number a step, (K,).
-        now: how far images made with them are, at the last check.
+        now: how far images made with them were at the last check.
+        best: and at the best one, with `best_values`.
     """
-
-    now: Far
 
     def __init__(self, denoiser: Denoises, sampler: Sampler, start: Start, comparison: Comparison, how: Fit) -> None:
         self.start, self.comparison, self.how = start, comparison, how
@@ -186,6 +191,8 @@ class _Descent:
         self.sampler = sampler.at(start.times)
         self.optimizer = torch.optim.Adam(self.values.values(), lr=how.lr, betas=(0.9, 0.95))
         self._losses: list[Tensor] = []
+        self.now = self.best = comparison.held_out(self.denoiser, self.sampler)
+        self.best_values = _floats(self.values)
 
     def update(self, i: int) -> None:
         """The i-th update of the numbers, from 1."""
@@ -199,10 +206,11 @@ class _Descent:
         self.optimizer.step()
         self._losses.append(loss.detach())
 
-    def check(self) -> float:
-        """How far images of held-out noise are from held-out ones."""
+    def check(self) -> None:
+        """See how far images of held-out noise are from held-out ones."""
         self.now = self.comparison.held_out(self.denoiser, self.sampler)
-        return self.now.distance
+        if self.now.distance < self.best.distance:
+            self.best, self.best_values = self.now, _floats(self.values)
 
     def since(self) -> float:
         """How far images of the updates were, on average, since this was last asked."""
