@@ -151,7 +151,7 @@ def test_a_backend_or_precision_that_cannot_be_used_is_told(option, told):
         Grid(device="cpu", **option)
 
 
-def test_a_calibration_of_another_precision_is_fitted_again(grid_file, tmp_path):
+def test_a_calibration_of_another_precision_or_an_earlier_way_is_fitted_again(grid_file, tmp_path):
     asked = ["--config", str(grid_file), "--spacings", "[trailing]", "--steps", "[2]", "--calibrated", "[true]"]
     asked += ["--methods", "{eps: eps}", "--choose_seeds", "[]", "--out", str(tmp_path / "out")]
     for precision in ("fp32", "bf16"):
@@ -159,12 +159,14 @@ def test_a_calibration_of_another_precision_is_fitted_again(grid_file, tmp_path)
         (fitted,) = (tmp_path / "out").glob("models/*/calibration/*.json")
         protocol = json.loads(fitted.read_text())["protocol"]
         assert protocol["precision"] == precision
-    # one that an older version made was of float32, and is kept
     content = json.loads(fitted.read_text())
-    del content["protocol"]["precision"]
-    fitted.write_text(json.dumps(content))
-    assert main(["compare", *asked, "--precision", "fp32"]) == 0
-    assert "precision" not in json.loads(fitted.read_text())["protocol"]
+    for kept in (True, False):
+        if not kept:
+            del content["protocol"]["begun_as"]
+        fitted.write_text(json.dumps(content))
+        assert main(["compare", *asked, "--precision", "bf16"]) == 0
+        # written anew, it is indented
+        assert (fitted.read_text() == json.dumps(content)) is kept
 
 
 def test_images_are_made_as_the_grid_says(grid_file, tmp_path):

@@ -140,10 +140,9 @@ def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, s
     asked = {"weights": weights, "fit": vars(how), "precision": precision.name}
     try:
         known = Calibration.load(directory, sampler.config())
-        # older ones are of float32, and do not say so
-        protocol = {"precision": "fp32"} | known.protocol
-        same = all(protocol.get(key) == value for key, value in asked.items())
-        if same and known.values.keys() == set(parameters_of(model.denoiser)):
+        same = all(known.protocol.get(key) == value for key, value in asked.items())
+        # what an earlier way of fitting found does not say how it began
+        if same and "begun_as" in known.protocol and known.values.keys() == set(parameters_of(model.denoiser)):
             return
     except InputError:
         pass  # there is none yet: it is fitted
