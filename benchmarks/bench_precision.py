@@ -29,8 +29,6 @@ processors. The profile is of that, by kind of operation."""
 
 BATCHES = {"S": 64, "M": 128 if GPU else 8}
 CALLS = 10 if GPU else 1
-GFLOP = {"S": 3 * BATCHES["S"] * 0.618, "M": 3 * BATCHES["M"] * 12.1}
-"""Of forward and backward."""
 
 ON_GPU = f"""## Precision on a GPU: where the time of a training step goes
 
@@ -57,7 +55,9 @@ def measure(full: bool, peers: list[ModuleType]) -> Section:
         cases = _cases(name, build)
         times = interleaved(cases, (7 if name == "S" else 5) if many else 2, calls=CALLS)
         section.times[f"{name}, seconds of forward and backward"] = times
-        section.tables.append(_table(name, times))
+        # a backward pass is two forward ones
+        operations = 3 * BATCHES[name] * subjects.operations(build(), subjects.images(1)) / 1e9
+        section.tables.append(_table(name, times, operations))
         which = "bf16" if GPU else "bf16, attention in fp32"
         section.tables.append(_profile(f"{name}, {which}", cases[which]))
     return section
@@ -147,14 +147,15 @@ def _peaks(rounds: int) -> str:
     return table(["GFLOP/s, best of the rounds", "fp32", "bf16"], rows)
 
 
-def _table(name: str, times: Times) -> str:
+def _table(name: str, times: Times, operations: float) -> str:
+    """Times beside fp32's; `operations` is how many 10⁹ floating-point operations forward and backward are."""
     slow = statistics.median(times["fp32"])
     rows = [
         [
             case,
             Spread.of(v).text(1e-3),
             f"{slow / statistics.median(v):.2f}",
-            digits(GFLOP[name] / statistics.median(v)),
+            digits(operations / statistics.median(v)),
         ]
         for case, v in times.items()
     ]

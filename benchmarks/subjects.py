@@ -40,7 +40,7 @@ class Plain(nn.Module):
 
 
 def small(channels: int = 3, heads: int = 8) -> nn.Module:
-    """S: 1.74 million parameters, 0.62 GFLOP an image of 3×32×32 forward.
+    """S: 1.74 million parameters, 0.67 GFLOP an image of 3×32×32 forward, attention counted.
 
     Args:
         channels: of the output.
@@ -55,7 +55,7 @@ def small(channels: int = 3, heads: int = 8) -> nn.Module:
 
 
 def cifar10(channels: int = 3, dropout: float = 0.0) -> nn.Module:
-    """M: DDPM's UNet for CIFAR-10, 35.7 million parameters, 12.1 GFLOP an image forward."""
+    """M: DDPM's UNet for CIFAR-10, 35.7 million parameters, 12.5 GFLOP an image forward, attention counted."""
     return Plain(build(f"ddpm-cifar10:dropout={dropout}", 3, 32, channels)).to(PLACE)
 
 

@@ -147,7 +147,7 @@ def test_sample_and_evaluate_have_their_steps_compiled_where_it_is_repaid(monkey
     few = sampling(backend="compile")
     expected = few.images(range(3)).int()
     assert few.computed()["computed_by"]["steps"] == "eager"
-    monkeypatch.setattr(compiled, "REPAID", 1)
+    monkeypatch.setattr(compiled, "REPAID_NUMBERS", 1)
     many = sampling(backend="compile")
     got = many.images(range(3))
     assert many.computed()["computed_by"]["steps"] == "compile"
@@ -156,7 +156,7 @@ def test_sample_and_evaluate_have_their_steps_compiled_where_it_is_repaid(monkey
 
 
 def test_what_cannot_be_compiled_is_taken_by_eager_torch(monkeypatch):
-    monkeypatch.setattr(compiled, "REPAID", 1)
+    monkeypatch.setattr(compiled, "REPAID_NUMBERS", 1)
     monkeypatch.setattr(compiled.Compile, "prepare", lambda self, network, call, precision: network)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda *a: 1 / 0))
     got = sampling(backend="compile")

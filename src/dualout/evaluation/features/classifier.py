@@ -1,6 +1,6 @@
 """Small classifiers, trained on the data that are to be judged, whose last hidden layer is the features.
 
-`benchmarks/features_digits.py` trains them and writes their files: safetensors whose metadata hold the network's
+`benchmarks/train_classifier.py` trains them and writes their files: safetensors whose metadata hold the network's
 arguments and how it was trained, test accuracy included.
 """
 
@@ -95,7 +95,7 @@ class _OfFile(NetworkFeatures):
             ) from error
         if found.keys() != {"arguments", "trained"}:
             raise InputError(
-                f"features {self.name!r}: {self.file} holds no classifier that benchmarks/features_digits.py wrote"
+                f"features {self.name!r}: {self.file} holds no classifier that benchmarks/train_classifier.py wrote"
             )
         return found
 
@@ -135,7 +135,7 @@ class Digits(_OfFile):
 
 @dataclass(frozen=True)
 class Classifier(_OfFile):
-    """A classifier of one's own: ``classifier:path=FILE.safetensors``, trained by benchmarks/features_digits.py."""
+    """A classifier of one's own: ``classifier:path=FILE.safetensors``, trained by benchmarks/train_classifier.py."""
 
     path: str
 

@@ -26,7 +26,7 @@ from dualout.samplers.base import Denoises
 
 MOST = 100
 """Evaluations of a trajectory that is recorded as a whole: a graph of 100 networks has about 100,000 kernels."""
-REPAID = 4
+REPAID_TRAJECTORIES = 4
 """Trajectories from which on recording one is repaid: it takes about three that are not recorded."""
 
 _whole: ContextVar[bool] = ContextVar("whole", default=False)
@@ -81,7 +81,7 @@ def recorded(
     Raises:
         InputError: when it cannot be recorded.
     """
-    if steps < REPAID * sampler.evaluations:
+    if steps < REPAID_TRAJECTORIES * sampler.evaluations:
         return None
     if sampler.evaluations > MOST:
         raise InputError(f"trajectories of more than {MOST} evaluations are not recorded as a whole")

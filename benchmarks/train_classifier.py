@@ -1,7 +1,7 @@
-"""Trains the small classifier whose features the Fréchet distance of digits is measured in.
+"""Trains a small classifier, in whose features a Fréchet distance is measured: of the digits, or of other data.
 
-    python benchmarks/features_digits.py                          writes the file that ships with the package
-    python benchmarks/features_digits.py --data idx:FOLDER --width 16 --out fashion.safetensors
+    python benchmarks/train_classifier.py                          writes the file that ships with the package
+    python benchmarks/train_classifier.py --data idx:FOLDER --width 16 --out fashion.safetensors
                                                                   one for other data: --features classifier:path=FILE
 
 The classifier sees the training split, shifted by up to a pixel; its accuracy on the test split is written into the
