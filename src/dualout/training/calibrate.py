@@ -28,7 +28,7 @@ from dualout.prediction import Prediction
 from dualout.randomness import mix
 from dualout.samplers.base import Denoises, Sampler
 from dualout.schedules import Level, Schedule
-from dualout.training.comparison import Comparison
+from dualout.training.comparison import UPDATES, Comparison
 from dualout.training.distances import Distance
 from dualout.training.starts import Start
 
@@ -199,7 +199,8 @@ class _Descent:
         how = self.how
         for group in self.optimizer.param_groups:
             group["lr"] = how.lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / how.iterations))
-        made = self.comparison.made(self.denoiser, self.sampler, how.batch, 2, i * how.batch, grad=True)
+        numbers = range(i * how.batch, (i + 1) * how.batch)
+        made = self.comparison.made(self.denoiser, self.sampler, UPDATES, numbers, grad=True)
         loss = self.comparison.far(made, int(mix(how.seed, i)) % 2**31)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 REAL = 2048
 """Real images, at most, that every batch of made ones is compared with."""
+
+HELD_OUT, UPDATES, PLACES = 1, 2, 3
+"""Kinds of noise: what decides, what the numbers are fitted by, and what the time steps are moved by."""
 
 
 class Far(NamedTuple):
@@ -46,7 +50,7 @@ class Comparison:
         held = min(how.held_out, len(images) // 4)
         if held < 16:
             raise InputError(f"calibration needs 64 images or more, got {len(images)}")
-        images = images[torch.from_numpy(_shuffled(how.seed, len(images)))]
+        images = images[torch.from_numpy(np.random.default_rng(how.seed).permutation(len(images)))]
         self.how, self.distance = how, Distance.parse(how.distance)
         self.real, real_held = images[held:], images[:held]
         self.views = Views(self.real[:REAL], how.seed, denoiser if how.own_features else None)
@@ -60,21 +64,19 @@ class Comparison:
     @torch.no_grad()
     def held_out(self, denoiser: Denoises, sampler: Sampler) -> Far:
         """Of images from noise that the fit does not see."""
-        counts = [min(self.how.batch, self.how.held_out - i) for i in range(0, self.how.held_out, self.how.batch)]
-        firsts = range(0, self.how.held_out, self.how.batch)
-        made = torch.cat([self.made(denoiser, sampler, n, 1, first) for n, first in zip(counts, firsts, strict=True)])
+        many, batch = self.how.held_out, self.how.batch
+        numbers = [range(first, min(first + batch, many)) for first in range(0, many, batch)]
+        made = torch.cat([self.made(denoiser, sampler, HELD_OUT, some) for some in numbers])
         return Far(float(self._sum(made, self.seen_held, self.how.seed)), nearest(made, self.real))
 
     @torch.no_grad()
     def once(self, denoiser: Denoises, sampler: Sampler) -> float:
         """How far images of one noise are from those of the fit."""
-        return float(self.far(self.made(denoiser, sampler, self.how.compared, 3, 0), self.how.seed))
+        return float(self.far(self.made(denoiser, sampler, PLACES, range(self.how.compared)), self.how.seed))
 
-    def made(
-        self, denoiser: Denoises, sampler: Sampler, count: int, kind: int, first: int, *, grad: bool = False
-    ) -> Tensor:
-        """Images (count, C, H, W), from noises of a kind, counted from `first`."""
-        seeds, shape = mix(self.how.seed + kind, torch.arange(first, first + count).numpy()), self.real.shape[1:]
+    def made(self, denoiser: Denoises, sampler: Sampler, kind: int, numbers: range, *, grad: bool = False) -> Tensor:
+        """Images (B, C, H, W), from the noises of a kind that have these numbers."""
+        seeds, shape = mix(self.how.seed + kind, np.array(numbers)), self.real.shape[1:]
         draw = SeededDraw(seeds, shape, device=self.real.device)  # type: ignore[arg-type]
         x = noise(seeds, shape, device=self.real.device)
         for moment in sampler.trajectory(denoiser, x, draw, differentiable=grad):
@@ -102,9 +104,3 @@ def nearest(made: Tensor, real: Tensor) -> float:
     """
     distances = [torch.cdist(rows.flatten(1), real.flatten(1)).amin(1) for rows in made.split(256)]
     return float(torch.cat(distances).mean()) / made[0].numel() ** 0.5
-
-
-def _shuffled(seed: int, n: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng(seed).permutation(n)
