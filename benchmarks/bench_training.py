@@ -38,9 +38,9 @@ ON_GPU = """## Training on a GPU: what a step costs
 
 As on a processor, but for the batch of M, which is 128, its dropout, which is 0.1 as in recipes/cifar10.yaml, and the
 layout: ours has its weights in channels_last, as `dualout train` does there, unless `contiguous` is said. Ten steps
-are timed together, in which the host runs ahead of the GPU as in a real training; `launched` is the host's own time. In
-fp32 TF32 is as torch has it by default: on in convolutions, off in matrix products. The share of the peak is of 3
-forward passes' operations; that of rows in fp32 is of bf16's peak too."""
+are timed together, so that the host runs ahead of the GPU as it does over a whole training; `ms, launched` is what the
+host alone takes. In fp32 TF32 is as torch has it by default: on in convolutions, off in matrix products. The share of
+the peak is of 3 forward passes' operations; that of rows in fp32 is of bf16's peak too."""
 
 
 class Case(NamedTuple):

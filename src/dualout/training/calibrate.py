@@ -1,9 +1,9 @@
 """K-step calibration: fit a few numbers a step to what a K-step trajectory wants.
 
 The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, from
-the uncalibrated start and from DPM-Solver++ 2M's, of which the one that is ahead halfway goes on, against
-a distance between made and real images; each step is recomputed in the backward pass, so that memory does not grow
-with K. Noise and images that the fit never sees decide which goes on and when to stop.
+the uncalibrated start and, for samplers of first order, from DPM-Solver++ 2M's, against a distance between made and
+real images; each step is recomputed in the backward pass, so that memory does not grow with K. Noise and images that
+the fit never sees decide which of the two goes on halfway, and when to stop.
 
 Trained samplers of single-output models: DDSS (Watson et al. 2022, arXiv 2202.05830), iDDIM, bespoke solvers (Shaul
 et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
@@ -66,8 +66,8 @@ class Fit:
         Distance.parse(self.distance)
 
     @property
-    def compared(self) -> int:
-        """Images that places of time steps are compared by: one batch has to do, where the numbers see many."""
+    def placing(self) -> int:
+        """Images that places of time steps are tried by: one batch has to do, where the numbers see many."""
         return max(self.batch, 256)
 
     def trajectories(self, steps: int) -> float:
@@ -75,7 +75,7 @@ class Fit:
         # an update makes its images, makes each step again in the backward pass, and that costs two more
         updates = 4 * (1 + RACE) * self.iterations * self.batch
         # from two starts; of a trajectory whose step k is moved the k steps before are known
-        moves = 2 * 2 * self.move_times * (steps / 2) * self.compared
+        moves = 2 * 2 * self.move_times * (steps / 2) * self.placing
         checks = (3 + (1 + RACE) * self.iterations / self.check_every) * self.held_out
         return updates + moves + checks
 
@@ -133,7 +133,7 @@ def fit(
     try:
         for p in frozen:
             p.requires_grad_(False)
-        starts = [start.moved(plain, sampler, comparison) for start in uncalibrated.kinds()]
+        starts = [start.moved(plain, sampler, comparison) for start in uncalibrated.alternatives(sampler)]
         descents = [_Descent(plain, sampler, start, comparison, how) for start in starts]
         for i in range(1, how.iterations + 1):
             for descent in descents:

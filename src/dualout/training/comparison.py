@@ -70,9 +70,9 @@ class Comparison:
         return Far(float(self._sum(made, self.seen_held, self.how.seed)), nearest(made, self.real))
 
     @torch.no_grad()
-    def once(self, denoiser: Denoises, sampler: Sampler) -> float:
-        """How far images of one noise are from those of the fit."""
-        return float(self.far(self.made(denoiser, sampler, PLACES, range(self.how.compared)), self.how.seed))
+    def placed(self, denoiser: Denoises, sampler: Sampler) -> float:
+        """How far images are from those of the fit, made from the one batch of noises that time steps are moved by."""
+        return float(self.far(self.made(denoiser, sampler, PLACES, range(self.how.placing)), self.how.seed))
 
     def made(self, denoiser: Denoises, sampler: Sampler, kind: int, numbers: range, *, grad: bool = False) -> Tensor:
         """Images (B, C, H, W), from the noises of a kind that have these numbers."""

@@ -27,10 +27,10 @@ class Start:
     times: Sequence[int]
     second_order: bool
 
-    def kinds(self) -> list[Start]:
-        """This start, and the one that follows x0's trend where there is such a number."""
-        following = [replace(self, second_order=True)] if "x0_trend" in self.names and len(self.times) > 2 else []
-        return [self, *following]
+    def alternatives(self, sampler: Sampler) -> list[Start]:
+        """This start, and for a sampler of first order the one that follows x0's trend where there is such a number."""
+        follows = sampler.order == 1 and "x0_trend" in self.names and len(self.times) > 2
+        return [self, replace(self, second_order=True)] if follows else [self]
 
     def values(self, schedule: Schedule) -> dict[str, list[float]]:
         """By name, one number a step."""
@@ -50,7 +50,7 @@ class Start:
         remembering = _Remembering(denoiser, len(self.times) + 2)
 
         def far(times: Sequence[int]) -> float:
-            return comparison.once(*replace(self, times=times).applied(remembering, sampler))
+            return comparison.placed(*replace(self, times=times).applied(remembering, sampler))
 
         try:
             return replace(self, times=moved(self.times, last, far, rounds))
