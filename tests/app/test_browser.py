@@ -107,6 +107,7 @@ def status(driver):
 
 def press(driver, selector):
     element = driver.find_element("css selector", selector)
+    wait(driver, element.is_enabled)
     driver.execute_script("arguments[0].click()", element)
 
 
@@ -196,15 +197,19 @@ def test_a_mistake_is_told_and_work_can_be_cancelled(address, studio, look, monk
         steps = driver.find_element("css selector", "#steps-A input[type=number]")
         steps.clear()
         steps.send_keys("100\t")
-        press(driver, "#start")
-        wait(driver, lambda: "step" in status(driver))
-        press(driver, "#cancel")
-        wait(driver, lambda: "Stopped" in status(driver))
-        time.sleep(1)
-        done = len(looked)
-        time.sleep(1)
-        assert len(looked) == done < 100
-        assert "Stopped" in status(driver)
+        # in the queue, before the first step, between steps and in the middle of one; the mistake told of steps too
+        for after in (0.0, 0.1, 0.5, 0.7):
+            looked.clear()
+            press(driver, "#start")
+            if after:
+                wait(driver, lambda: "Working" in status(driver) or "of 100" in status(driver))
+                time.sleep(after)
+            press(driver, "#cancel")
+            wait(driver, driver.find_element("id", "start").is_enabled)
+            done = len(looked)
+            time.sleep(0.5)
+            assert status(driver) == "Stopped."
+            assert len(looked) == done < 50
 
 
 @needs_browser

@@ -7,6 +7,7 @@ import io
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,22 @@ class Results(NamedTuple):
     command: gr.Textbox
 
 
+@dataclass
+class Visit:
+    """One browser's: whether what it asked for last is still wanted, waiting in the queue or being made."""
+
+    wanted: bool = False
+
+    def begin(self) -> dict[str, Any]:
+        """The button was pressed: it can be pressed again when all is made."""
+        self.wanted = True
+        return gr.update(interactive=False)
+
+    def cancel(self) -> None:
+        """What is being made ends with the step that it is at."""
+        self.wanted = False
+
+
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
     with gr.Blocks(title="dualout", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
@@ -83,14 +100,19 @@ def build(studio: Studio) -> gr.Blocks:
                 download = gr.DownloadButton("Download images", visible=False, elem_id="download")
             with gr.Column(scale=2, min_width=340), gr.Row():
                 results = [_results(letter) for letter in LETTERS]
-        inputs = [seed, images, filmed, *(c for column in columns for c in column)]
+        visit = gr.State(Visit())
+        inputs = [visit, seed, images, filmed, *(c for column in columns for c in column)]
         outputs = [status, download, *(c for result in results for c in result)]
 
-        def make(*values: Any) -> Iterator[dict[Any, Any]]:
-            yield from _make(studio, values, status, download, results)
+        def make(visit: Visit, *values: Any) -> Iterator[dict[Any, Any]]:
+            yield from _make(studio, visit, values, status, download, results)
 
-        working = start.click(make, inputs, outputs, concurrency_limit=TOGETHER)
-        stop.click(lambda: said("Stopped."), None, status, cancels=[working], queue=False)
+        # Not gradio's own `cancels`: it ends a request from outside, and what that still had to say then arrives after
+        # "Stopped.", or never does. Here the request ends itself, so that one alone writes the status.
+        pressed = start.click(Visit.begin, visit, start, queue=False, show_progress="hidden")
+        done = pressed.then(make, inputs, outputs, concurrency_limit=TOGETHER)
+        done.then(lambda: gr.update(interactive=True), None, start, queue=False, show_progress="hidden")
+        stop.click(Visit.cancel, visit, None, queue=False)
     page.queue(max_size=WAITING, default_concurrency_limit=TOGETHER, api_open=False)
     return page
 
@@ -191,7 +213,12 @@ def _setting(values: list[Any]) -> Setting:
 
 
 def _make(
-    studio: Studio, values: tuple[Any, ...], status: gr.HTML, download: gr.DownloadButton, results: list[Results]
+    studio: Studio,
+    visit: Visit,
+    values: tuple[Any, ...],
+    status: gr.HTML,
+    download: gr.DownloadButton,
+    results: list[Results],
 ) -> Iterator[dict[Any, Any]]:
     shown = time.monotonic()
     made: list[Made] = []
@@ -201,6 +228,9 @@ def _make(
             result.column: gr.update(visible=k in used) for k, result in enumerate(results)
         }
         for item in studio.make(request):
+            if not visit.wanted:
+                yield {status: said("Stopped.")}
+                return
             if isinstance(item, Made):
                 made.append(item)
                 yield _finished(item, results[used[len(made) - 1]])
