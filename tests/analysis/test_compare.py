@@ -1,6 +1,7 @@
 """dualout compare: what is chosen, what is averaged, and that nothing is done twice."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,14 @@ def test_a_grid_costs_only_what_is_new(grid_file, capsys):
     said = capsys.readouterr().err
     assert "training" not in said
     assert "dpmsolver" in said
+
+    # another number of images is rows beside the first, and tables are of the grid at hand
+    assert main([*command, "--images", "20", "--calibrated", "[false]", "--spacings", "[trailing]"]) == 0
+    assert {r["images"] for r in json.loads((out / "table.json").read_text())} == {20}
+    assert "20 images a score" in (out / "summary.md").read_text()
+    assert Counter(r["images"] for r in json.loads((out / "results.json").read_text())) == {16: 40, 20: 6}
+    assert main(command) == 0
+    assert json.loads((out / "table.json").read_text()) == first
 
 
 @pytest.mark.parametrize(

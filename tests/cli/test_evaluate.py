@@ -91,10 +91,15 @@ def test_interrupted_and_given_again(runs, tmp_path, monkeypatch, capsys):
     assert rows_of(out)[:2] == first
     assert [r["steps"] for r in rows_of(out)] == [1, 2, 3]
     assert "2 of 3 combinations are there already" in capsys.readouterr().err
-    # a set of another size is another protocol
+    # a set of another size is rows of its own, and the table is of that size
+    capsys.readouterr()
     assert main([*command, "--images", "9"]) == 0
     assert begun[4:] == [1, 2, 3]
-    assert [r["images"] for r in rows_of(out)] == [9, 9, 9]
+    assert "9 images against digits" in capsys.readouterr().out
+    assert [(r["images"], r["steps"]) for r in rows_of(out)] == [(n, k) for n in (8, 9) for k in (1, 2, 3)]
+    # and the first is still there
+    assert main(command) == 0
+    assert len(begun) == 7
 
 
 def test_several_features_and_the_model_card(runs, tmp_path):

@@ -71,6 +71,21 @@ def test_runs_of_other_seeds_are_one_method_and_other_settings_are_two(tmp_path)
     assert [r.name for r in runs] == ["dual [s0]", "dual [s1]", "dual [s2]"]
 
 
+def test_scores_of_other_numbers_of_images_are_not_mixed(tmp_path):
+    for spec in ("dual", "eps"):
+        run = run_directory(tmp_path / "runs" / spec, spec)
+        rows = json.loads((run / "evaluation" / "results.json").read_text())
+        few = [r | {"images": 50, "fd": 100 / r["fd"]} for r in rows]
+        (run / "evaluation" / "results.json").write_text(json.dumps([*few, *rows]))
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    # the verdict is of the larger number, and is turned round by the smaller
+    assert "dual is better everywhere" in text.partition("Features: digits, 100 images")[0]
+    many, _, few = text.partition("Features: digits, 100 images")[2].partition("Features: digits, 50 images")
+    assert "100 images, below 10,000" in many
+    assert "dual is worse everywhere" in few
+
+
 def test_the_methods_of_a_comparison_are_kept(tmp_path):
     run = run_directory(tmp_path / "run", "dual")
     rows = json.loads((run / "evaluation" / "results.json").read_text())

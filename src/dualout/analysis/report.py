@@ -58,12 +58,12 @@ class Material:
 def report(material: Material, title: str, lead: str = "") -> str:
     """The page, as HTML that fetches nothing."""
     scores = reading.named(material.scores)
-    by_features = grouped(scores, features_of)
-    first = next(iter(by_features.values()), [])
+    judged = _judged(scores)
+    first = next(iter(judged.values()), [])
     studies = {r.name: r.study for r in material.runs if r.study is not None}
     verdict = reading.verdict(first, list(studies.values()))
     sections = [
-        Section("Scores", _scores(by_features, material.commands.get("scores", ""))),
+        Section("Scores", _scores(judged, material.commands.get("scores", ""))),
         Section("Samples", _samples(material)),
         *(Section(f"Inside {name}", _inside(study, name)) for name, study in studies.items() if study.dual),
         Section("From noise to image", _films(studies)),
@@ -81,17 +81,27 @@ def features_of(row: Row) -> str:
     return str(found.get("name", found) if isinstance(found, dict) else found)
 
 
-def _scores(by_features: Mapping[str, Sequence[Row]], command: str) -> list[str]:
+def _judged(scores: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that compare with each other, by features and, where it is not the same for all, number of images: a
+    Fréchet distance falls as they grow. The largest number comes first."""
+    found: dict[str, list[Row]] = {}
+    for features, rows in grouped(scores, features_of).items():
+        by_count = sorted(grouped(rows, lambda r: r.get("images") or 0).items(), reverse=True)
+        found |= {features if len(by_count) == 1 else f"{features}, {n} images": own for n, own in by_count}
+    return found
+
+
+def _scores(judged: Mapping[str, Sequence[Row]], command: str) -> list[str]:
     blocks = []
-    for features, rows in by_features.items():
-        if len(by_features) > 1:
-            blocks.append(page.heading(f"Features: {features}"))
+    for judge, rows in judged.items():
+        if len(judged) > 1:
+            blocks.append(page.heading(f"Features: {judge}"))
         several = len({r["method"] for r in rows}) > 1
         told = reading.compare(rows) if several else []
         # the first sentence stands above everything
         blocks.append(page.bullets(told if blocks else told[1:]))
-        blocks.append(comparison(rows, features))
-        blocks.append(page.figures(_score_figures(rows, features)))
+        blocks.append(comparison(rows, features_of(rows[0])))
+        blocks.append(page.figures(_score_figures(rows, judge)))
     if blocks and command:
         blocks.append(page.details("Make the scores again", page.code(command)))
     return [b for b in blocks if b]
@@ -117,7 +127,7 @@ def comparison(rows: Sequence[Row], features: str) -> str:
     return page.paragraphs(f"Fréchet distance in the features `{features}`, lower is better:") + table_html
 
 
-def _score_figures(rows: Sequence[Row], features: str) -> list[str]:
+def _score_figures(rows: Sequence[Row], judge: str) -> list[str]:
     if len({r["steps"] for r in rows}) < 2:
         return []
     known = [r["fd"] for r in rows if r.get("fd")]
@@ -126,7 +136,7 @@ def _score_figures(rows: Sequence[Row], features: str) -> list[str]:
     for k, ((sampler, spacing), own) in enumerate(
         sorted(grouped(rows, lambda r: (r["sampler"], r["spacing"])).items(), key=str)
     ):
-        name = f"fd-{_word(features)}-{k}"
+        name = f"fd-{_word(judge)}-{k}"
         title = f"{sampler}, {spacing} spacing"
         found.append(
             page.figure(canvas.svg(figures.scores(own, "fd", title, limits), name, f"FD against steps, {title}"))

@@ -1,9 +1,9 @@
 """Score what trained models make against real images: FD, KID, precision, recall.
 
-Every combination of run, route, sampler, spacing, number of steps and seed is one row of results.json and results.csv,
-written when it is finished, with the protocol that tells which numbers can be compared. The same command again goes on
-where it was interrupted. With torchrun, every process makes its share of the images, and the first scores them all. Set
-s of N images is made from the seeds s·N … s·N + N − 1: no two sets have one in common.
+Every combination of run, route, sampler, spacing, number of steps, seed and number of images is one row of results.json
+and results.csv, written when it is finished, with the protocol that tells which numbers can be compared. The same
+command again goes on where it was interrupted. With torchrun, every process makes its share of the images, and the
+first scores them all. Set s of N images is made from the seeds s·N … s·N + N − 1: no two sets have one in common.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def _print(rows: Sequence[Row], options: Options) -> None:
     from dualout.evaluation.scoring import COLUMNS, KEY
 
     told = [column for column in KEY if column in COLUMNS and len({str(row[column]) for row in rows}) == 1]
-    hidden = {*told, "images"} | ({"nfe"} if all(row["nfe"] == row["steps"] for row in rows) else set())
-    equal = ", ".join(f"{column} {rows[0][column]}" for column in told if rows[0][column] is not False)
+    hidden = set(told) | ({"nfe"} if all(row["nfe"] == row["steps"] for row in rows) else set())
+    equal = ", ".join(f"{c} {rows[0][c]}" for c in told if c != "images" and rows[0][c] is not False)
     title = f"{options.images} images against {options.data} ({rows[0]['protocol']['reference']['split']}); {equal}"
     console.table(rows, [column for column in COLUMNS if column not in hidden], title)
     for text in sorted({row["protocol"]["warning"] for row in rows if "warning" in row["protocol"]}):

@@ -24,8 +24,8 @@ COLUMNS = (
     "run", "parameterization", "route", "sampler", "spacing", "steps", "seed", "features", "calibrated",
     "fd", "kid", "precision", "recall", "images", "nfe", "seconds",
 )  # fmt: skip
-KEY = (*COLUMNS[:9], "guidance")
-"""What tells one row from another."""
+KEY = (*COLUMNS[:9], "images", "guidance")
+"""What tells one row from another: all that is asked for in the words of a command."""
 
 
 class Scoring:
@@ -119,7 +119,7 @@ class Scoring:
         return [
             {k: row[k] for k in KEY if k in row}
             | reference.scores(statistics)
-            | {"images": self.images, "nfe": row["nfe"], "seconds": round(self.seconds, 3), "protocol": row["protocol"]}
+            | {"nfe": row["nfe"], "seconds": round(self.seconds, 3), "protocol": row["protocol"]}
             for row, reference, statistics in zip(self.pending(), self.references, self._statistics, strict=True)
         ]
 
@@ -144,8 +144,9 @@ def _named(sampling: Sampling) -> str:
 class Results:
     """results.json and results.csv in a directory: rows are added as they are finished.
 
-    A row that is there with the same protocol need not be made again; one that is made again with another protocol
-    takes its place.
+    A row that is there with the same protocol need not be made again; one that is made again with another protocol (the
+    model was trained further, the real images are others) takes its place. Scores of 1,000 and of 5,000 images are rows
+    beside each other: either is true.
     """
 
     def __init__(self, directory: Path) -> None:
