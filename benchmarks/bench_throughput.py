@@ -107,7 +107,8 @@ def _ours(model: Model, precision: str, batch: int, backend: str) -> Callable[[]
 
 def _pipeline(model: Model, precision: str, batch: int) -> Callable[[], Tensor]:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    unet: Any = copy.deepcopy(model.denoiser.network)
+    # as a pipeline of diffusers is loaded, which leaves weights contiguous
+    unet: Any = copy.deepcopy(model.denoiser.network).to(memory_format=torch.contiguous_format)  # type: ignore[union-attr]
     pipeline = DDIMPipeline(unet.to(dtype), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
 

@@ -65,6 +65,7 @@ def here() -> dict[str, Any]:
     """What is installed, and what this machine computes."""
     import torch
 
+    from dualout.networks.device import layout
     from dualout.networks.precision import choose, processor_units
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -91,7 +92,7 @@ def here() -> dict[str, Any]:
         "recommended": {
             "device": str(device),
             "precision": f"{best.name}: {best.why}",
-            "channels_last": device.type == "cuda",
+            "channels_last": layout(device) is torch.channels_last,
         },
         "threads": {
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -13,6 +13,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.evaluation.features.base import file_hash
 from dualout.networks.backends import Chosen
+from dualout.networks.device import layout
 
 _LARGEST = 16384
 """Channels, and pixels a side."""
@@ -56,6 +57,7 @@ class Model:
             raise InputError(f"{run} makes latents, which are no pictures before something decodes them")
         shape = image_shape(config, directory)
         denoiser = Denoiser.from_pretrained(directory).to(device)
+        denoiser.network.to(memory_format=layout(torch.device(device)))  # type: ignore[union-attr]
         trained_on = _entry(config, "data")
         details = {
             "weights": checkpoint.WEIGHTS,

@@ -43,6 +43,15 @@ def _current(place: torch.device) -> torch.device:
     return place
 
 
+def layout(place: torch.device) -> torch.memory_format:
+    """How a network's weights lie in memory, trained and sampled alike; its convolutions then give images that lie so.
+
+    Tensor cores convolve with channels last. On processors that is 11% slower for a small network, and no faster for a
+    larger one (docs/results/performance.md).
+    """
+    return torch.channels_last if place.type == "cuda" else torch.contiguous_format
+
+
 def seconds(work: Callable[[], object], place: torch.device) -> float:
     """How long some work takes, its last operation on the device included."""
     _wait(place)

@@ -16,7 +16,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.adapter import innermost
 from dualout.networks.build import build
-from dualout.networks.device import device
+from dualout.networks.device import device, layout
 from dualout.networks.precision import Precision, choose
 from dualout.parameterizations import Parameterization
 from dualout.schedules import Schedule
@@ -81,16 +81,16 @@ def assemble(
         denoiser = rebuild(described) if described else first_weights(config, dataset)
     check_fit(config, denoiser, dataset)
     place = accelerator.device if accelerator else device(config.device)
-    layout = place.type == "cuda" if config.channels_last is None else config.channels_last
+    last = layout(place) is torch.channels_last if config.channels_last is None else config.channels_last
     # weights that were saved in half precision are trained in float32
     denoiser.to(place, torch.float32)
     # FSDP divides contiguous weights only; convolutions follow the layout of the images
-    weights = torch.channels_last if layout and not config.fsdp else torch.contiguous_format
+    weights = torch.channels_last if last and not config.fsdp else torch.contiguous_format
     denoiser.network.to(memory_format=weights)  # type: ignore[union-attr]
     precision = choose(config.precision, place)
     if config.fsdp and precision.name == "fp16":
         raise InputError("--fsdp does not go with fp16, which is what --precision auto takes here; take fp32")
-    return Job(replace(config, channels_last=layout), dataset, denoiser, precision, accelerator)
+    return Job(replace(config, channels_last=last), dataset, denoiser, precision, accelerator)
 
 
 def several_processes(config: TrainConfig) -> Accelerator | None:
