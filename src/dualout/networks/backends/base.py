@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple
 
@@ -128,11 +129,37 @@ class Plain(nn.Module):
         return tensor_of(self.network(x, t, **dict(zip(self.names, conditions, strict=True))))
 
 
+Piece = Callable[[Tensor], Tensor]
+"""From a tensor with a row for each of a batch's to those of one piece."""
+
+
+def in_pieces(compute: Callable[[Piece], Tensor], rows: int, count: int) -> Tensor:
+    """A batch of any size by what was made for one size: nothing is translated anew, and a row is computed by the same
+    code in every batch.
+
+    Args:
+        compute: makes the output of one piece, (rows, …), from what its argument cuts out of the batch's tensors; the
+            last piece is filled up with copies of the last row.
+        rows: that size.
+        count: of the batch.
+
+    Returns:
+        the output, (count, …).
+    """
+    if count == rows:
+        return compute(lambda whole: whole)
+    made = [compute(partial(_piece, start, rows)) for start in range(0, count, rows)]
+    return torch.cat(made)[:count]
+
+
+def _piece(start: int, rows: int, of: Tensor) -> Tensor:
+    own = of[start : start + rows]
+    missing = rows - len(own)
+    return own if missing == 0 else torch.cat([own, own[-1:].expand(missing, *own.shape[1:])])
+
+
 class FixedBatch(nn.Module):
     """Computes batches of any size by a function that was made for one size.
-
-    A smaller batch is filled up with copies of its last row, a larger one is taken in pieces: nothing is translated
-    anew, and a row is computed by the same code in every batch.
 
     Args:
         run: tensors of `call`'s shapes -> the output, (B, …).
@@ -148,11 +175,4 @@ class FixedBatch(nn.Module):
         if tuple(conditions) != self.names:
             raise InputError(f"the network was prepared for the conditions {self.names}; got {tuple(conditions)}")
         tensors = (x_t, t, *conditions.values())
-        if len(x_t) == self.rows:
-            return self.run(*tensors)
-        pieces = zip(*(v.split(self.rows) for v in tensors), strict=True)
-        return torch.cat([self.run(*map(self._filled, piece))[: len(piece[0])] for piece in pieces])
-
-    def _filled(self, rows: Tensor) -> Tensor:
-        missing = self.rows - len(rows)
-        return rows if missing == 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+        return in_pieces(lambda piece: self.run(*map(piece, tensors)), self.rows, len(x_t))

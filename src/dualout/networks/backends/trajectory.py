@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from dualout.errors import InputError
+from dualout.networks.backends.base import Piece, in_pieces
 from dualout.randomness import Draw
 
 
 class FixedTrajectory(ABC):
-    """Makes images as a sampler does, by what was made for one shape.
-
-    Smaller batches are filled up with copies of their last image, larger ones are taken in pieces, so that an image is
-    computed by the same code in every batch.
+    """Makes images as a sampler does, any number of them by what was made for one shape.
 
     Args:
         noise: an example, (B, C, H, W).
@@ -34,16 +32,13 @@ class FixedTrajectory(ABC):
         """
         if _alike(noise) != self.alike:
             raise InputError(f"the steps were made for {self.alike}, and this noise is {_alike(noise)}")
-        noise, b = noise.contiguous(), len(noise)
-        if b == self.rows:
-            return self._batch(noise, draw, conditions)
-        made = []
-        for start in range(0, b, self.rows):
-            rows = torch.arange(start, start + self.rows, device=noise.device).clamp(max=b - 1)
-            told = {name: v[rows] if isinstance(v, Tensor) and v.ndim else v for name, v in conditions.items()}
-            own = None if draw is None else lambda k, rows=rows: draw(k)[rows]
-            made.append(self._batch(noise[rows], own, told))
-        return torch.cat(made)[:b]
+        noise = noise.contiguous()
+
+        def batch(piece: Piece) -> Tensor:
+            told = {name: piece(v) if isinstance(v, Tensor) and v.ndim else v for name, v in conditions.items()}
+            return self._batch(piece(noise), None if draw is None else lambda k: piece(draw(k)), told)
+
+        return in_pieces(batch, self.rows, len(noise))
 
     @abstractmethod
     def _batch(self, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]) -> Tensor:
