@@ -36,13 +36,18 @@ class FixedTrajectory(ABC):
 
         def batch(piece: Piece) -> Tensor:
             told = {name: piece(v) if isinstance(v, Tensor) and v.ndim else v for name, v in conditions.items()}
-            return self._batch(piece(noise), None if draw is None else lambda k: piece(draw(k)), told)
+            return self._batch(piece(noise), _drawn(draw, piece), told)
 
         return in_pieces(batch, self.rows, len(noise))
 
     @abstractmethod
     def _batch(self, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]) -> Tensor:
         """Images from noise of the example's shape."""
+
+
+def _drawn(draw: Draw | None, piece: Piece) -> Draw | None:
+    """The fresh noise of a piece."""
+    return None if draw is None else lambda k: piece(draw(k))
 
 
 def _alike(noise: Tensor) -> str:
