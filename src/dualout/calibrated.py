@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dualout import checkpoint
 from dualout.errors import InputError
+from dualout.guidance import ClassifierFree
 from dualout.parameterizations.base import subtract
 from dualout.parameterizations.dual import blend
 from dualout.prediction import Prediction
@@ -123,6 +124,9 @@ class Calibrated(nn.Module):
         clip: the sampler's, to which x0 is clipped where it is compared with that of the step before.
 
     With an x0_trend it remembers the x0 of the step before, so that it follows one trajectory at a time.
+
+    Raises:
+        InputError: for a guided denoiser, whose ratio is of one belief and whose x0 of two: guidance goes around.
     """
 
     def __init__(
@@ -133,6 +137,10 @@ class Calibrated(nn.Module):
         clip: Sequence[float] | None = (-1.0, 1.0),
     ) -> None:
         super().__init__()
+        if isinstance(denoiser, ClassifierFree):
+            raise InputError(
+                "guidance goes around a calibration, not into it: ClassifierFree(Calibrated(denoiser, …), scale, …)"
+            )
         self.denoiser = denoiser
         self.schedule: Schedule = denoiser.schedule  # type: ignore[attr-defined]
         self.step_of = {t: k for k, t in enumerate(times)}

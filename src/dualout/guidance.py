@@ -16,7 +16,8 @@ class ClassifierFree(nn.Module):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, equation 6).
 
     x0 = x0(∅) + scale · (x0(condition) − x0(∅)), which at fixed x_t is the same as guiding eps. Both beliefs come
-    from one call of the network, on a batch of 2B.
+    from one call of the network, on a batch of 2B. Where a calibration has corrected x_t too, it is guided as x0 is,
+    and so is eps; `Calibrated` goes inside, since a ratio belongs to one belief.
 
     Args:
         denoiser: trained with its condition left out at times.
@@ -43,11 +44,16 @@ class ClassifierFree(nn.Module):
             raise InputError(f"guidance needs the condition {', '.join(sorted(missing))}; pass it to sample()")
         both = {name: self._beside(name, value) for name, value in conditions.items()}
         twice = t if isinstance(t, int) or t.ndim == 0 else torch.cat([t, t])
-        p = self.denoiser(torch.cat([x_t, x_t]), twice, **both)
+        doubled = torch.cat([x_t, x_t])
+        p = self.denoiser(doubled, twice, **both)
         b = len(x_t)
-        given, none = p.x0[:b], p.x0[b:]
         level = p.level.map(lambda v: v[:b] if isinstance(v, Tensor) and v.ndim else v)
-        return Prediction(p.x_t[:b], level, torch.lerp(none, given, self.scale), {k: v[:b] for k, v in p.parts.items()})
+        seen = x_t if p.x_t is doubled else self._guided(p.x_t)
+        return Prediction(seen, level, self._guided(p.x0), {k: v[:b] for k, v in p.parts.items()})
+
+    def _guided(self, both: Tensor) -> Tensor:
+        given, none = both.chunk(2)
+        return torch.lerp(none, given, self.scale)
 
     def _beside(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):

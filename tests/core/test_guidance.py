@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import dualout
+from dualout.calibrated import Calibrated
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.guidance import ClassifierFree
@@ -92,6 +93,21 @@ def test_levels_stay_right_for_every_parameterization() -> None:
         p = ClassifierFree(denoiser, 1.5, label=NULL)(torch.randn(3, 2, 4, 4), torch.tensor([3, 9, 40]), label=label)
         torch.testing.assert_close(p.level.alpha * p.x0 + p.level.sigma * p.eps, p.x_t)
         assert p.level.alpha.shape == (3, 1, 1, 1)  # type: ignore[union-attr]
+
+
+def test_calibrated_beliefs_are_guided_in_noise_as_in_images() -> None:
+    # a calibration corrects x_t too, each belief's own, and eps follows from x0 and x_t
+    denoiser, x, label = both()
+    values = {"x0_scale": [0.9], "eps_scale": [1.2], "ratio_gain": [2.0], "ratio_shift": [0.5]}
+    calibrated = Calibrated(denoiser, [7], values)
+    given, none = calibrated(x, 7, label=label), calibrated(x, 7, label=torch.full((3,), NULL))
+    p = ClassifierFree(calibrated, 2.5, label=NULL)(x, 7, label=label)
+    for name in ("x0", "eps", "x_t"):
+        a, b = getattr(none, name), getattr(given, name)
+        torch.testing.assert_close(getattr(p, name), a + 2.5 * (b - a), rtol=1e-9, atol=1e-9)
+    # the ratio that it corrects is of one belief, and what is guided is of two
+    with pytest.raises(InputError, match="guidance goes around a calibration"):
+        Calibrated(ClassifierFree(denoiser, 2.5, label=NULL), [7], values)
 
 
 def test_what_is_missing_is_named() -> None:
