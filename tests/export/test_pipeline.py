@@ -93,6 +93,31 @@ def test_the_same_noise_gives_the_same_images(sampler: samplers.Sampler, paramet
     assert pipeline.scheduler.timesteps.tolist() == sampler.timesteps(denoiser.schedule)
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("make", [samplers.DDIM, samplers.DDPM, samplers.DPMSolver, samplers.UniPC])
+def test_every_spacing_visits_what_the_sampler_visits(make: Any, spacing: str) -> None:
+    denoiser, drawn_by = denoiser_of(), torch.Generator()
+    for steps in (1, 4, 7):  # 7 does not divide T
+        # DDIM draws what DDPM draws
+        fields = {"eta": 0.5} if make is samplers.DDIM else {}
+        sampler = make(steps, spacing=spacing, **fields)
+        pipeline = pipe(denoiser, sampler)
+        got = out(pipeline, latents=start(1), num_inference_steps=steps, generator=drawn_by.manual_seed(7), **fields)
+        torch.testing.assert_close(got, sampler.sample(denoiser, start(1), drawn(7)), rtol=2e-4, atol=2e-4)
+        assert pipeline.scheduler.timesteps.tolist() == sampler.timesteps(denoiser.schedule)
+
+
+def test_a_scheduler_that_is_told_another_spacing_has_its_own_steps() -> None:
+    denoiser = denoiser_of()
+    pipeline = pipe(denoiser, samplers.DPMSolver(4, spacing="linspace"))
+    for options in ({"timestep_spacing": "leading"}, {"use_karras_sigmas": True}, {"steps_offset": 1}):
+        theirs = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **options)
+        theirs.set_timesteps(4)
+        pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(theirs.config)
+        pipeline._set_steps(4, False, torch.device("cpu"))
+        assert pipeline.scheduler.timesteps.tolist() == theirs.timesteps.tolist()
+
+
 @pytest.mark.parametrize("schedule", [ScaledLinear(), Cosine(), Cosine(500, 0.01), Linear(200, 1e-3, 0.1)], ids=str)
 def test_schedules(schedule: Schedule) -> None:
     denoiser = denoiser_of(schedule=schedule)
@@ -355,12 +380,35 @@ def test_a_calibration_goes_with_the_pipeline(sampler: samplers.Sampler, tmp_pat
     assert "calibrated for" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("sampler", [samplers.DDIM(4), samplers.DPMSolver(4), samplers.UniPC(4)], ids=lambda s: s.spec)
+def test_a_calibration_may_have_moved_the_time_steps(sampler: samplers.Sampler) -> None:
+    denoiser, times = denoiser_of(), [990, 610, 480, 75]
+    calibration = Calibration(sampler.config(), times, CALIBRATION.values)
+    expected = sampler.at(times).sample(Calibrated.of(denoiser, calibration), start())
+    got = out(pipe(denoiser, calibration=calibration), calibrated=True, num_inference_steps=None)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("sampler", [samplers.DDIM(4), samplers.UniPC(4)], ids=lambda s: s.spec)
+def test_a_calibrated_pipeline_is_guided_as_the_command_line_guides(sampler: samplers.Sampler) -> None:
+    denoiser, labels = denoiser_of(classes=4), torch.tensor([0, 2, 1])
+    calibration = Calibration(sampler.config(), CALIBRATION.times, CALIBRATION.values)
+    pipeline = pipe(denoiser, calibration=calibration)
+    guided = ClassifierFree(Calibrated.of(denoiser, calibration), 3.0, class_labels=3)
+    options: dict[str, Any] = {"calibrated": True, "num_inference_steps": None, "class_labels": labels}
+    got = out(pipeline, guidance_scale=3.0, **options)
+    torch.testing.assert_close(got, sampler.sample(guided, start(), class_labels=labels), rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="fitted to the trained blend, route 'mix'; got route 'x0'"):
+        out(pipeline, route="x0", **options)
+
+
 def test_a_calibration_is_for_its_time_steps() -> None:
     pipeline = pipe(denoiser_of(), calibration=CALIBRATION)
     with pytest.raises(InputError, match="is for 4 steps, got num_inference_steps=5"):
         out(pipeline, calibrated=True)
-    pipeline.scheduler.register_to_config(timestep_spacing="leading")
-    with pytest.raises(InputError, match=r"time steps \[999, 749, 499, 249\], and DDIMScheduler takes \[750"):
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, beta_schedule="linear")
+    says = r"time steps \[999, 749, 499, 249\], and DPMSolverMultistepScheduler takes \[999, 7"
+    with pytest.raises(InputError, match=says):
         out(pipeline, calibrated=True, num_inference_steps=4)
     with pytest.raises(InputError, match="calibration is damaged"):
         DualOutputPipeline(unet(3), diffusers.DDIMScheduler(), calibration={"times": [1], "value": 3})

@@ -22,7 +22,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.export.directory import whole
 from dualout.export.schedulers import asked_of, build, schedule_of, scheduler_for
-from dualout.export.steps import check_scheduler, first_noise, look, set_times
+from dualout.export.steps import check_scheduler, first_noise, look, set_times, stepped, times_of
 from dualout.guidance import ClassifierFree
 from dualout.parameterizations import Parameterization
 from dualout.parameterizations.base import Route
@@ -61,6 +61,8 @@ class DualOutputPipeline(DiffusionPipeline):
         calibration: numbers that correct the steps of one sampler (`Calibration.record`), for calls with
             ``calibrated=True``.
         card: what the model card says.
+        spacing: of the sampler that the pipeline was made for, whose time steps are then visited while the scheduler
+            is of its kind and has this timestep_spacing; None is the scheduler's own.
 
     Raises:
         InputError: when the scheduler has another noise schedule, or asks for something else.
@@ -81,6 +83,7 @@ class DualOutputPipeline(DiffusionPipeline):
         head: dict | None = None,
         calibration: dict | None = None,
         card: dict | None = None,
+        spacing: str | None = None,
     ) -> None:
         super().__init__()
         self.parameterization = _read(Parameterization, parameterization)
@@ -94,6 +97,7 @@ class DualOutputPipeline(DiffusionPipeline):
             head=head,
             calibration=calibration,
             card=card or {},
+            spacing=spacing,
         )
         self.calibration  # noqa: B018  read once, so that what is damaged is told at once
 
@@ -120,8 +124,9 @@ class DualOutputPipeline(DiffusionPipeline):
         """
         if scheduler is None:
             scheduler = DDIM(clip=clip) if calibration is None else Sampler.from_config(calibration.sampler)
+        spacing = None
         if isinstance(scheduler, Sampler):
-            clip = scheduler.clip
+            clip, spacing = scheduler.clip, scheduler.spacing
             scheduler = scheduler_for(scheduler, denoiser.schedule, denoiser.parameterization)
         elif isinstance(scheduler, str):
             settings = {"prediction_type": asked_of(denoiser.parameterization)}
@@ -132,7 +137,7 @@ class DualOutputPipeline(DiffusionPipeline):
         record = None if calibration is None else calibration.record()
         return cls(
             _model(denoiser.network), scheduler, denoiser.parameterization, denoiser.schedule, clip, head, record,
-            denoiser.card,
+            denoiser.card, spacing,
         )  # fmt: skip
 
     @property
@@ -225,7 +230,7 @@ class DualOutputPipeline(DiffusionPipeline):
                 warnings.warn(_IGNORED.format(type(self.scheduler).__name__), stacklevel=2)
             if calibrated:  # the images were corrected, too
                 x = p.x_t if self.scheduler.init_noise_sigma == 1 else p.x_t / p.level.alpha
-            x = self.scheduler.step(asked(p, self.scheduler, clip), t, x, **extra).prev_sample
+            x = stepped(self.scheduler, asked(p, self.scheduler, clip), k, times, x, **extra)
             if callback_on_step_end is not None:
                 found = {"latents": x, "x0": p.x0, "eps": p.eps, "ratio": p.parts.get("ratio")}
                 given = {name: found[name] for name in callback_on_step_end_tensor_inputs}
@@ -240,7 +245,9 @@ class DualOutputPipeline(DiffusionPipeline):
         if calibrated and calibration is None:
             raise InputError("calibrated=True needs a pipeline with a calibration (from_denoiser(…, calibration=…))")
         if calibration is None:
-            return set_times(self.scheduler, 50 if steps is None else steps, None, device)
+            steps = 50 if steps is None else steps
+            times = times_of(self.scheduler, self.schedule, steps, self.config["spacing"])
+            return set_times(self.scheduler, steps, times, device)
         if steps not in (None, len(calibration.times)):
             raise InputError(f"the calibration is for {len(calibration.times)} steps, got num_inference_steps={steps}")
         return set_times(self.scheduler, len(calibration.times), calibration.times, device)
@@ -257,13 +264,17 @@ class DualOutputPipeline(DiffusionPipeline):
     def _denoiser(self, route: Route, calibrated: bool, guidance_scale: float, told: dict[str, Any]) -> Any:
         denoiser: Any = self.denoiser
         if route != "mix":
+            if calibrated:
+                raise InputError(f"calibrations are fitted to the trained blend, route 'mix'; got route {route!r}")
             denoiser = denoiser.route(route)
+        if calibrated and self.calibration:
+            denoiser = Calibrated.of(denoiser, self.calibration)
         if guidance_scale != 1:
             classes = self.unet.config.get("num_class_embeds")
             if not classes or "class_labels" not in told:
                 raise InputError("guidance_scale needs a network that is told classes, and class_labels")
             denoiser = ClassifierFree(denoiser, guidance_scale, class_labels=classes - 1)
-        return Calibrated.of(denoiser, self.calibration) if calibrated and self.calibration else denoiser
+        return denoiser
 
     def _arguments(self, eta: float, generator: Any) -> dict[str, Any]:
         """What else this scheduler's `step` takes."""

@@ -19,8 +19,9 @@ SPACINGS = ("leading", "trailing", "linspace")
 def scheduler_for(sampler: Sampler, schedule: Schedule, parameterization: Parameterization) -> Any:
     """The scheduler of diffusers that does what a sampler does.
 
-    Its time steps are the sampler's wherever diffusers takes them so: DDIM and DDPM at a K that divides T, the others
-    with leading or trailing spacing. DDIM's eta is an argument of the pipeline's call.
+    By itself it visits the sampler's time steps with trailing spacing, DDIM and DDPM also with leading at a K that
+    divides T; elsewhere diffusers has others, and `DualOutputPipeline` tells it the sampler's. DDIM's eta is an
+    argument of the pipeline's call.
 
     Args:
         sampler: DDIM, DDPM, DPMSolver or UniPC.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +15,21 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.prediction import Prediction
 from dualout.samplers.diffusers import check_schedule
+from dualout.samplers.spacing import space
 from dualout.schedules import Level, Schedule
 
 _OWN = ("model_output", "timestep", "sample")
+# what puts a scheduler's time steps at places of its own
+_OWN_SIGMAS = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"
+)  # fmt: skip
+# of the samplers of this package
+_COUNTERPARTS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+# whose step goes T // K on
+_STRIDES = ("DDIMScheduler", "DDIMParallelScheduler")
+_ANCESTRAL = ("DDPMScheduler", "DDPMParallelScheduler")
+# which have a table of noise levels beside the time steps, and nothing else
+_TABLES = ("UniPCMultistepScheduler", "DEISMultistepScheduler")
 
 
 def check_scheduler(scheduler: Any, schedule: Schedule) -> None:
@@ -84,6 +97,9 @@ def first_noise(
 def set_times(scheduler: Any, steps: int, times: Sequence[int] | None, device: Any) -> None:
     """Make a scheduler ready for K steps, or for these time steps exactly.
 
+    Schedulers that take no time steps have them put where their own would be, and the noise levels of their table with
+    them (`stepped` leads DDIM's from one to the next).
+
     Raises:
         InputError: when it cannot take as many, or not these.
     """
@@ -96,13 +112,70 @@ def set_times(scheduler: Any, steps: int, times: Sequence[int] | None, device: A
     scheduler.set_timesteps(steps, device=device)
     if times is None or scheduler.timesteps.tolist() == list(times):
         return
-    if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+    own = any(scheduler.config.get(key) for key in _OWN_SIGMAS)
+    if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters and not own:
         scheduler.set_timesteps(timesteps=list(times), device=device)
+    elif type(scheduler).__name__ in _STRIDES + _TABLES and not own:
+        scheduler.timesteps = torch.tensor(list(times), device=scheduler.timesteps.device)
+        if type(scheduler).__name__ in _TABLES:
+            signal = scheduler.alphas_cumprod[list(times)]
+            scheduler.sigmas[:-1] = ((1 - signal) / signal).sqrt()
     if scheduler.timesteps.tolist() != list(times):
         raise InputError(
-            f"the calibration is for the time steps {list(times)}, and {name} takes {scheduler.timesteps.tolist()}; "
-            "take the scheduler of the sampler it was made for"
+            f"these are to be the time steps {list(times)}, and {name} takes {scheduler.timesteps.tolist()}; take the "
+            "scheduler of the sampler that the pipeline or its calibration was made for"
         )
+
+
+def times_of(scheduler: Any, schedule: Schedule, steps: int, spacing: str | None) -> list[int] | None:
+    """The time steps that a sampler of this spacing visits, for its counterpart among diffusers' schedulers.
+
+    None where the scheduler has been told another spacing since, or is of another kind: then they are its own.
+    """
+    told = scheduler.config
+    own = told.get("steps_offset") or any(told.get(key) for key in _OWN_SIGMAS)
+    if type(scheduler).__name__ not in _COUNTERPARTS or told.get("timestep_spacing") != spacing or own:
+        return None
+    return space(spacing, schedule, steps) if spacing and 1 <= steps <= schedule.steps else None
+
+
+def stepped(scheduler: Any, answer: Tensor, k: int, times: Sequence[int], x: Tensor, **extra: Any) -> Tensor:
+    """The images after a scheduler's k-th step.
+
+    Args:
+        scheduler: whose step it is.
+        answer: what it asked for, (B, C, H, W).
+        k: which step.
+        times: all of its time steps.
+        x: the scheduler's images before, (B, C, H, W).
+        extra: other arguments of its `step`.
+    """
+    with _next(scheduler, k, times):
+        made = scheduler.step(answer, scheduler.timesteps[k], x, **extra)
+    # the mean of the last step is the clean image; DDPM's adds noise to it where it does not begin at t = 0
+    ancestral = type(scheduler).__name__ in _ANCESTRAL and k + 1 == len(times)
+    return made.pred_original_sample if ancestral else made.prev_sample
+
+
+@contextmanager
+def _next(scheduler: Any, k: int, times: Sequence[int]) -> Iterator[None]:
+    """Within, the step of a scheduler of DDIM's kind goes from its k-th time step to the next that is looked at.
+
+    T // K on is elsewhere, unless K divides T and the spacing is even from there on: images would be taken to one noise
+    level and believed to be at another. A step that would pass t = 0 goes to `final_alpha_cumprod`; in a single step of
+    T all do, and it is the level wanted.
+    """
+    if type(scheduler).__name__ not in _STRIDES:
+        yield
+        return
+    kept = scheduler.num_inference_steps, scheduler.final_alpha_cumprod
+    scheduler.num_inference_steps = 1
+    if k + 1 < len(times):
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[times[k + 1]]
+    try:
+        yield
+    finally:
+        scheduler.num_inference_steps, scheduler.final_alpha_cumprod = kept
 
 
 def look(denoiser: Any, scheduler: Any, k: int, t: float, x_t: Tensor, **conditions: Any) -> Prediction:

@@ -35,8 +35,9 @@ class FromDiffusers(Sampler):
 
     A scheduler with a setting `clip_sample` clips by itself, as it is set; for the others x0 is clipped before it is
     handed over, as eps, x0 or v, whichever its `prediction_type` asks for; with `variance_type="learned_range"`, a
-    learned variance goes with it. Schedulers that look twice a step (Heun,
-    KDPM2) or between the discrete time steps are refused.
+    learned variance goes with it. Schedulers that look twice a step (Heun, KDPM2) or between the discrete time steps
+    are refused. What a scheduler does is left to it: DDIM's goes T // K on, wherever the next of its time steps is, and
+    DDPM's, with a large variance, leaves noise in the images unless the last of them is 0.
 
     Attributes:
         scheduler: a scheduler, whose noise schedule must be the denoiser's; or the name of one of diffusers' classes,
