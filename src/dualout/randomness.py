@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualout.errors import InputError
+
 Draw = Callable[[int], Tensor]
 """The fresh noise of step k, (B, C, H, W)."""
 
@@ -25,6 +27,16 @@ def mix(seed: int, *values: int | np.ndarray) -> np.ndarray:
         for value in values:
             state = _finalize(state + np.asarray(value).astype(np.uint64) * np.uint64(0xD1342543DE82EF95))
     return state
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed of everything that torch's and numpy's generators do not take; seeds of single images are any.
+
+    Raises:
+        InputError: for one below 0, or of more than 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise InputError(f"--seed is a whole number from 0 to {2**64 - 1}; got {seed}")
 
 
 def _finalize(z: np.ndarray) -> np.ndarray:

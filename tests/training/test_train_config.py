@@ -15,6 +15,7 @@ from dualout.training import TrainConfig
     [
         ("steps", 0, "--steps"),
         ("batch_size", 2.5, "--batch_size"),
+        ("seed", 2**64, "--seed is a whole number from 0 to 18446744073709551615"),
         ("lr", 0.0, "--lr"),
         ("lr", float("nan"), "--lr"),
         ("ema", 1.0, "--ema"),

@@ -147,7 +147,7 @@ def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> A
     times = grid(denoiser.schedule, options.points)
     told = made_labels(model, options.samples)
     seeds = range(options.seed, options.seed + options.samples)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed % 2**64)
     with console.progress() as bar:
         task = bar.add_task("errors over t", total=len(times))
         found = []

@@ -9,6 +9,7 @@ from typing import Any
 
 from dualout.errors import InputError, unknown
 from dualout.parameterizations import Parameterization
+from dualout.randomness import check_seed
 from dualout.samplers import Sampler
 from dualout.schedules import Schedule
 
@@ -116,6 +117,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"--{name} is a whole number, {least} or more; got {value!r}")
+        check_seed(self.seed)
         for name, (low, high, what) in _RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
