@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 import dualout
@@ -115,3 +116,21 @@ def test_a_damaged_analysis_is_told(analyzed, tmp_path):
     (tmp_path / "analysis" / "arrays.npz").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(dualout.InputError, match="damaged"):
         _study.read(tmp_path / "analysis")
+
+
+def test_images_that_are_neither_grey_nor_colour(tmp_path):
+    channels = 2
+    network = build("tiny:width=8", channels, 8, 2 * channels + 1)
+    dualout.Denoiser(network, dualout.Dual(), dualout.schedules.Linear()).save_pretrained(
+        tmp_path / "run", image={"channels": channels, "size": [8, 8]}
+    )
+    images = np.random.default_rng(0).integers(0, 256, (24, channels, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    data = f"arrays:{tmp_path / 'images.npy'}:layout=nchw:split=all"
+    assert main(["analyze", str(tmp_path / "run"), "--data", data, *FEW]) == 0
+    assert _study.read(tmp_path / "run" / "analysis").frames[0].x0.shape[1] == channels
+
+
+def test_any_whole_number_is_a_seed(analyzed, tmp_path):
+    command = ["analyze", str(analyzed), "--data", "digits", *FEW, "--out", str(tmp_path / "out")]
+    assert main([*command, "--seed", str(10**30)]) == 0

@@ -92,9 +92,9 @@ def _present(value: Tensor | None) -> Tensor:
 
 
 def _picture(image: Tensor) -> np.ndarray:
-    """(C, H, W) in [−1, 1] -> (H, W) or (H, W, 3), uint8."""
+    """(C, H, W) in [−1, 1] -> (H, W) or (H, W, 3), uint8: of 2 channels the first, of more than 3 the first three."""
     pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
-    return pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3]
+    return pixels[..., 0] if pixels.shape[2] < 3 else pixels[..., :3]
 
 
 def samples(images: Mapping[str, np.ndarray], columns: int = 8, title: str = "") -> Figure:
