@@ -7,6 +7,7 @@ from PIL import Image
 import dualout
 from dualout.cli.main import main
 from dualout.data.pixels import to_uint8
+from dualout.networks.build import build
 
 SHAPE = (1, 8, 8)
 
@@ -142,3 +143,33 @@ def test_another_backend_makes_the_same_images_and_is_written_down(checkpoint, t
     assert "backend was onnx, now None" in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "new"), "--backend", "openvino", "--precision", "fp16"]) == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_a_class_whose_name_has_a_comma(tmp_path):
+    network = build("tiny:width=8", 1, 8, 3, classes=3)
+    conditions = {"class_labels": {"classes": ["cat, small", "cat", "dog"], "null": 3}}
+    dualout.Denoiser(network, dualout.Dual(), dualout.schedules.Linear()).save_pretrained(
+        tmp_path / "run", image={"channels": 1, "size": [8, 8]}, conditions=conditions
+    )
+    for text, labels in {"cat, small": [0], "dog,cat, small, 1": [2, 0, 1], "cat,dog": [1, 2]}.items():
+        out = tmp_path / text
+        command = ["sample", str(tmp_path / "run"), "--images", "3", "--steps", "1", "--class_label", text]
+        assert main([*command, "--out", str(out)]) == 0
+        assert json.loads((out / "protocol.json").read_text())["class_labels"] == labels
+
+
+def test_results_that_something_else_damaged(checkpoint, tmp_path, capsys):
+    command = ["sample", str(checkpoint), "--images", "3", "--steps", "1", "--out"]
+    archive, pictures = tmp_path / "npz", tmp_path / "png"
+    for out, form in ((archive, "npz"), (pictures, "png")):
+        assert main([*command, str(out), "--format", form]) == 0
+    # an archive that has lost its end is made again
+    whole = (archive / "images.npz").read_bytes()
+    (archive / "images.npz").write_bytes(whole[: len(whole) // 2])
+    assert main([*command, str(archive), "--format", "npz"]) == 0
+    assert (archive / "images.npz").read_bytes() == whole
+    # a picture that ends as one does and is none is told by its name
+    (pictures / "000001.png").write_bytes(b"no picture" + (pictures / "000001.png").read_bytes()[-8:])
+    capsys.readouterr()
+    assert main([*command, str(pictures)]) == 2
+    assert "000001.png is damaged" in capsys.readouterr().err

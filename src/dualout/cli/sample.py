@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualout.cli import console
-from dualout.cli.options import listed, parse
+from dualout.cli.options import parse
 from dualout.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -115,8 +115,13 @@ def _dry_run(options: Options, sampling: Sampling, part: tuple[int, int]) -> Non
 def _labels(text: str, names: Sequence[str]) -> list[int]:
     """Classes by number or by name."""
     known = {name: number for number, name in enumerate(names)}
-    labels = []
-    for label in listed(text):
+    labels, parts = [], text.split(",")
+    while parts:
+        # a name may have commas itself
+        taken = next((n for n in range(len(parts), 0, -1) if ",".join(parts[:n]).strip() in known), 1)
+        label, parts = ",".join(parts[:taken]).strip(), parts[taken:]
+        if not label:
+            continue
         if not label.isdecimal() and label not in known:
             if not names:
                 raise InputError(f"--class_label is a class's number, or several separated by commas; got {label!r}")

@@ -260,7 +260,7 @@ class Npz(Store):
 
     def missing(self, block: range) -> list[int]:
         """All, or none where the shard, or the end result, is there."""
-        there = (self.directory / self.file).exists() or self._rows(block) == len(block)
+        there = _whole_npz(self.directory / self.file) or self._rows(block) == len(block)
         return [] if there else list(block)
 
     def _rows(self, block: range) -> int:
@@ -287,7 +287,7 @@ class Npz(Store):
         """Put the shards together, one in memory at a time, and remove them."""
         whole = self.directory / self.file
         blocks = list(self.blocks())
-        if not whole.exists():
+        if not _whole_npz(whole):
             if any(self._rows(block) != len(block) for block in blocks):
                 # another process has not yet made its own; it will do this
                 return
@@ -339,17 +339,32 @@ def _whole_png(path: Path) -> bool:
 def _read_png(path: Path) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(path) as image:
-        return np.asarray(image)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}; remove it, and give the same command again") from error
+
+
+def _whole_npz(path: Path) -> bool:
+    """Whether an archive is there, with its list of members, which comes last."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "images.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _first_of_npz(path: Path, count: int) -> np.ndarray:
     """The first images of an archive, without reading the others."""
-    with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
-        np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_2_0(file)
-        shape = (min(count, shape[0]), *shape[1:])
-        return np.frombuffer(bytearray(file.read(int(np.prod(shape)))), np.uint8).reshape(shape)
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_2_0(file)
+            shape = (min(count, shape[0]), *shape[1:])
+            return np.frombuffer(bytearray(file.read(int(np.prod(shape)))), np.uint8).reshape(shape)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged: {error}; remove it, and give the same command again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
