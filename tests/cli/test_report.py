@@ -125,3 +125,16 @@ def test_damaged_results_are_named(tmp_path, capsys):
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 2
     assert "results.json" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_an_export_beside_the_runs_has_no_scores(tmp_path, capsys):
+    run_directory(tmp_path / "dual", "dual")
+    for export in (tmp_path / "dual-diffusers", tmp_path / "dual" / "pipeline"):
+        export.mkdir()
+        (export / "results.json").write_text(json.dumps({"format": "diffusers", "difference": {"x0": 0.0}}))
+    _, alone = collect([str(tmp_path / "dual")])
+    _, together = collect([str(tmp_path)])
+    assert len(alone) == len(together) == 2
+    assert main(["report", str(tmp_path / "dual-diffusers"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "holds nothing to report" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

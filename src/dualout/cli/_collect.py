@@ -33,9 +33,10 @@ def runs_in(paths: Sequence[str]) -> list[Path]:
         if not path.is_dir():
             raise InputError(f"no directory at {text!r}; a report is made of the directories of runs")
         own = [path] if _is_run(path) else sorted(p for p in path.iterdir() if p.is_dir() and _is_run(p))
-        if not own and not (path / RESULTS).exists():
+        if not own and not _scores([path], {}):
             raise InputError(
-                f"{text!r} holds nothing to report: no {CONFIG}, {RESULTS} or {ANALYSIS}/, nor do directories in it"
+                f"{text!r} holds nothing to report: no {CONFIG}, {ANALYSIS}/ or scores in {RESULTS}, nor do "
+                "directories in it"
             )
         found += [p for p in own if p not in found]
     return found
@@ -52,7 +53,7 @@ def collect(paths: Sequence[str]) -> tuple[list[Run], list[Row]]:
         InputError: when there is nothing, or something is damaged.
     """
     directories = runs_in(paths)
-    configs = {path: _json(path / CONFIG, dict) for path in directories}
+    configs = {path: _object(path / CONFIG) for path in directories}
     names = _names(configs)
     runs = [
         Run(
@@ -97,17 +98,27 @@ def _scores(paths: Iterable[Path], names: Mapping[Path, str]) -> list[Row]:
                 files[(table if table.exists() else file).resolve()] = None
     rows: dict[str, Row] = {}
     for file in files:
-        for row in _json(file, list):
-            if not isinstance(row, dict):
-                raise InputError(f"{file} holds something else than rows of scores")
+        for row in _rows(file):
             rows.setdefault(json.dumps(row, sort_keys=True), row)
     return _with_methods(list(rows.values()), names)
+
+
+def _rows(file: Path) -> list[Row]:
+    """The rows of a file of scores; what an export was checked by, which is called alike, has none."""
+    found = _parsed(file)
+    if found is None or (isinstance(found, dict) and "format" in found):
+        return []
+    if not isinstance(found, list):
+        raise InputError(f"{file} is damaged: it holds no JSON list")
+    if not all(isinstance(row, dict) for row in found):
+        raise InputError(f"{file} holds something else than rows of scores")
+    return found
 
 
 def _with_methods(rows: list[Row], names: Mapping[Path, str]) -> list[Row]:
     """Rows of runs that differ in more than their seed are told apart by the run's name."""
     names_of = {path.name: name for path, name in names.items()}
-    settings = {path.name: _settings(_json(path / CONFIG, dict)) for path in names}
+    settings = {path.name: _settings(_object(path / CONFIG)) for path in names}
     runs_of = grouped(rows, lambda r: r.get("parameterization"))
     found = []
     for row in rows:
@@ -138,14 +149,19 @@ def _grids(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in pictures if p.stat().st_size <= _LARGEST}
 
 
-def _json(file: Path, kind: type) -> Any:
-    """A JSON file's object or list; an empty one where there is no file."""
+def _object(file: Path) -> Row:
+    """A JSON file's object; an empty one where there is no file."""
+    found = _parsed(file)
+    if not (found is None or isinstance(found, dict)):
+        raise InputError(f"{file} is damaged: it holds no JSON object")
+    return found or {}
+
+
+def _parsed(file: Path) -> Any:
+    """What a JSON file says; None where there is none."""
     if not file.exists():
-        return kind()
+        return None
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
-    if not isinstance(value, kind):
-        raise InputError(f"{file} is damaged: it holds no JSON {'object' if kind is dict else 'list'}")
-    return value
