@@ -3,14 +3,16 @@
 import dataclasses
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, noise, samplers, schedules
 from dualout.calibrated import Calibrated, corrected
 from dualout.networks.build import build
+from dualout.randomness import mix
 from dualout.training.calibrate import Fit, fit
-from dualout.training.comparison import Comparison, nearest
+from dualout.training.comparison import HELD_OUT, Comparison, nearest
 from dualout.training.distances import Energy, SlicedWasserstein, quantiles
 from dualout.training.starts import Start, moved, trends
 from dualout.training.views import FLOOR, LOOKED_AT, Views, Within, whitening
@@ -106,6 +108,19 @@ def test_the_start_that_is_ahead_goes_on():
     # a solver of higher order follows the trend itself
     for sampler, many in ((samplers.DPMSolver(steps=8), 1), (samplers.DPMSolver(steps=8, order=1), 2)):
         assert len(uncalibrated.alternatives(sampler)) == many
+
+
+def test_all_real_images_decide_and_only_those_of_the_fit_are_followed():
+    denoiser, sampler = Denoiser(Exact(), CleanImage(), SCHEDULE), samplers.DDIM(steps=4)
+    how = Fit(batch=64, held_out=64, own_features=False)
+    data = MEAN + SPREAD * noise(range(200), (1, 4, 4))
+    comparison = Comparison(denoiser, data, how)
+    made = sampler.sample(denoiser, noise(mix(how.seed + HELD_OUT, np.arange(64)), (1, 4, 4)))
+    every, followed = comparison.views.of(data), comparison.views.of(comparison.real)
+    assert len(comparison.real) == 150
+    for far, real in ((comparison.held_out(denoiser, sampler).distance, every), (comparison.far(made, 0), followed)):
+        views = zip(comparison.views(made), real, strict=True)
+        assert float(far) == pytest.approx(sum(float(SlicedWasserstein()(a, b, 0)) for a, b in views), rel=1e-5)
 
 
 def test_moving_time_steps_looks_at_no_images_twice():

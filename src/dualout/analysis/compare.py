@@ -27,7 +27,7 @@ from dualout.evaluation.scoring import Results, Scoring, first_seed
 from dualout.networks.device import device as find_device
 from dualout.networks.precision import choose
 from dualout.samplers import Sampler
-from dualout.training.calibrate import Fit, evenly, fit, parameters_of
+from dualout.training.calibrate import WAY, Fit, evenly, fit, parameters_of
 from dualout.training.config import TrainConfig
 from dualout.training.estimate import estimate
 from dualout.training.run import Run
@@ -137,12 +137,11 @@ def _trained(training: Training, directory: Path) -> Iterator[Doing]:
 def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, sampler: Sampler) -> Iterator[Doing]:
     how, precision = Fit(**grid.calibration), choose(grid.precision, model.device)
     weights = model.details["sha256"]
-    asked = {"weights": weights, "fit": vars(how), "precision": precision.name}
+    asked = {"weights": weights, "fit": vars(how), "precision": precision.name, "way": WAY}
     try:
         known = Calibration.load(directory, sampler.config())
         same = all(known.protocol.get(key) == value for key, value in asked.items())
-        # what an earlier way of fitting found does not say how it began
-        if same and "begun_as" in known.protocol and known.values.keys() == set(parameters_of(model.denoiser)):
+        if same and known.values.keys() == set(parameters_of(model.denoiser)):
             return
     except InputError:
         pass  # there is none yet: it is fitted

@@ -3,10 +3,10 @@
 First the time steps are moved to where the images come nearer to real ones. Then the numbers (a scale on x0, on eps and
 on the fine detail of each, how far x0's change since the step before goes on, and for dual output a gain and shift of
 the ratio's logit) are found by gradients through all K steps, against the training images. A sampler of first
-order begins twice, as it is and as DPM-Solver++ 2M, and what is ahead halfway goes on. Noise and images that the fit
-never sees decide that, and whether and when to stop. All are written beside the weights, and ``--calibrated`` of
-sample and evaluate applies them. Judge them as anything else: with dualout evaluate, by seeds, images and features
-that were not used here.
+order begins twice, as it is and as DPM-Solver++ 2M, and what is ahead halfway goes on. Noise that the fit never sees
+decides that, and whether and when to stop, against all images, held-out ones among them. All are written beside the
+weights, and ``--calibrated`` of sample and evaluate applies them. Judge them as anything else: with dualout evaluate,
+by seeds, images and features that were not used here.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def run(arguments: list[str]) -> int | None:
         {"step": k, "t": t, **{name: values[k] for name, values in found.values.items()}}
         for k, t in enumerate(found.times)
     ]
-    console.table(rows, ["step", "t", *found.values], f"{options.run}: distance on held-out {before:.4g} → {after:.4g}")
+    console.table(rows, ["step", "t", *found.values], f"{options.run}: distance {before:.4g} → {after:.4g}")
     path = found.save(Path(options.run).expanduser())
     near = protocol["nearest"]
     console.say(

@@ -2,8 +2,8 @@
 
 The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, from
 the uncalibrated start and, for samplers of first order, from DPM-Solver++ 2M's, against a distance between made and
-real images; each step is recomputed in the backward pass, so that memory does not grow with K. Noise and images that
-the fit never sees decide which of the two goes on halfway, and when to stop.
+real images; each step is recomputed in the backward pass, so that memory does not grow with K. Which of the two goes on
+halfway, and when to stop, is decided by noise that the fit never sees and by all real images, held-out ones included.
 
 Trained samplers of single-output models: DDSS (Watson et al. 2022, arXiv 2202.05830), iDDIM, bespoke solvers (Shaul
 et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
@@ -25,13 +25,15 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.networks.precision import Precision
 from dualout.prediction import Prediction
-from dualout.randomness import mix
+from dualout.randomness import check_seed, mix
 from dualout.samplers.base import Denoises, Sampler
 from dualout.schedules import Level, Schedule
 from dualout.training.comparison import UPDATES, Comparison
 from dualout.training.distances import Distance
 from dualout.training.starts import Start
 
+WAY = 5
+"""Which way of fitting this is, the fifth that was kept: other ways find other numbers from the same settings."""
 RACE = 0.5
 """The part of the updates that is made from both starts; the better goes on."""
 
@@ -47,7 +49,10 @@ class Fit:
     own_features: bool = True
     """Whether images are compared by what the model's own network makes of them too, beside pixels and a random net."""
     held_out: int = 1000
-    """Noises, and as many images or a quarter of those given, that only decide where to begin and when to stop."""
+    """Noises, and as many images or a quarter of those given, that only decide where to begin and when to stop.
+
+    The images decide together with those of the fit.
+    """
     check_every: int = 25
     patience: int = 6
     """Checks without a better held-out distance, after which it stops."""
@@ -63,6 +68,7 @@ class Fit:
             raise InputError(f"move_times is 0 or more, got {self.move_times}")
         if not self.lr > 0:
             raise InputError(f"lr is above 0, got {self.lr}")
+        check_seed(self.seed)
         Distance.parse(self.distance)
 
     @property
@@ -157,6 +163,7 @@ def fit(
                     "held_out_images": comparison.nearest_real,
                 },
                 "iterations": i,
+                "way": WAY,
                 "begun_as": "2M" if found.second_order else "uncalibrated",
                 "fit": vars(how),
                 "precision": plain.precision.name,
@@ -208,7 +215,7 @@ class _Descent:
         self._losses.append(loss.detach())
 
     def check(self) -> None:
-        """See how far images of held-out noise are from held-out ones."""
+        """See how far images of held-out noise are from real ones."""
         self.now = self.comparison.held_out(self.denoiser, self.sampler)
         if self.now.distance < self.best.distance:
             self.best, self.best_values = self.now, _floats(self.values)
