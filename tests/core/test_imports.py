@@ -30,7 +30,8 @@ def test_sampling_needs_torch_and_no_other() -> None:
         "import dualout, torch\n"
         "d = dualout.Denoiser(lambda x, t: x.repeat(1, 3, 1, 1), dualout.Dual(), dualout.schedules.Linear())\n"
         "dualout.samplers.DDIM(steps=2).sample(d, dualout.noise([0], (1, 4, 4)))\n"
-        "[getattr(dualout, name) for name in dualout.__all__]"
+        "[getattr(dualout, name) for name in dualout.__all__]\n"
+        "dualout.networks.Backbone.parse('small')"
     )
     assert "torch" in loaded
     assert not loaded & set(HEAVY)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from abc import ABC
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -194,10 +195,11 @@ def test_conditions_that_were_not_prepared_for_are_refused(model):
         fixed(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
-def test_what_computes_a_network_writes_nothing_at_home(package, tmp_path):
-    pytest.importorskip(package)
-    program = f"from dualout.networks.backends import quiet; quiet.{package}()"
+def test_what_computes_a_network_writes_nothing_at_home(tmp_path):
+    packages = [package for package in ("onnxruntime", "openvino") if find_spec(package)]
+    if not packages:
+        pytest.skip("neither onnxruntime nor openvino is installed")
+    program = "from dualout.networks.backends import quiet; " + "; ".join(f"quiet.{p}()" for p in packages)
     known = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
     subprocess.run([sys.executable, "-c", program], check=True, env=known | {"HOME": str(tmp_path)})
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +18,7 @@ from dualout.networks.build import build
 from dualout.training.config import TrainConfig
 from dualout.training.learner import Learner
 from dualout.training.run import Run
+from processes import two
 
 ARGUMENTS = [
     "train", "--data", "digits", "--network", "tiny:width=8", "--batch_size", "16", "--steps", "8", "--log_every", "1",
@@ -33,53 +30,40 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def two(out: Path, *more: str) -> subprocess.CompletedProcess:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-        "-m", "dualout.cli.main",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launch, *ARGUMENTS, "--out", str(out), *more]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     assert main([*ARGUMENTS, "--out", str(tmp_path / "one")]) == 0
-    done = two(tmp_path / "two", "--steps", "4")
+    # two go on with what one began, with the batch in parts
+    command = [*ARGUMENTS, "--out", str(tmp_path / "two")]
+    assert main([*command, "--steps", "3"]) == 0
+    done = two(*command, "--accumulate", "2", torchrun=True)
     assert done.returncode == 0, done.stderr
-    # and go on, together, with the batch in parts
-    done = two(tmp_path / "two", "--accumulate", "2")
-    assert done.returncode == 0, done.stderr
-    assert "going on from step 4" in done.stderr
+    assert "going on from step 3" in done.stderr
     assert done.stderr.count("going on") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, other = (read_tensors(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)
     # a mistake is told, not traced
-    done = two(tmp_path / "two", "--lr", "0.1")
-    assert done.returncode != 0
+    done = two(*command, "--lr", "0.1")
+    assert done.returncode == 2
     assert "lr 0.001 → 0.1" in done.stderr
-    assert "dualout/cli/main.py" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_two_processes_that_divide_the_weights_train_as_one(tmp_path):
     assert main([*ARGUMENTS, "--out", str(tmp_path / "one")]) == 0
+    # the state is that of a run like any other: two go on with what one began, and one with that
+    command = [*ARGUMENTS, "--out", str(tmp_path / "two")]
+    assert main([*command, "--steps", "2"]) == 0
     # the layout of GPUs, whose convolutions' weights FSDP does not divide
-    more = ["--fsdp", "true", "--channels_last", "true", "--samples", "4", "--sample_every", "4"]
-    done = two(tmp_path / "two", "--steps", "4", *more)
+    more = ["--fsdp", "true", "--channels_last", "true", "--samples", "4", "--sample_every", "3"]
+    done = two(*command, "--steps", "6", "--accumulate", "2", *more)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two" / "samples" / "step-000004.png").stat().st_size > 100
-    done = two(tmp_path / "two", "--steps", "6", "--accumulate", "2", *more)
-    assert done.returncode == 0, done.stderr
-    assert "going on from step 4" in done.stderr
-    # the state is that of a run like any other: one process goes on with it
-    assert main([*ARGUMENTS, "--out", str(tmp_path / "two")]) == 0
+    assert "going on from step 2" in done.stderr
+    assert (tmp_path / "two" / "samples" / "step-000006.png").stat().st_size > 100
+    assert main(command) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     for file in ("model", "state/step-00000008/weights", "state/step-00000008/average"):
         one, other = (read_tensors(tmp_path / name / f"{file}.safetensors") for name in ("one", "two"))
