@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Denoiser(nn.Module):
         self.register_buffer("times", torch.arange(schedule.steps, device=place), persistent=False)
         if self.head is not None:
             self.head.to(place)
-        self._rows: tuple[Any, Sequence[Tensor]] = None, ()
+        self._rows: tuple[Any, dict[int, Tensor]] = None, {}
         self._follow_network()
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
@@ -224,9 +224,12 @@ class Denoiser(nn.Module):
         """`t` for each image, where the images are."""
         there, rows = self._rows
         if there != (here := (x_t.shape[0], x_t.device)):
-            rows = self.times.to(x_t.device)[:, None].expand(-1, x_t.shape[0]).unbind()
+            rows = {}
             self._rows = here, rows
-        return rows[t]
+        row = rows.get(t)
+        if row is None:
+            row = rows[t] = self.times[t].to(x_t.device).expand(x_t.shape[0])
+        return row
 
 
 def _rebuilt(directory: Path, described: Any) -> nn.Module:
