@@ -126,7 +126,7 @@ class DualOutputPipeline(DiffusionPipeline):
             scheduler = DDIM(clip=clip) if calibration is None else Sampler.from_config(calibration.sampler)
         spacing = None
         if isinstance(scheduler, Sampler):
-            clip, spacing = scheduler.clip, scheduler.spacing
+            clip, spacing = scheduler.clip, scheduler.spacing if isinstance(scheduler.spacing, str) else None
             scheduler = scheduler_for(scheduler, denoiser.schedule, denoiser.parameterization)
         elif isinstance(scheduler, str):
             settings = {"prediction_type": asked_of(denoiser.parameterization)}
