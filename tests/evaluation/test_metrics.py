@@ -170,3 +170,22 @@ def test_too_few_images_are_refused():
         precision_recall(x, x)
     with pytest.raises(InputError, match="at least 2"):
         kid(x[:1], x)
+
+
+def test_images_that_are_there_many_times_are_among_themselves():
+    # their reach is 0, and in the distances, which are differences of squares, rounding is not
+    x = torch.randn(10, 60, generator=torch.Generator().manual_seed(0)).repeat(5, 1) + 3
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    assert precision_recall(x, x[order]) == (1.0, 1.0)
+    # one that is a thousandth off is not
+    assert precision_recall(x + 1e-3, x[order]) == (0.0, 0.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_generator_that_makes_one_image_is_scored():
+    one, many = torch.zeros(20, 4), torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    mean, covariance = many.double().mean(0), torch.cov(many.double().T)
+    for a, b in ((one, many), (many, one)):
+        assert scores(gathered(a), gathered(b))["fd"] == pytest.approx(
+            float(mean.square().sum() + covariance.trace()), rel=1e-6
+        )

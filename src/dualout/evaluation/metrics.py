@@ -27,6 +27,8 @@ NEIGHBOURS = 3
 """k: an image lies among others when it is nearer to one of them than that one's k-th neighbour."""
 TOLERANCE = 1e-6
 """By what share of itself rounding may change FD."""
+ROUNDING = 1e-7
+"""How far apart, in units of the longest feature vector, two images are taken for the same one."""
 _ROWS = 1024
 
 
@@ -75,7 +77,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
     enough = min(a.count, b.count) > len(mean_a)
     apart = float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace())
     root, error = trace_of_root(cov_a.numpy(), cov_b.numpy()) if enough else (0.0, math.inf)
-    if 2 * error > TOLERANCE * (apart - 2 * root):
+    if not 2 * error <= TOLERANCE * (apart - 2 * root):
         root = trace_of_singular_root(cov_a.numpy(), cov_b.numpy())
     # rounding leaves equal sets a little off 0, on either side
     return max(apart - 2 * root, 0.0)
@@ -100,6 +102,8 @@ def trace_of_root(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     lower, _ = congruent(a, factor, itype=2, lower=1)
     values = torch.linalg.eigvalsh(torch.from_numpy(lower), UPLO="L").numpy()
     largest = max(values[-1], a.diagonal().max() * b.diagonal().max())
+    if largest == 0:
+        return 0.0, 0.0
     moved = len(values) ** 0.5 * np.finfo(np.float64).eps * largest
     error = (moved / (2 * np.sqrt(values.clip(min=moved / 4)))).sum()
     return float(np.sqrt(values.clip(min=0)).sum()), float(error)
@@ -173,6 +177,9 @@ def precision_recall(
     from sklearn.metrics import pairwise_distances_chunked
 
     reach_g, reach_r = _reach(generated, k), _reach(real, k) if reach is None else reach.numpy()
+    # among images that are there more than k times the reach is 0, and what rounding leaves of a distance of 0 is not
+    near = ROUNDING * max(float(x.double().norm(dim=1).max()) for x in (generated, real))
+    reach_g, reach_r = reach_g + near, reach_r + near
     among_real, among_generated = np.zeros(len(generated), dtype=bool), np.zeros(len(real), dtype=bool)
     start = 0
     # at most 128 MiB of distances at a time
