@@ -35,7 +35,7 @@ PAIRS = (
     Dual(first=Velocity()),
     Dual(first=Velocity(), gate="balanced", blend_weight=0.5),
     Dual(second=Velocity(), gate="balanced"),
-    Dual(first=CleanImage(), second=Flow(), ratio="channel"),
+    Dual(first=Flow(), second=CleanImage(), ratio="channel"),
 )
 """Other pairs of outputs; not every variant of a ratio with every pair."""
 

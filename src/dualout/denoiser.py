@@ -46,6 +46,8 @@ class Denoiser(nn.Module):
             raise InputError(f"parameterization is, say, dualout.Dual(); got {parameterization!r}")
         if not isinstance(schedule, Schedule):
             raise InputError(f"schedule is, say, dualout.schedules.Linear(); got {schedule!r}")
+        if not callable(network):
+            raise InputError(f"a network is a module or function (x_t, t, **conditions); got {network!r}")
         self.network = network
         self.parameterization = parameterization
         self.schedule = schedule
@@ -67,13 +69,19 @@ class Denoiser(nn.Module):
             x_t: noisy images, (B, C, H, W); half precision is read in float32.
             t: their time step, 0 … T−1: one int for all, or a LongTensor (B,).
             conditions: passed on to the network.
+
+        Raises:
+            InputError: for images that are not floats, a `t` that is none of the schedule's or of another number, or
+                an output of another shape than the parameterization reads.
         """
         if x_t.dtype in HALF:
             x_t = x_t.float()
-        if isinstance(t, int):
+        _check_floats(x_t)
+        if not isinstance(t, Tensor):
             level, time = self.schedule.scalars(t), self._time(t, x_t)
         else:
-            time = t.expand(len(x_t)) if t.ndim == 0 else t
+            _check_times(t, x_t)
+            time = t if t.shape == x_t.shape[:1] else t.expand(len(x_t))
             level = self.schedule.level(time).like(x_t)
         return self.parameterization.read(self.raw(x_t, time, level, **conditions), x_t, level)
 
@@ -106,10 +114,22 @@ class Denoiser(nn.Module):
         """The training loss for clean images with given noise.
 
         Args:
-            x0: clean images, (B, C, H, W).
+            x0: clean images, (B, C, H, W); those in half precision are noised in float32, of which the noise that
+                was added is a small part at low t.
             t: a LongTensor (B,).
             noise: standard normal, (B, C, H, W).
+            conditions: passed on to the network.
+
+        Raises:
+            InputError: when the shapes do not agree, or as a look does.
         """
+        if noise.shape != x0.shape:
+            raise InputError(f"each image has noise of its own: got {tuple(noise.shape)} for {tuple(x0.shape)}")
+        if x0.dtype in HALF:
+            x0 = x0.float()
+        _check_floats(x0)
+        if isinstance(t, Tensor):
+            _check_times(t, x0)
         alpha, sigma, _ = self.schedule.level(t).like(x0)
         prediction = self(alpha * x0 + sigma * noise, t, **conditions)
         parts = self.parameterization.losses(prediction, x0, noise)
@@ -230,6 +250,16 @@ class Denoiser(nn.Module):
         if row is None:
             row = rows[t] = self.times[t].to(x_t.device).expand(x_t.shape[0])
         return row
+
+
+def _check_floats(images: Tensor) -> None:
+    if not images.dtype.is_floating_point:
+        raise InputError(f"images are floats in [−1, 1], got {images.dtype}; x.float() / 127.5 - 1 is for 0 to 255")
+
+
+def _check_times(t: Tensor, images: Tensor) -> None:
+    if t.ndim > 1 or t.numel() not in (1, len(images)):
+        raise InputError(f"{len(images)} images have one time step, or one each; got t of shape {tuple(t.shape)}")
 
 
 def _rebuilt(directory: Path, described: Any) -> nn.Module:

@@ -5,6 +5,7 @@ Image i is made from seed i: not from the batch it is in, the process that makes
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -63,12 +64,19 @@ def noise(
 
     Returns:
         noise of shape (B, C, H, W).
+
+    Raises:
+        InputError: for seeds that are not a list of integers.
     """
+    try:
+        seeds = [operator.index(seed) for seed in seeds]
+    except TypeError as error:
+        raise InputError(f"seeds are whole numbers, one an image, say range(16); got {seeds!r}") from error
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty((len(seeds), *shape), dtype=drawn)
     generator = torch.Generator()
     for row, seed in zip(out, seeds, strict=True):
-        generator.manual_seed(int(seed) % 2**64)
+        generator.manual_seed(seed % 2**64)
         torch.randn(row.shape, generator=generator, out=row, dtype=drawn)
     return out.to(device=device, dtype=dtype)
 

@@ -42,6 +42,7 @@ class Registered:
     """How the class is called in specs; the lower-case class name unless it says otherwise."""
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other names that specs may use, besides the lower-case class name."""
+    _types: ClassVar[dict[str, Any]]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Names that specs may use for the class with some of its fields set; what a spec says besides is set on top."""
 
@@ -75,14 +76,13 @@ class Registered:
             raise unknown(cls.kind, name, [*kinds, *presets])
         fields = {**sub.presets.get(name, {}), **fields}
         known = {f.name: f for f in dataclasses.fields(sub) if f.init}  # type: ignore[arg-type]
-        types = get_type_hints(sub)
+        types = _declared(sub)
         for key in fields:
             if key not in known:
                 raise unknown(f"field of {cls.kind} {name!r}:", key, known)
-        fields = {key: _member(value, types[key]) for key, value in fields.items()}
+        fields = {key: _member(value, types.get(key, Any)) for key, value in fields.items()}
         for key, value in fields.items():
-            if not fits(value, types[key]):
-                raise InputError(f"{key} of {cls.kind} {name!r} is {described(types[key])}; got {value!r}")
+            _check(cls, name, key, value, types.get(key, Any))
         for key, f in known.items():
             if f.default is f.default_factory is dataclasses.MISSING and key not in fields:
                 raise InputError(f"{cls.kind} {name!r} needs a value for {key!r}: write {name}:{key}=…")
@@ -106,6 +106,18 @@ class Registered:
                 raise InputError(f"cannot read {option!r} in {cls.kind} {spec!r}: options are written key=value")
             fields[key.strip()] = value_of(value.strip())
         return cls.named(name, **(defaults | fields))
+
+    def check_types(self) -> None:
+        """Refuse fields of another type than they declare; those that are registered things are the class's affair.
+
+        Raises:
+            InputError: naming the first such field.
+        """
+        types = _declared(type(self))
+        for key, value in self.fields().items():
+            hint = types.get(key, Any)
+            if not _registered(hint):
+                _check(type(self), self.name, key, value, hint)
 
     @property
     def spec(self) -> str:
@@ -154,9 +166,28 @@ def _plain(value: Any) -> Any:
     return getattr(value, "__name__", type(value).__name__)
 
 
+def _declared(cls: type[Registered]) -> dict[str, Any]:
+    """The types of a class's fields, by name; kept by the class, so that it may still be forgotten."""
+    if "_types" not in cls.__dict__:
+        try:
+            cls._types = get_type_hints(cls)
+        except NameError:  # of a class inside a function, whose names are not found
+            cls._types = {}
+    return cls._types
+
+
+def _check(cls: type[Registered], name: str, key: str, value: Any, hint: Any) -> None:
+    if not fits(value, hint):
+        raise InputError(f"{key} of {cls.kind} {name!r} is {described(hint)}; got {value!r}")
+
+
+def _registered(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Registered)
+
+
 def _member(value: Any, hint: Any) -> Any:
     """A field that is a registered thing itself, from its spec or its config."""
-    if not (isinstance(hint, type) and issubclass(hint, Registered)):
+    if not _registered(hint):
         return value
     if isinstance(value, str):
         return hint.parse(value.removeprefix("(").removesuffix(")"))
@@ -220,4 +251,4 @@ def described(hint: Any) -> str:
 
 
 def _word(hint: Any) -> str | None:
-    return f"a {hint.kind}" if isinstance(hint, type) and issubclass(hint, Registered) else _WORDS.get(hint)
+    return f"a {hint.kind}" if _registered(hint) else _WORDS.get(hint)

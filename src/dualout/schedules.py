@@ -13,6 +13,7 @@ Tables are float64 and are cast on use.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,7 @@ class Schedule(Registered, ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= _MOST:
             raise InputError(f"a schedule has from 1 to {_MOST} steps, got {self.steps!r}")
+        self.check_types()
 
     @abstractmethod
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -154,19 +156,25 @@ class Schedule(Registered, ABC):
         """The noise level at step `t`: an int gives 0-d tensors, a LongTensor (B,) gives tensors (B,), float64.
 
         Raises:
-            InputError: when an int `t` is outside 0 … T−1, or a tensor is not of integers.
+            InputError: when `t` is outside 0 … T−1 (of a tensor on the CPU), or not of integers.
         """
-        if isinstance(t, int):
-            self._check(t)
-            return self._levels.map(lambda table: table[t])
-        if t.dtype.is_floating_point:
+        if not isinstance(t, Tensor):
+            index = self._index(t)
+            return self._levels.map(lambda table: table[index])
+        if t.dtype.is_floating_point or t.dtype == torch.bool:
             raise InputError(f"a time step is an integer from 0 to {self.steps - 1}, got a tensor of {t.dtype}")
-        return self._tables_on(t.device).map(lambda table: table[t])
+        rows = t.long().reshape(-1)
+        try:
+            # not table[t], which takes −1 for T−1
+            return self._tables_on(t.device).map(lambda table: table.index_select(0, rows).view(t.shape))
+        except IndexError as error:
+            raise InputError(
+                f"a time step is an integer from 0 to {self.steps - 1}, got {int(t.min())} to {int(t.max())}"
+            ) from error
 
     def scalars(self, t: int) -> Level[float]:
         """The noise level at step `t` as Python floats, for coefficients that are computed once."""
-        self._check(t)
-        return self._scalars[t]
+        return self._scalars[self._index(t)]
 
     @property
     def log_snr(self) -> Tensor:
@@ -174,9 +182,14 @@ class Schedule(Registered, ABC):
         alpha, sigma, _ = self._levels
         return 2 * (alpha.log() - sigma.log())
 
-    def _check(self, t: int) -> None:
-        if not 0 <= t < self.steps:
-            raise InputError(f"a time step is an integer from 0 to {self.steps - 1}, got {t}")
+    def _index(self, t: Any) -> int:
+        try:
+            index = -1 if isinstance(t, bool) else operator.index(t)  # also of numpy's integers
+        except TypeError:
+            index = -1
+        if not 0 <= index < self.steps:
+            raise InputError(f"a time step is an integer from 0 to {self.steps - 1}, got {t!r}")
+        return index
 
     def _tables_on(self, device: torch.device) -> Level[Tensor]:
         if device not in self._on_device:
@@ -258,8 +271,11 @@ class FromBetas(_Betas):
     betas: Sequence[float] | Tensor
 
     def __post_init__(self) -> None:
-        values = self.betas.tolist() if isinstance(self.betas, Tensor) else self.betas
-        betas = tuple(float(b) for b in values)
+        try:
+            values = self.betas.tolist() if isinstance(self.betas, Tensor) else self.betas
+            betas = tuple(float(b) for b in values)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"betas are a list of numbers between 0 and 1, got {self.betas!r}") from error
         if not betas or not all(0 < b < 1 for b in betas):
             raise InputError(f"betas are one or more numbers between 0 and 1, got {len(betas)}: {betas[:4]} …")
         object.__setattr__(self, "betas", betas)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -196,6 +197,42 @@ def test_loss_noises_as_it_says() -> None:
     assert time is t
     torch.testing.assert_close(loss.parts["eps"], noise.square().mean((1, 2, 3)))
     torch.testing.assert_close(loss.total, noise.square().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_images_in_half_precision_are_noised_in_single(dtype: torch.dtype) -> None:
+    # at t = 0 of the linear schedule sigma is 0.01: rounded to bfloat16, x_t errs by as much as a tenth of the noise
+    x0, noise, t = images(64).to(dtype), images(64).to(dtype), torch.zeros(64, dtype=torch.long)
+    level = Linear().scalars(0)
+
+    def perfect(x_t: Tensor, t: Tensor) -> Tensor:
+        return (x_t - level.alpha * x0.to(x_t.dtype)) / level.sigma
+
+    assert Denoiser(perfect, Epsilon(), Linear()).loss(x0, t, noise).total < 1e-8
+
+
+def test_a_loss_takes_noise_and_time_steps_of_its_images_only() -> None:
+    denoiser, x0 = Denoiser(Net(), Dual(), Cosine(T)), images()
+    with pytest.raises(InputError, match=r"noise of its own: got \(1, 2, 4, 4\) for \(3, 2, 4, 4\)"):
+        denoiser.loss(x0, torch.tensor([1, 2, 3]), images(1))
+    # four, as many as the images are wide
+    for look in (lambda t: denoiser.loss(x0, t, images()), lambda t: denoiser(x0, t)):
+        with pytest.raises(InputError, match=r"3 images have one time step, or one each; got t of shape \(4,\)"):
+            look(torch.tensor([1, 2, 3, 4]))
+    pixels = torch.randint(0, 256, (3, 2, 4, 4), dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"images are floats in \[−1, 1\], got torch.uint8"):
+        denoiser.loss(pixels, torch.tensor([1, 2, 3]), pixels)
+    with pytest.raises(InputError, match=r"images are floats in \[−1, 1\], got torch.int64"):
+        DDIM(steps=2).sample(denoiser, pixels.long())
+
+
+def test_one_time_step_may_be_told_in_any_way() -> None:
+    denoiser, x = Denoiser(Net(), Dual(), Cosine(T)), images()
+    expected = denoiser(x, torch.tensor([7, 7, 7])).x0
+    for t in (7, np.int64(7), torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7, 7], dtype=torch.uint8)):
+        torch.testing.assert_close(denoiser(x, t).x0, expected)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a network is a module or function"):
+        Denoiser(None, Dual(), Cosine(T))  # type: ignore[arg-type]
 
 
 def test_half_precision_networks_are_given_their_own() -> None:

@@ -221,12 +221,6 @@ def test_v_and_x0_by_their_names() -> None:
     dual = Parameterization.parse("dual-blend:first=v:second=x0")
     assert dual == Dual(gate="balanced", blend_weight=1.0, eps_weight=0.3, first=Velocity(), second=CleanImage())
     assert Parameterization.parse(dual.spec) == Parameterization.from_config(dual.config()) == dual
-    # an image that the first output gave is nobody's to write over
-    raw, x_t, t = some(5)
-    before = raw.clone()
-    with torch.no_grad():
-        read(Dual(first=CleanImage(), second=Velocity()), raw, x_t, t)
-    assert torch.equal(raw, before)
 
 
 def test_equal_errors_make_velocity_optimal() -> None:
@@ -252,6 +246,13 @@ def test_subtraction_is_the_same_for_numbers_and_tensors() -> None:
         ({"first": CleanImage()}, "two different single outputs"),
         ({"second": Karras()}, "of the same input"),
         ({"first": Dual()}, "two different single outputs"),
+        # or the parts eps and x0 would not be the two routes, nor the part ratio the weight of x0's
+        ({"first": CleanImage(), "second": Velocity()}, "a clean image it is the second"),
+        ({"first": Velocity(), "second": Epsilon()}, "noise it is the first"),
+        ({"first": CleanImage(), "second": Epsilon()}, "a clean image it is the second"),
+        ({"ratio": None}, "is a name or a number; got None"),
+        ({"gate_weight": -1.0}, "gate_weight is a number, 0 or more; got -1.0"),
+        ({"x0_weight": "1"}, "is a number; got '1'"),
     ],
 )
 def test_what_is_no_dual_is_refused(fields: dict, says: str) -> None:

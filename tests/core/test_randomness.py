@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dualout
+from dualout.errors import InputError
 from dualout.randomness import SeededDraw, mix, noise
 
 SEED = st.integers(0, 2**64 - 1)
@@ -42,6 +43,13 @@ def test_seeds_of_every_kind_are_the_same() -> None:
         assert torch.equal(noise(seeds, SHAPE), expected)
     assert torch.equal(noise([-1], SHAPE), noise([2**64 - 1], SHAPE))
     assert torch.equal(dualout.noise([3, 4], SHAPE), expected)
+
+
+@pytest.mark.parametrize("seeds", [4, [0.5], ["0"], None], ids=repr)
+def test_what_are_no_seeds_is_refused(seeds: object) -> None:
+    # 0.5 would be 0
+    with pytest.raises(InputError, match="seeds are whole numbers, one an image"):
+        noise(seeds, (1, 2, 2))  # type: ignore[arg-type]
 
 
 def test_noise_is_standard_normal() -> None:

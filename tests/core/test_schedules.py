@@ -87,6 +87,16 @@ def test_gain_falls_as_the_design_says() -> None:
     assert 1 / Linear().scalars(999).alpha == pytest.approx(157, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "t", [-1, 1000, True, 3.0, None, [1, 2], np.array([1, 2]), torch.tensor([5, -1]), torch.tensor([1000]),
+          torch.tensor([True]), torch.tensor([1.0])], ids=repr,
+)  # fmt: skip
+def test_what_is_no_time_step_is_refused(t: object) -> None:
+    # −1 would be T−1 to a table, and True a new axis
+    with pytest.raises(InputError, match="a time step is an integer from 0 to 999, got"):
+        Linear().level(t)  # type: ignore[arg-type]
+
+
 def test_clean_has_no_noise() -> None:
     assert (CLEAN.alpha, CLEAN.sigma, CLEAN.gain) == (1.0, 0.0, None)
     x = torch.zeros(2, 1, 2, 2)

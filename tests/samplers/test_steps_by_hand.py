@@ -16,7 +16,7 @@ from dualout.prediction import Prediction
 from dualout.samplers import DDIM, DDPM, IPNDM, DPMSolver, Heun, Sampler, UniPC
 from dualout.samplers.ipndm import adams_bashforth
 from dualout.schedules import EDM, Cosine, Level, Linear, RectifiedFlow, Schedule
-from oracles import toy_denoiser
+from oracles import constant_denoiser, toy_denoiser
 
 T = 50
 TIMES = (45, 30, 12)
@@ -245,9 +245,27 @@ def test_order_1_of_every_solver_is_ddim() -> None:
         (lambda: DDIM(clip=(1.0, -1.0)), "low < high"),
         (lambda: DDIM(clip=(1.0,)), "low < high"),  # type: ignore[arg-type]
         (lambda: DDIM(spacing="training"), "did you mean 'trailing'"),
+        (lambda: DDIM(spacing=None), "spacing of sampler 'ddim' is a name or a list of numbers; got None"),  # type: ignore[arg-type]
+        (lambda: DDIM(clip=1.0), "clip of sampler 'ddim' is a list of numbers or null; got 1.0"),  # type: ignore[arg-type]
+        (lambda: DDIM(eta="0.5"), "eta of sampler 'ddim' is a number; got '0.5'"),  # type: ignore[arg-type]
+        (lambda: DPMSolver(order=True), "order of sampler 'dpmsolver' is a whole number; got True"),
+        (lambda: DDIM(steps=2, spacing=(5.5, 1)), "spacing of sampler"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_sampler_is_refused(make, says: str) -> None:
     with pytest.raises(InputError) as error:
         make()
     assert says in str(error.value)
+
+
+def test_numpys_and_torchs_numbers_are_numbers() -> None:
+    expected = DDIM(steps=3, spacing=(40, 7, 2))
+    for times in ([40, 7, 2], np.array([40, 7, 2]), torch.tensor([40, 7, 2])):
+        assert DDIM(steps=np.int64(3), spacing=times) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampler", [DDPM(3), DDIM(3, eta=0.5)], ids=lambda s: s.spec)
+def test_fresh_noise_is_for_each_image(sampler: Sampler) -> None:
+    denoiser = constant_denoiser(Linear(), torch.zeros(1, 1, 2, 2))
+    with pytest.raises(InputError, match=r"for each image, \(2, 1, 2, 2\); got \(1, 1, 2, 2\)"):
+        sampler.sample(denoiser, torch.randn(2, 1, 2, 2), lambda k: torch.randn(1, 1, 2, 2))

@@ -64,7 +64,8 @@ class Dual(Parameterization):
         x0_weight: weight of the second output's loss, |x0 − x0_θ|².
         blend_weight: weight of the blend's own error in v, |v − v_mix|² with v_mix = alpha·eps_mix − sigma·x0_mix. It
             reaches both outputs and the ratio; the paper has none.
-        first: what the first output is; believed where the ratio is 0.
+        first: what the first output is; believed where the ratio is 0. Not a clean image, nor `second` noise: among
+            the parts, `ratio` is the weight of `x0`, and `eps` is what the other route says.
         second: what the second output is; believed where the ratio is 1.
     """
 
@@ -81,11 +82,12 @@ class Dual(Parameterization):
     second: SingleOutput = field(default_factory=CleanImage)
 
     def __post_init__(self) -> None:
+        self.check_types()
         check_ratio(self.ratio, RATIOS)
         if self.gate not in GATES:
             raise unknown("gate", self.gate, GATES)
-        for name in ("eps_weight", "x0_weight", "blend_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
+        for name in ("eps_weight", "x0_weight", "blend_weight", "gate_weight"):
+            if not 0 <= (getattr(self, name) or 0.0) < math.inf:
                 raise InputError(f"{name} is a number, 0 or more; got {getattr(self, name)!r}")
         pair = (self.first, self.second)
         plain = all(isinstance(p, SingleOutput) and p.input_scale(Level(1.0, 1.0)) is None for p in pair)
@@ -93,6 +95,11 @@ class Dual(Parameterization):
             raise InputError(
                 "first and second are two different single outputs of the same input, say Velocity() and "
                 f"CleanImage(); got {self.first!r} and {self.second!r}"
+            )
+        if isinstance(self.first, CleanImage) or isinstance(self.second, Epsilon):
+            raise InputError(
+                "where one of two outputs is a clean image it is the second, and where one is noise it is the first; "
+                f"got {self.first!r} and {self.second!r}"
             )
 
     @property
@@ -190,7 +197,7 @@ def check_ratio(ratio: str | float, names: Sequence[str]) -> None:
     """Refuse what is neither one of the names nor a fixed ratio."""
     if isinstance(ratio, str) and ratio not in names:
         raise unknown("ratio", ratio, [*names, "a number from 0 to 1"])
-    if not isinstance(ratio, str) and not 0 <= ratio <= 1:
+    if not isinstance(ratio, str) and (not isinstance(ratio, int | float) or not 0 <= ratio <= 1):
         raise InputError(f"a fixed ratio is a number from 0 (eps only) to 1 (x0 only), got {ratio!r}")
 
 

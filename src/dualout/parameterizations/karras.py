@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,7 +31,8 @@ class Karras(SingleOutput):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.sigma_data > 0:
+        self.check_types()
+        if not 0 < self.sigma_data < math.inf:
             raise InputError(f"sigma_data is the standard deviation of the images, above 0; got {self.sigma_data}")
 
     def _coefficients(self, level: Level) -> tuple[Scalar, Scalar, Scalar]:

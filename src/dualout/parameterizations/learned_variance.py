@@ -46,6 +46,7 @@ class LearnedVariance(Parameterization):
     weight: float = 0.001
 
     def __post_init__(self) -> None:
+        self.check_types()
         if not isinstance(self.base, Parameterization) or isinstance(self.base, LearnedVariance):
             raise InputError(f"a learned variance is added to another parameterization, say Dual(); got {self.base!r}")
         if not 0 <= self.weight < math.inf:

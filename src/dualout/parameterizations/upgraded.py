@@ -53,6 +53,7 @@ class Upgraded(Parameterization):
     gate_weight: float = 0.05
 
     def __post_init__(self) -> None:
+        self.check_types()
         if not isinstance(self.base, Parameterization) or self.base.channels(3) != 3:
             raise InputError(
                 f"an upgrade starts from a parameterization of one output, say Epsilon(); got {self.base!r}"

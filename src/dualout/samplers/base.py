@@ -6,6 +6,7 @@ in float64, as plain numbers (`plan`); a step then is a few multiplications and 
 
 from __future__ import annotations
 
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
@@ -15,6 +16,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,11 +78,15 @@ class Sampler(Registered, ABC):
     order: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
+        if hasattr(self.steps, "__index__") and not isinstance(self.steps, bool):  # also an integer of numpy's
+            object.__setattr__(self, "steps", operator.index(self.steps))
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InputError(f"steps is a whole number, 1 or more; got {self.steps!r}")
         for key in ("spacing", "clip"):
-            if isinstance(value := getattr(self, key), list):
-                object.__setattr__(self, key, tuple(value))
+            value = getattr(self, key)
+            if isinstance(value, list | np.ndarray | Tensor):
+                object.__setattr__(self, key, tuple(value if isinstance(value, list) else value.tolist()))
+        self.check_types()
         if isinstance(self.spacing, str) and self.spacing not in SPACINGS:
             raise unknown("spacing", self.spacing, SPACINGS)
         if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] < self.clip[1]):
@@ -234,8 +240,18 @@ class Step(NamedTuple):
     """The denoiser at the k-th level, for samplers that look more than once a step."""
 
     def fresh(self) -> Tensor:
-        """This step's fresh noise, (B, C, H, W)."""
-        return torch.randn_like(self.prediction.x_t) if self.draw is None else self.draw(self.k)
+        """This step's fresh noise, (B, C, H, W).
+
+        Raises:
+            InputError: when what was drawn is not one noise an image.
+        """
+        x = self.prediction.x_t
+        if self.draw is None:
+            return torch.randn_like(x)
+        drawn = self.draw(self.k)
+        if drawn.shape != x.shape:
+            raise InputError(f"draw(k) gives noise for each image, {tuple(x.shape)}; got {tuple(drawn.shape)}")
+        return drawn
 
 
 def visited(schedule: Schedule, times: Sequence[int]) -> list[Level[float]]:

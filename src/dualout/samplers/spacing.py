@@ -6,6 +6,7 @@ round to even, as in diffusers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -83,10 +84,11 @@ def space(spacing: Spacing, schedule: Schedule, steps: int) -> list[int]:
         if spacing not in SPACINGS:
             raise unknown("spacing", spacing, SPACINGS)
         return SPACINGS[spacing](schedule, steps)
-    times = [int(t) for t in (spacing(schedule, steps) if callable(spacing) else spacing)]
-    ordered = all(a > b for a, b in pairwise(times))
+    given = list(spacing(schedule, steps) if callable(spacing) else spacing)
+    times = [operator.index(t) for t in given if hasattr(t, "__index__")]
+    ordered = len(times) == len(given) and all(a > b for a, b in pairwise(times))
     if len(times) != steps or not ordered or not 0 <= times[-1] <= times[0] < schedule.steps:
         raise InputError(
-            f"time steps are {steps} strictly decreasing integers from {schedule.steps - 1} to 0, got {times}"
+            f"time steps are {steps} strictly decreasing integers from {schedule.steps - 1} to 0, got {given}"
         )
     return times
