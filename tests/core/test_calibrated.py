@@ -14,7 +14,7 @@ from dualout.randomness import mix
 from dualout.training.calibrate import Fit, fit
 from dualout.training.comparison import HELD_OUT, Comparison, nearest
 from dualout.training.distances import Energy, SlicedWasserstein, quantiles
-from dualout.training.starts import Start, moved, trends
+from dualout.training.starts import Start, coordinate_search, trends
 from dualout.training.views import FLOOR, LOOKED_AT, Views, Within, whitening
 
 SCHEDULE = schedules.Linear()
@@ -91,6 +91,11 @@ def test_one_or_two_steps_have_no_trend(times, expected):
     assert trends(times, SCHEDULE) == expected
 
 
+def applied(start, denoiser, sampler):
+    values = start.values(denoiser.schedule)
+    return Calibrated(denoiser, start.times, values, sampler.clip), sampler.at(start.times)
+
+
 def test_the_start_that_is_ahead_goes_on():
     """With the exact denoiser 2M is nearer than DDIM from the first; a fit may not begin behind it."""
     denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
@@ -99,7 +104,7 @@ def test_the_start_that_is_ahead_goes_on():
     sampler, comparison = samplers.DDIM(steps=8, spacing="logsnr"), Comparison(denoiser, data, how)
     uncalibrated = Start(["x0_trend"], sampler.timesteps(SCHEDULE), second_order=False)
     plain, second = (
-        comparison.held_out(*s.applied(denoiser, sampler)).distance for s in uncalibrated.alternatives(sampler)
+        comparison.held_out(*applied(s, denoiser, sampler)).distance for s in uncalibrated.alternatives(sampler)
     )
     assert second < 0.9 * plain
     *_, last = fit(denoiser, sampler, data, how, ["x0_trend"])
@@ -108,6 +113,22 @@ def test_the_start_that_is_ahead_goes_on():
     # a solver of higher order follows the trend itself
     for sampler, many in ((samplers.DPMSolver(steps=8), 1), (samplers.DPMSolver(steps=8, order=1), 2)):
         assert len(uncalibrated.alternatives(sampler)) == many
+
+
+def test_time_steps_are_moved_once_more_when_the_numbers_are_half_fitted():
+    denoiser, sampler = Denoiser(Exact(), CleanImage(), SCHEDULE), samplers.DDIM(steps=4, spacing="linspace")
+    data = MEAN + SPREAD * noise(range(600), (1, 4, 4))
+    # numbers that hardly change leave the time steps' two searches alone
+    how = Fit(iterations=4, check_every=2, batch=16, lr=1e-9, move_times=1, held_out=150, own_features=False)
+    *_, last = fit(denoiser, sampler, data, how, ["x0_scale"])
+    comparison = Comparison(denoiser, data, how)
+    begun = Start(["x0_scale"], sampler.timesteps(SCHEDULE), second_order=False)
+    once = begun.moved(denoiser, sampler, comparison)
+    twice = once.moved(denoiser, sampler, comparison)
+    assert list(last.calibration.times) == twice.times != once.times
+    far = [comparison.held_out(*applied(start, denoiser, sampler)).distance for start in (begun, once, twice)]
+    assert last.best == pytest.approx(far[2], rel=1e-5)
+    assert far == sorted(far, reverse=True)
 
 
 def test_all_real_images_decide_and_only_those_of_the_fit_are_followed():
@@ -140,9 +161,9 @@ def test_moving_time_steps_looks_at_no_images_twice():
     looked = len(calls)
 
     def far(times):
-        return comparison.placed(*dataclasses.replace(start, times=times).applied(Counting(), sampler))
+        return comparison.placed(*applied(dataclasses.replace(start, times=times), Counting(), sampler))
 
-    assert moved(start.times, 999, far, 2) == found.times
+    assert coordinate_search(start.times, 999, far, 2) == found.times
     assert looked < 0.65 * (len(calls) - looked)
 
 
@@ -262,10 +283,10 @@ def test_time_steps_move_to_where_the_distance_is_least():
         visited.append(list(times))
         return sum(abs(a - b) for a, b in zip(times, best, strict=True))
 
-    found = moved([999, 749, 499, 249], 999, far, rounds=6)
+    found = coordinate_search([999, 749, 499, 249], 999, far, rounds=6)
     assert far(found) < 0.1 * far([999, 749, 499, 249])
     assert all(999 >= a > b >= 0 for times in visited for a, b in pairwise([*times, -1]) if b >= 0)
-    assert moved([3, 2, 1, 0], 3, far, rounds=5) == [3, 2, 1, 0]  # there is no room
+    assert coordinate_search([3, 2, 1, 0], 3, far, rounds=5) == [3, 2, 1, 0]  # there is no room
 
 
 def test_moved_time_steps_are_those_that_are_sampled():

@@ -28,14 +28,14 @@ from dualout.prediction import Prediction
 from dualout.randomness import check_seed, mix
 from dualout.samplers.base import Denoises, Sampler
 from dualout.schedules import Level, Schedule
-from dualout.training.comparison import UPDATES, Comparison
+from dualout.training.comparison import UPDATES, Comparison, Far
 from dualout.training.distances import Distance
-from dualout.training.starts import Start
+from dualout.training.starts import Numbers, Start, moved_times
 
 WAY = 5
 """Which way of fitting this is, the fifth that was kept: other ways find other numbers from the same settings."""
 RACE = 0.5
-"""The part of the updates that is made from both starts; the better goes on."""
+"""The part of the updates that is made from both starts; the better goes on, its time steps moved once more."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Fit:
     patience: int = 6
     """Checks without a better held-out distance, after which it stops."""
     move_times: int = 3
-    """Rounds in which every time step is moved to where the distance is least, before the numbers are fitted."""
+    """Rounds in which every time step is moved to where the distance is least, before the numbers are fitted and again
+    when they are half fitted."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,9 +81,9 @@ class Fit:
         """How many images are made through all steps, at most; what gradients cost is counted as such."""
         # an update makes its images, makes each step again in the backward pass, and that costs two more
         updates = 4 * (1 + RACE) * self.iterations * self.batch
-        # from two starts; of a trajectory whose step k is moved the k steps before are known
-        moves = 2 * 2 * self.move_times * (steps / 2) * self.placing
-        checks = (3 + (1 + RACE) * self.iterations / self.check_every) * self.held_out
+        # from two starts and halfway; of a trajectory whose step k is moved the k steps before are known
+        moves = 3 * 2 * self.move_times * (steps / 2) * self.placing
+        checks = (4 + (1 + RACE) * self.iterations / self.check_every) * self.held_out
         return updates + moves + checks
 
 
@@ -132,8 +133,9 @@ def fit(
     plain = _Recomputed(denoiser, precision or Precision("fp32", images.device, "the default"))
     comparison = Comparison(denoiser, images, how)
     uncalibrated = Start(names, sampler.timesteps(denoiser.schedule), second_order=False)
-    before = best = comparison.held_out(plain, sampler)
-    found, values = uncalibrated, uncalibrated.values(denoiser.schedule)
+    before = comparison.held_out(plain, sampler)
+    best = _Found(before, uncalibrated.times, uncalibrated.values(denoiser.schedule))
+    begun_as = uncalibrated
     frozen = {p: p.requires_grad for p in denoiser.parameters()}
     worse = 0
     try:
@@ -148,34 +150,43 @@ def fit(
                 continue
             for descent in descents:
                 descent.check()
-            ahead = min(descents, key=lambda descent: descent.best.distance)
-            if i >= how.iterations * RACE:
+            ahead = min(descents, key=lambda descent: descent.best.far.distance)
+            if i >= how.iterations * RACE and not ahead.moved:
+                ahead.move()
                 descents = [ahead]
-            worse = 0 if ahead.best.distance < best.distance else worse + 1
+            worse = 0 if ahead.best.far.distance < best.far.distance else worse + 1
             if not worse:
-                best, found, values = ahead.best, ahead.start, ahead.best_values
+                best, begun_as = ahead.best, ahead.start
             protocol = {
                 "held_out_before": before.distance,
-                "held_out_after": best.distance,
+                "held_out_after": best.far.distance,
                 "nearest": {
                     "before": before.nearest,
-                    "after": best.nearest,
+                    "after": best.far.nearest,
                     "held_out_images": comparison.nearest_real,
                 },
                 "iterations": i,
                 "way": WAY,
-                "begun_as": "2M" if found.second_order else "uncalibrated",
+                "begun_as": "2M" if begun_as.second_order else "uncalibrated",
                 "fit": vars(how),
                 "precision": plain.precision.name,
                 **comparison.protocol(),
             }
-            calibration = Calibration(sampler.config(), found.times, values, protocol)
-            yield Progress(i, ahead.since(), ahead.now.distance, best.distance, calibration)
+            calibration = Calibration(sampler.config(), best.times, best.values, protocol)
+            yield Progress(i, ahead.since(), ahead.now.distance, best.far.distance, calibration)
             if worse >= how.patience:
                 return
     finally:
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
+
+
+class _Found(NamedTuple):
+    """A calibration, and how far images made with it are."""
+
+    far: Far
+    times: Sequence[int]
+    values: Numbers
 
 
 class _Descent:
@@ -184,22 +195,23 @@ class _Descent:
     Attributes:
         values: by name, one number a step, (K,).
         now: how far images made with them were at the last check.
-        best: and at the best one, with `best_values`.
+        best: what was nearest at one.
+        moved: whether its time steps were moved since it began.
     """
 
     def __init__(self, denoiser: Denoises, sampler: Sampler, start: Start, comparison: Comparison, how: Fit) -> None:
-        self.start, self.comparison, self.how = start, comparison, how
+        self.start, self.comparison, self.how, self.moved = start, comparison, how, False
         place = comparison.real.device
         self.values = {
             name: torch.tensor(numbers, device=place, requires_grad=True)
             for name, numbers in start.values(denoiser.schedule).items()
         }
-        self.denoiser = Calibrated(denoiser, start.times, self.values, sampler.clip)
-        self.sampler = sampler.at(start.times)
+        self.plain, self.sampler = denoiser, sampler
+        self._go_by(start.times)
         self.optimizer = torch.optim.Adam(self.values.values(), lr=how.lr, betas=(0.9, 0.95))
         self._losses: list[Tensor] = []
-        self.now = self.best = comparison.held_out(self.denoiser, self.sampler)
-        self.best_values = _floats(self.values)
+        self.now = comparison.held_out(self.denoiser, self.sampler)
+        self.best = _Found(self.now, self.times, _floats(self.values))
 
     def update(self, i: int) -> None:
         """The i-th update of the numbers, from 1."""
@@ -217,8 +229,21 @@ class _Descent:
     def check(self) -> None:
         """See how far images of held-out noise are from real ones."""
         self.now = self.comparison.held_out(self.denoiser, self.sampler)
-        if self.now.distance < self.best.distance:
-            self.best, self.best_values = self.now, _floats(self.values)
+        if self.now.distance < self.best.far.distance:
+            self.best = _Found(self.now, self.times, _floats(self.values))
+
+    def move(self) -> None:
+        """Move the time steps to where the best numbers so far want them: what is fitted wants others than DDIM did."""
+        self.moved, numbers = True, self.best.values
+        with torch.no_grad():
+            for name, value in self.values.items():
+                value.copy_(torch.tensor(numbers[name]))
+        self._go_by(moved_times(self.best.times, lambda _: numbers, self.plain, self.sampler, self.comparison))
+        self.check()
+
+    def _go_by(self, times: Sequence[int]) -> None:
+        self.times, self.sampler = times, self.sampler.at(times)
+        self.denoiser = Calibrated(self.plain, times, self.values, self.sampler.clip)
 
     def since(self) -> float:
         """How far images of the updates were, on average, since this was last asked."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,9 @@ from dualout.samplers.dpmsolver import half_log_snr
 from dualout.schedules import Schedule
 from dualout.training.comparison import Comparison
 
+Numbers = dict[str, list[float]]
+"""The numbers of a calibration by name, one a step."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -32,30 +35,51 @@ class Start:
         follows = sampler.order == 1 and "x0_trend" in self.names and len(self.times) > 2
         return [self, replace(self, second_order=True)] if follows else [self]
 
-    def values(self, schedule: Schedule) -> dict[str, list[float]]:
+    def values(self, schedule: Schedule) -> Numbers:
         """By name, one number a step."""
         neutral = {name: [NEUTRAL[name]] * len(self.times) for name in self.names}
         return neutral | ({"x0_trend": trends(self.times, schedule)} if self.second_order else {})
 
-    def applied(self, denoiser: Denoises, sampler: Sampler) -> tuple[Calibrated, Sampler]:
-        """A denoiser with these numbers, and the sampler at these time steps."""
-        return Calibrated(denoiser, self.times, self.values(denoiser.schedule), sampler.clip), sampler.at(self.times)
-
     def moved(self, denoiser: Denoises, sampler: Sampler, comparison: Comparison) -> Start:
         """With the time steps moved to where the images are nearer."""
-        rounds, last = comparison.how.move_times, denoiser.schedule.steps - 1
-        if not rounds:
-            return self
 
-        remembering = _Remembering(denoiser, len(self.times) + 2)
+        def values(times: Sequence[int]) -> Numbers:
+            return replace(self, times=times).values(denoiser.schedule)
 
-        def far(times: Sequence[int]) -> float:
-            return comparison.placed(*replace(self, times=times).applied(remembering, sampler))
+        return replace(self, times=moved_times(self.times, values, denoiser, sampler, comparison))
 
-        try:
-            return replace(self, times=moved(self.times, last, far, rounds))
-        except InputError as error:
-            raise InputError(f"the time steps cannot be moved ({error}); take --move_times 0") from error
+
+def moved_times(
+    times: Sequence[int],
+    values: Callable[[Sequence[int]], Mapping[str, Sequence[float]]],
+    denoiser: Denoises,
+    sampler: Sampler,
+    comparison: Comparison,
+) -> list[int]:
+    """Time steps, moved to where the images are nearer.
+
+    Args:
+        times: K of them, decreasing.
+        values: the numbers of a calibration that go with given time steps.
+        denoiser: uncalibrated.
+        sampler: any of the right K.
+        comparison: what says how near images are, and in how many rounds steps are moved.
+
+    Raises:
+        InputError: for a sampler whose time steps are where they are.
+    """
+    remembering = _Remembering(denoiser, len(times) + 2)
+
+    def far(tried: Sequence[int]) -> float:
+        return comparison.placed(Calibrated(remembering, tried, values(tried), sampler.clip), sampler.at(tried))
+
+    rounds = comparison.how.move_times
+    if not rounds:
+        return list(times)
+    try:
+        return coordinate_search(times, denoiser.schedule.steps - 1, far, rounds)
+    except InputError as error:
+        raise InputError(f"the time steps cannot be moved ({error}); take --move_times 0") from error
 
 
 class _Remembering:
@@ -95,7 +119,7 @@ def trends(times: Sequence[int], schedule: Schedule) -> list[float]:
     return [0.0, *(0.5 * now / before for before, now in pairwise(h)), 0.0][: len(times)]
 
 
-def moved(times: Sequence[int], last: int, far: Callable[[Sequence[int]], float], rounds: int) -> list[int]:
+def coordinate_search(times: Sequence[int], last: int, far: Callable[[Sequence[int]], float], rounds: int) -> list[int]:
     """Time steps, moved towards their neighbours where that brings the images nearer.
 
     Args:
