@@ -17,7 +17,6 @@ corrected alike.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from dualout import checkpoint
 from dualout.errors import InputError
+from dualout.files import explained, read_json, write_json
 from dualout.guidance import ClassifierFree
 from dualout.parameterizations.base import subtract
 from dualout.parameterizations.dual import blend
@@ -65,10 +65,10 @@ class Calibration:
     def save(self, run: str | Path) -> Path:
         """Write it beside the weights, as RUN/calibration/SAMPLER.json; returns where."""
         directory = Path(run) / DIRECTORY
-        with checkpoint.explained(directory):
+        with explained(directory):
             directory.mkdir(exist_ok=True)
         path = directory / f"{file_name(self.sampler)}.json"
-        checkpoint.write_text(path, json.dumps(self.record(), indent=2, ensure_ascii=False) + "\n")
+        write_json(path, self.record())
         return path
 
     def record(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Calibration:
                 f"dualout calibrate {run} --sampler {sampler['name']} --steps {sampler['steps']}"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             values = {k: [float(x) for x in v] for k, v in content["values"].items()}
             found = cls(content["sampler"], [int(t) for t in content["times"]], values, content.get("protocol", {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,13 +7,8 @@ flushed to disk and renamed.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import inspect
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +19,7 @@ from torch import Tensor, nn
 
 from dualout.card import render as card_text
 from dualout.errors import InputError
+from dualout.files import atomically, explained, read_json, write_json, write_text
 from dualout.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -191,15 +187,12 @@ def locate(path: str | Path) -> Path:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json, checked for the entries that every checkpoint has."""
     path = directory / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         present = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
         pipeline = (directory / "model_index.json").is_file()
         hint = "; a pipeline of diffusers is read by DualOutputPipeline.from_pretrained(…).denoiser" if pipeline else ""
-        raise InputError(f"{directory} is no checkpoint: {CONFIG} is missing (it holds {present}){hint}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{directory} is no checkpoint: {CONFIG} is missing (it holds {present}){hint}")
+    config = read_json(path, object)
     missing = [
         k for k in ("schedule", "parameterization", "network") if not isinstance(config, dict) or k not in config
     ]
@@ -306,7 +299,7 @@ def write(path: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], 
     # the configuration comes last: a directory that has one has all
     write_tensors(directory / WEIGHTS, tensors)
     write_text(directory / CARD, card_text(config))
-    write_text(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(directory / CONFIG, config)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -317,68 +310,3 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
     with atomically(path) as aside:
         safetensors.torch.save_file(plain, aside)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with atomically(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and is removed when it does not."""
-    with explained(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        aside = Path(name)
-        try:
-            yield aside
-            with aside.open("rb+") as file:
-                os.fsync(file.fileno())
-            aside.chmod(0o666 & ~_umask())
-            aside.replace(path)
-            _sync_directory(path.parent)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an error that says what to do."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(_explain(path, error)) from error
-    except Exception as error:
-        # safetensors wraps the system's error in its own
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise InputError(_explain(path, OSError(errno.ENOSPC, "No space left on device"))) from error
-        raise
-
-
-def _explain(path: Path, error: OSError) -> str:
-    place = path if path.is_dir() else path.parent
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with_room = next((p for p in [place, *place.parents] if p.exists()), Path("/"))
-        free = shutil.disk_usage(with_room).free // 2**20
-        return (
-            f"the disk is full: cannot write {path} ({free} MiB free); nothing was overwritten. Make room and run again"
-        )
-    return f"cannot write {path}: {error.strerror or error}"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

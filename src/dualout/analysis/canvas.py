@@ -7,6 +7,7 @@ colour as a CSS variable, so that a page can change them all at once.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -213,6 +214,12 @@ def tiles(images: np.ndarray, columns: int, gap: int = 1, fill: int = 128) -> np
         y, x = divmod(i, columns)
         sheet[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
     return sheet
+
+
+def sheet(images: np.ndarray) -> bytes:
+    """Images in a square, as a PNG file: uint8 (N, H, W, 1 or 3); those of a few pixels are made large enough to be
+    seen."""
+    return png_of(tiles(images, math.isqrt(len(images) - 1) + 1), max(1, 64 // images.shape[1]))
 
 
 def png_of(image: np.ndarray, scale: int = 1) -> bytes:

@@ -12,6 +12,7 @@ from dualout.analysis.tables import Row, grouped
 from dualout.checkpoint import CONFIG
 from dualout.cli import _study
 from dualout.errors import InputError
+from dualout.files import read_json
 from dualout.parameterizations import Parameterization
 from dualout.training.checkpoint import METRICS, read_metrics
 from dualout.training.config import FREE
@@ -151,17 +152,9 @@ def _grids(directory: Path) -> dict[str, bytes]:
 
 def _object(file: Path) -> Row:
     """A JSON file's object; an empty one where there is no file."""
-    found = _parsed(file)
-    if not (found is None or isinstance(found, dict)):
-        raise InputError(f"{file} is damaged: it holds no JSON object")
-    return found or {}
+    return read_json(file) if file.exists() else {}
 
 
 def _parsed(file: Path) -> Any:
     """What a JSON file says; None where there is none."""
-    if not file.exists():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
+    return read_json(file, object) if file.exists() else None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from dualout import checkpoint
 from dualout.analysis import canvas
 from dualout.analysis.study import Study, together
 from dualout.analysis.tables import csv_text, json_text
 from dualout.errors import InputError
+from dualout.files import atomically, explained, read_json, write_text
 
 PROTOCOL, DOCUMENT, ARRAYS, FIGURES = "protocol.json", "analysis.json", "arrays.npz", "figures"
 
@@ -30,23 +29,23 @@ def write(study: Study, directory: Path, name: str) -> list[Path]:
     Returns:
         what was written.
     """
-    with checkpoint.explained(directory):
+    with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / DOCUMENT).unlink(missing_ok=True)
     written = [directory / PROTOCOL]
-    checkpoint.write_text(written[0], json_text(study.protocol))
-    with checkpoint.explained(directory):
+    write_text(written[0], json_text(study.protocol))
+    with explained(directory):
         (directory / FIGURES).mkdir(exist_ok=True)
     for table, rows in study.tables().items():
         written.append(directory / f"{table}.csv")
-        checkpoint.write_text(written[-1], csv_text(rows))
+        write_text(written[-1], csv_text(rows))
     for drawing in [*study.drawings(), *together({name: study})]:
         written.append(directory / FIGURES / f"{drawing.name}.png")
-        with checkpoint.atomically(written[-1]) as aside:
+        with atomically(written[-1]) as aside:
             aside.write_bytes(canvas.png(drawing.figure, drawing.title))
-    with checkpoint.atomically(directory / ARRAYS) as aside, aside.open("wb") as file:
+    with atomically(directory / ARRAYS) as aside, aside.open("wb") as file:
         np.savez_compressed(file, **study.arrays())  # type: ignore[arg-type]
-    checkpoint.write_text(directory / DOCUMENT, json_text(study.document()))
+    write_text(directory / DOCUMENT, json_text(study.document()))
     return [*written, directory / ARRAYS, directory / DOCUMENT]
 
 
@@ -60,7 +59,7 @@ def read(directory: Path) -> Study | None:
     if not file.exists():
         return None
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
         with np.load(directory / ARRAYS, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
         return Study.of(document, arrays)

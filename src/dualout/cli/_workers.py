@@ -18,11 +18,6 @@ from dualout.errors import InputError
 _CHILD = "import sys; from dualout.cli._workers import chain; sys.exit(chain(sys.argv[1]))"
 
 
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Worker:
     """A process that runs some commands, each only if the one before it did what it was asked.
 

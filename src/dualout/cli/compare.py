@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dualout.analysis.grid import Grid
 from dualout.cli import console
 from dualout.cli.options import out_directory, parse
+from dualout.files import atomically, explained, write_text
 
 if TYPE_CHECKING:
     from dualout.analysis.tables import Row
@@ -81,7 +82,6 @@ def _write(rows: list[Row], options: Options, out: Path) -> None:
     from dualout.analysis.compare import chosen, markdown, summary
     from dualout.analysis.figures import scores
     from dualout.analysis.tables import csv_text, grouped, json_text
-    from dualout.checkpoint import atomically, explained, write_text
 
     best = chosen(rows, options)
     reported = [row for row in rows if row["seed"] in options.report_seeds]

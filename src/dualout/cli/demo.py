@@ -16,11 +16,12 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualout import checkpoint
 from dualout.cli import console
-from dualout.cli._workers import Worker, cores, watch
+from dualout.cli._workers import Worker, watch
 from dualout.cli.options import out_directory, parse
 from dualout.errors import InputError
+from dualout.files import explained, read_json, write_text
+from dualout.machine import cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +87,7 @@ def run(arguments: list[str]) -> int | None:
     _print_table(rows)
     console.wrote(out / "results.json", f"{len(rows)} scores with their protocols")
     console.wrote(page, "open it in a browser: figures, samples, and what they say")
-    console.say(f"took {_duration(time.monotonic() - began)}")
+    console.say(f"took {console.duration(time.monotonic() - began)}")
     return None
 
 
@@ -95,17 +96,14 @@ def _begin(options: Options, out: Path) -> None:
     wanted = {k: v for k, v in asdict(options).items() if k != "out"}
     file = out / MARKER
     if file.exists():
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} is damaged ({error}); remove {out}") from error
+        before = read_json(file, then=f"; remove {out}")
         changed = [f"--{k} {before.get(k)}, now {v}" for k, v in wanted.items() if before.get(k) != v]
         if changed:
             raise InputError(f"--out {out} is a demo with other settings ({'; '.join(changed)}); give another --out")
         return
-    with checkpoint.explained(out):
+    with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(file, json.dumps(wanted) + "\n")
+    write_text(file, json.dumps(wanted) + "\n")
 
 
 class Model:
@@ -177,12 +175,7 @@ def _last_step(file: Path) -> int:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise InputError(f"{file} is damaged: {error}") from error
+    return read_json(file, list) if file.exists() else []
 
 
 def _watch(models: Sequence[Model], workers: Sequence[Worker], together: int, stopped: Sequence[bool]) -> None:
@@ -196,7 +189,7 @@ def _watch(models: Sequence[Model], workers: Sequence[Worker], together: int, st
             states = [m.progress() for m in models]
             done = sum(work for work, _ in states)
             passed = time.monotonic() - began
-            left = f"about {_duration(passed / (done - before) * (total - done))} left" if done > before else "…"
+            left = f"about {console.duration(passed / (done - before) * (total - done))} left" if done > before else "…"
             for task, (work, doing) in zip(tasks, states, strict=True):
                 bar.update(task, completed=work, doing=doing)
             bar.update(whole, completed=done, doing=left)
@@ -206,18 +199,14 @@ def _watch(models: Sequence[Model], workers: Sequence[Worker], together: int, st
                 console.say(f"{each}; {left}")
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
 def _results(models: Sequence[Model], out: Path) -> list[dict[str, Any]]:
     """The scores of both, in one results.json and results.csv."""
     from dualout.analysis.tables import csv_text, json_text
 
     rows = [row for m in models for row in _rows(m.path / "evaluation" / "results.json")]
-    checkpoint.write_text(out / "results.json", json_text(rows))
+    write_text(out / "results.json", json_text(rows))
     flat = [{k: v for k, v in row.items() if k != "protocol"} for row in rows]
-    checkpoint.write_text(out / "results.csv", csv_text(flat))
+    write_text(out / "results.csv", csv_text(flat))
     return rows
 
 
@@ -248,7 +237,7 @@ def _report(models: Sequence[Model], rows: Sequence[dict[str, Any]], options: Op
         "real ones."
     )
     page = out / "report.html"
-    checkpoint.write_text(page, report(material, "Dual output against ε, on digits", lead))
+    write_text(page, report(material, "Dual output against ε, on digits", lead))
     return page
 
 

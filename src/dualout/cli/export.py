@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dualout.cli import console
 from dualout.cli.options import out_directory, parse
 from dualout.errors import InputError, unknown
+from dualout.files import write_json
 
 if TYPE_CHECKING:
     from dualout.calibrated import Calibration
@@ -78,7 +79,7 @@ def run(arguments: list[str]) -> int | None:
     _check_format(out, options.format)
     _check_told(options)
 
-    from dualout import checkpoint, hub
+    from dualout import hub
 
     if options.push_to_hub is not None:
         hub.check(options.push_to_hub)
@@ -90,7 +91,7 @@ def run(arguments: list[str]) -> int | None:
         record = _checkpoint(options, out)
     else:
         record = _program(options, out)
-    checkpoint.write_text(out / RESULTS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_json(out / RESULTS, record)
     console.wrote(out / RESULTS, "what was written, and how it was checked")
     if options.push_to_hub is not None:
         url = hub.upload(

@@ -14,6 +14,7 @@ from typing import Any
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.errors import InputError
+from dualout.machine import cores, memory
 from dualout.version import __version__
 
 _LIBRARIES = (
@@ -95,7 +96,7 @@ def here() -> dict[str, Any]:
             "channels_last": layout(device) is torch.channels_last,
         },
         "threads": {
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
             "torch": torch.get_num_threads(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         },
@@ -223,9 +224,7 @@ def _processor() -> str:
 
 
 def _memory() -> str:
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return _size(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return ""
+    return _size(count) if (count := memory()) else ""
 
 
 def _size(count: int) -> str:

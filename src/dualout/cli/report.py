@@ -9,10 +9,10 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dualout import checkpoint
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.errors import InputError
+from dualout.files import write_text
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int | None:
     material = Material(runs, scores, commands={"report": shlex.join(["dualout", "report", *arguments])})
     names = ", ".join(run.name for run in runs)
     page = report(material, options.title or f"Report on {names or 'scores'}", _lead(len(runs), len(scores)))
-    checkpoint.write_text(out, page)
+    write_text(out, page)
     console.wrote(out, f"{len(page) / 1e6:.1f} MB, nothing else is needed to read it")
     return None
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.errors import InputError, unknown
+from dualout.files import atomically
 
 if TYPE_CHECKING:
     from dualout.evaluation.sampling import Sampling
@@ -132,16 +133,12 @@ def _labels(text: str, names: Sequence[str]) -> list[int]:
 
 def _grid(out: Path, most: int = 64) -> bool:
     """Draw the first images side by side."""
-    from dualout import checkpoint
-    from dualout.analysis.canvas import png_of, tiles
+    from dualout.analysis.canvas import sheet
     from dualout.evaluation.generate import stored
 
     images = stored(out, most).permute(0, 2, 3, 1).numpy()
     if images.shape[-1] not in (1, 3):
         return False
-    columns = next(c for c in range(1, most + 1) if c * c >= len(images))
-    # images of a few pixels are made large enough to be seen
-    scale = max(1, 64 // images.shape[1])
-    with checkpoint.atomically(out / "grid.png") as aside:
-        aside.write_bytes(png_of(tiles(images, columns), scale))
+    with atomically(out / "grid.png") as aside:
+        aside.write_bytes(sheet(images))
     return True

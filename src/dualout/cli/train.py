@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dualout.cli import console
 from dualout.cli.options import parse
+from dualout.files import atomically, explained
 from dualout.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -127,16 +128,13 @@ def _sampling(training: Run) -> Sampling | None:
 def _draw_samples(sampling: Sampling, path: Path, count: int) -> None:
     import torch
 
-    from dualout.analysis.canvas import png_of, tiles
-    from dualout.checkpoint import atomically, explained
+    from dualout.analysis.canvas import sheet
 
     images = torch.cat(list(sampling.batches(count, 64))).permute(0, 2, 3, 1).numpy()
-    columns = next(c for c in range(1, count + 1) if c * c >= count)
     with explained(path):
         path.parent.mkdir(exist_ok=True)
     with atomically(path) as aside:
-        # images of a few pixels are made large enough to be seen
-        aside.write_bytes(png_of(tiles(images, columns), max(1, 64 // images.shape[1])))
+        aside.write_bytes(sheet(images))
 
 
 def _dry_run(options: Options) -> None:

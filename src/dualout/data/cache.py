@@ -27,10 +27,11 @@ from typing import IO
 
 import numpy as np
 
-from dualout.checkpoint import explained, write_text
 from dualout.data.base import Progress
 from dualout.data.decode import Unreadable
 from dualout.errors import InputError
+from dualout.files import explained, write_text
+from dualout.machine import cores
 
 IN_MEMORY = 2**31
 """How many bytes of pixels are decoded into memory where no cache directory is given."""
@@ -230,8 +231,7 @@ def listed_bad(names: Sequence[str], bad: list[tuple[int, str]]) -> str:
 
 def workers() -> int:
     """How many threads decode."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, 32)
+    return min(cores(), 32)
 
 
 @contextmanager

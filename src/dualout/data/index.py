@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dualout.checkpoint import atomically, explained
 from dualout.data import decode
 from dualout.data.base import Progress
 from dualout.errors import InputError
+from dualout.files import atomically, explained
 
 _VERSION = 1
 _COMPARED = 2000

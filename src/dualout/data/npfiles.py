@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dualout.errors import InputError
+from dualout.machine import memory
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -47,11 +47,11 @@ def npz_array(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
     with _explained(path, info.filename):
         if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
             return _mapped(path, info)
-        memory = _memory()
-        if memory and info.file_size > memory:
+        most = memory()
+        if most and info.file_size > most:
             raise InputError(
                 f"{info.filename} in {path} takes {info.file_size / 2**30:.1f} GiB in memory, this machine has "
-                f"{memory / 2**30:.1f}; store it uncompressed (numpy.savez), then it is mapped from the file"
+                f"{most / 2**30:.1f}; store it uncompressed (numpy.savez), then it is mapped from the file"
             )
         with zipfile.ZipFile(path) as archive, archive.open(info) as stream:
             return npy.read_array(stream, allow_pickle=False)
@@ -99,11 +99,3 @@ def _explained(path: Path, member: str = "") -> Iterator[None]:
         raise InputError(f"{where} is too large for this machine's memory") from error
     except Exception as error:  # the parsers of zip, deflate and npy raise whatever damaged bytes lead them to
         raise InputError(f"{where} cannot be read: {error or type(error).__name__}") from error
-
-
-def _memory() -> int:
-    """Bytes of this machine's memory, 0 where that is not told."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dualout import checkpoint
 from dualout.card import render
+from dualout.files import write_json, write_text
 
 _SETTINGS = ("route", "sampler", "spacing", "steps", "nfe", "seed", "features", "images")
 _OPTIONAL = ("calibrated", "guidance")
@@ -31,8 +31,8 @@ def put_on_card(run: str | Path, rows: Sequence[dict[str, Any]]) -> Path:
     fresh = [_line(row) for row in rows]
     card["metrics"] = [old for old in card.get("metrics", []) if not any(_same(old, new) for new in fresh)] + fresh
     config["card"] = card
-    checkpoint.write_text(directory / checkpoint.CARD, render(config))
-    checkpoint.write_text(directory / checkpoint.CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(directory / checkpoint.CARD, render(config))
+    write_json(directory / checkpoint.CONFIG, config)
     return directory / checkpoint.CARD
 
 

@@ -9,7 +9,6 @@ request is refused; a shard that is there is not made again.
 
 from __future__ import annotations
 
-import json
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualout import checkpoint
 from dualout.errors import InputError, unknown
 from dualout.evaluation.protocol import differences, listed
 from dualout.evaluation.sampling import Sampling
+from dualout.files import atomically, explained, read_json, write_json
 
 PROTOCOL = "protocol.json"
 _END_OF_PNG = b"IEND\xaeB`\x82"
@@ -134,7 +133,7 @@ class Store(ABC):
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError(f"--out {self.directory} is a file, not a directory")
         if path.exists():
-            if found := differences(_read_json(path), wanted):
+            if found := differences(read_json(path, then="; give another --out"), wanted):
                 raise InputError(
                     f"--out {self.directory} holds images of another request: {listed(found)}. Give another --out, or "
                     "remove that directory"
@@ -142,13 +141,13 @@ class Store(ABC):
         else:
             self._refuse_foreign()
             self._begun, self._new = processes == 1, not self.directory.exists()
-            with checkpoint.explained(path):
+            with explained(path):
                 self.directory.mkdir(parents=True, exist_ok=True)
             # what is chosen by measurement is chosen before it is written down
             batches = -(-self.images // (batch_size * processes))
             sampling.prepare(min(batch_size, self.images), batches * sampling.sampler.evaluations)
             protocol = wanted | sampling.computed()
-            checkpoint.write_text(path, json.dumps(protocol, indent=2, ensure_ascii=False) + "\n")
+            write_json(path, protocol)
         if processes == 1:
             # what a killed process was writing
             for left in self.directory.rglob(".*.tmp"):
@@ -222,7 +221,7 @@ class Png(Store):
         for index, image in zip(indices, images, strict=True):
             path = png_path(self.directory, index)
             aside = path.with_name(f".{path.name}.tmp")
-            with checkpoint.explained(path):
+            with explained(path):
                 try:
                     Image.fromarray(_channels_last(image[None])[0]).save(aside, "png")
                     aside.replace(path)
@@ -275,10 +274,10 @@ class Npz(Store):
     def write(self, indices: Sequence[int], images: Tensor) -> None:
         """One shard."""
         path = self.path(range(indices[0], indices[-1] + 1))
-        with checkpoint.explained(path):
+        with explained(path):
             self.shards.mkdir(exist_ok=True)
         array = _channels_last(images)
-        with checkpoint.atomically(path) as aside, aside.open("wb") as file:
+        with atomically(path) as aside, aside.open("wb") as file:
             # not by np.save, whose error on a full disk tells how much was written, and not why
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
             file.write(array.data)
@@ -291,9 +290,9 @@ class Npz(Store):
             if any(self._rows(block) != len(block) for block in blocks):
                 # another process has not yet made its own; it will do this
                 return
-            with checkpoint.atomically(whole) as aside, zipfile.ZipFile(aside, "w") as archive:
+            with atomically(whole) as aside, zipfile.ZipFile(aside, "w") as archive:
                 self._put_together(archive, blocks)
-        with checkpoint.explained(self.shards):
+        with explained(self.shards):
             for block in blocks:
                 self.path(block).unlink(missing_ok=True)
             if self.shards.is_dir() and not any(self.shards.iterdir()):
@@ -365,13 +364,3 @@ def _first_of_npz(path: Path, count: int) -> np.ndarray:
             return np.frombuffer(bytearray(file.read(int(np.prod(shape)))), np.uint8).reshape(shape)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged: {error}; remove it, and give the same command again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}; give another --out") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is no protocol; give another --out")
-    return found

@@ -20,6 +20,7 @@ from dualout.errors import InputError
 from dualout.evaluation.features.base import Features, cache_directory
 from dualout.evaluation.metrics import NEIGHBOURS, Alone, scores
 from dualout.evaluation.statistics import KEPT, Statistics
+from dualout.files import explained
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, how many are done, how many there are)."""
@@ -138,7 +139,7 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
 
 def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        with checkpoint.explained(path):
+        with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_tensors(path, tensors)
     except InputError as error:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dualout import checkpoint
 from dualout.errors import InputError
 from dualout.evaluation.group import Group
 from dualout.evaluation.metrics import NEIGHBOURS
@@ -18,6 +16,7 @@ from dualout.evaluation.protocol import differences, warning
 from dualout.evaluation.reference import Reference
 from dualout.evaluation.sampling import Sampling
 from dualout.evaluation.statistics import Statistics
+from dualout.files import explained, read_json, write_json, write_text
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -154,17 +153,14 @@ class Results:
         self.path = directory / "results.json"
         self.rows: list[Row] = self._read()
         if not self.path.exists():
-            with checkpoint.explained(self.path):
+            with explained(self.path):
                 directory.mkdir(parents=True, exist_ok=True)
             self._write()
 
     def _read(self) -> list[Row]:
         if not self.path.exists():
             return []
-        try:
-            rows = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path} cannot be read: {error}; remove it, or give another --out") from error
+        rows = read_json(self.path, object, "; remove it, or give another --out")
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "protocol" in row for row in rows):
             raise InputError(f"{self.path} holds something else than rows of scores; give another --out")
         return rows
@@ -183,12 +179,12 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        checkpoint.write_text(self.path, json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.path, self.rows, indent=1)
         table = io.StringIO()
         writer = csv.DictWriter(table, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: row.get(k) for k in COLUMNS} for row in self.rows)
-        checkpoint.write_text(self.directory / "results.csv", table.getvalue())
+        write_text(self.directory / "results.csv", table.getvalue())
 
 
 def _same_key(a: Row, b: Row) -> bool:

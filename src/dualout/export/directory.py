@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dualout.checkpoint import explained
+from dualout.files import explained
 
 
 @contextmanager

@@ -6,7 +6,6 @@ which network they fit and how it was trained. Files are read as data: no code i
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from torch import Tensor
 from dualout import checkpoint
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
+from dualout.files import read_json
 from dualout.networks.backbones import Backbone
 from dualout.networks.build import build
 from dualout.networks.outside import ScaledInput, StarterCNN, TimeUNet
@@ -84,19 +84,13 @@ def _downloaded(name: str) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         present = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) or "nothing"
         raise InputError(
             f"{path.parent} is no checkpoint of dualout and no model or pipeline of diffusers: {path.name} is missing "
             f"(it holds {present})"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged: it holds no JSON object")
-    return value
+        )
+    return read_json(path)
 
 
 def _from_pipeline(directory: Path) -> Denoiser:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dualout.checkpoint import explained, read_tensors, write_tensors, write_text
+from dualout.checkpoint import read_tensors, write_tensors
 from dualout.errors import InputError
+from dualout.files import explained, flush, read_json, write_json, write_text
 
 STATE, RUN, LOCK, METRICS, YAML = "state", "run.json", "lock", "metrics.jsonl", "train.yaml"
 _FILES = ("weights", "average", "optimizer")
@@ -44,17 +44,6 @@ def read_run(path: Path) -> dict[str, Any] | None:
     if wrong:
         raise InputError(f"{file} is damaged: it does not say its {', '.join(wrong)}")
     return run
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} is damaged: it holds no JSON object")
-    return value
 
 
 def states(path: Path) -> list[tuple[int, Path]]:
@@ -177,7 +166,7 @@ class RunDirectory:
         # what makes it a run comes first: whatever is there after a crash is then known to be its own
         if run != read_run(self.path):
             (self.path / YAML).unlink(missing_ok=True)
-            write_text(self.path / STATE / RUN, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+            write_json(self.path / STATE / RUN, run)
         if not (self.path / YAML).exists():
             write_text(self.path / YAML, yaml)
 
@@ -195,10 +184,10 @@ class RunDirectory:
                 write_tensors(aside / f"{name}.safetensors", tensors[name])
             with explained(place):
                 digests = {f"{name}.safetensors": _digest(aside / f"{name}.safetensors") for name in _FILES}
-            write_text(aside / "state.json", json.dumps(numbers | {"sha256": digests}, indent=2) + "\n")
+            write_json(aside / "state.json", numbers | {"sha256": digests})
             with explained(place):
                 aside.rename(place)
-                _flush(place.parent)
+                flush(place.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         for _, old in states(self.path)[:-keep]:
@@ -220,7 +209,7 @@ class RunDirectory:
         file = self.path / METRICS
         if file.exists():
             with explained(file):
-                _flush(file)
+                flush(file)
 
     def repair_log(self, step: int) -> None:
         """Take out of metrics.jsonl what a crash tore, and the steps after `step`, which are made again."""
@@ -233,11 +222,3 @@ class RunDirectory:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,6 @@ training/                                      the run that fine-tunes, which go
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from dualout import checkpoint, data
 from dualout.data.base import Progress
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
+from dualout.files import read_json, write_json
 from dualout.networks import foreign
 from dualout.networks.adapter import Adapter
 from dualout.networks.device import device
@@ -315,7 +315,7 @@ class Upgrade:
             "checks": [*self.earlier, *(c.short() for c in self.checks)],
             "table": self.table,
         }
-        checkpoint.write_text(self.path / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.path / RECORD, content, indent=1)
 
     def _measured(self, denoiser: Denoiser) -> opening.Errors:
         return opening.measure(denoiser, self.validation, self.config.bins)
@@ -345,9 +345,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         return {k: content[k] for k in ("config", "checks", "table")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, KeyError) as error:
         raise InputError(f"{file} is damaged ({error}); take another --out") from error
 
 

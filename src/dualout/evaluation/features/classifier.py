@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dualout import checkpoint
 from dualout.errors import InputError
 from dualout.evaluation.features.base import NetworkFeatures, file_hash, in_range
+from dualout.files import atomically
 
 
 class SmallClassifier(nn.Module):
@@ -64,7 +65,7 @@ class SmallClassifier(nn.Module):
         import safetensors.torch
 
         metadata = {"arguments": json.dumps(self.arguments), "trained": json.dumps(trained)}
-        with checkpoint.atomically(path) as aside:
+        with atomically(path) as aside:
             safetensors.torch.save_file(self.state_dict(), aside, metadata)
 
 
