@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualout import hub
 from dualout.card import render as card_text
 from dualout.errors import InputError
 from dualout.files import atomically, explained, read_json, write_json, write_text
@@ -170,18 +171,9 @@ def locate(path: str | Path) -> Path:
     if directory.is_dir():
         return directory
     text = str(path)
-    if directory.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if directory.exists() or not hub.is_name(text):
         raise InputError(f"no checkpoint directory at {text!r}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, CARD, "calibration/*.json"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{text!r} is no directory here, and the Hugging Face Hub did not give it: {reason}"
-        ) from error
+    return hub.download(text, [CONFIG, WEIGHTS, CARD, "calibration/*.json"])
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Denoiser(nn.Module):
         network = self._modules.get("network")
         if network is None:  # a function
             network = self.network
-        raw = _tensor(network(x_in, time, **conditions))
+        raw = tensor_of(network(x_in, time, **conditions))
         if raw.dtype != x_t.dtype:
             raw = raw.to(x_t.dtype)
         if self.head is not None:
@@ -267,7 +267,12 @@ def _rebuilt(directory: Path, described: Any) -> nn.Module:
         return checkpoint.construct(described)
 
 
-def _tensor(output: Any) -> Tensor:
+def tensor_of(output: Any) -> Tensor:
+    """What a network gives, out of the object or tuple it comes in.
+
+    Raises:
+        InputError: when it gives something else than a tensor.
+    """
     if isinstance(output, Tensor):
         return output
     sample = next(iter(output), None) if isinstance(output, tuple) else getattr(output, "sample", None)

@@ -1,4 +1,4 @@
-"""Writing to the Hugging Face Hub. Reading from it is `dualout.checkpoint.locate`'s."""
+"""Repositories of the Hugging Face Hub, read and written."""
 
 from __future__ import annotations
 
@@ -24,6 +24,29 @@ def check(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise InputError(f"a repository of the Hub is named NAME/REPOSITORY, got {repo_id!r}: {error}") from error
+
+
+def is_name(text: str) -> bool:
+    """Whether it may be a repository's name, rather than a path."""
+    return not text.startswith((".", "/", "~")) and text.count("/") == 1
+
+
+def download(repo_id: str, patterns: list[str]) -> Path:
+    """The directory that a repository's files of these names are in now, or were already.
+
+    Raises:
+        InputError: when there is no such repository, or no connection.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{repo_id!r} is no directory here, and the Hugging Face Hub did not give it: {reason}"
+        ) from error
 
 
 def upload(

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import dualout
+from dualout.denoiser import tensor_of
 from dualout.errors import InputError
 from dualout.networks import Heads, Keyword, build, widen
-from dualout.networks.adapter import innermost, tensor_of
+from dualout.networks.adapter import innermost
 
 SAMPLERS = [dualout.samplers.DDIM(steps=3), dualout.samplers.DDPM(steps=3), dualout.samplers.DPMSolver(steps=4)]
 

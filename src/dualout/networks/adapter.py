@@ -35,21 +35,7 @@ class Adapter(nn.Module, ABC):
 
 
 def innermost(network: Any) -> Any:
-    """The network itself, behind its adapters."""
-    while isinstance(network, Adapter):
+    """The network itself, behind its adapters and torch.compile's wrapping."""
+    while isinstance(network := getattr(network, "_orig_mod", network), Adapter):
         network = network.network
     return network
-
-
-def tensor_of(output: Any) -> Tensor:
-    """What a network gives, out of the object or tuple it comes in.
-
-    Raises:
-        InputError: when it gives something else than a tensor.
-    """
-    output = next(iter(output), None) if isinstance(output, tuple) else getattr(output, "sample", output)
-    if not isinstance(output, Tensor):
-        raise InputError(
-            f"a network returns a tensor, a tuple that begins with one, or has .sample; got {type(output)}"
-        )
-    return output

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dualout import checkpoint
+from dualout import checkpoint, hub
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.files import read_json
@@ -54,7 +54,9 @@ def load(
         return _from_file(path, adapter)
     if adapter is not None:
         raise InputError(f"--adapter is for files of weights; {str(source)!r} is no file")
-    directory = path if path.is_dir() else _downloaded(str(source))
+    if not path.is_dir() and not hub.is_name(str(source)):
+        raise InputError(f"there is no file or directory {str(source)!r}")
+    directory = path if path.is_dir() else hub.download(str(source), ["*.json", "*.safetensors"])
     if (directory / "model_index.json").is_file():
         _untold(source, parameterization=parameterization, schedule=schedule)
         return _from_pipeline(directory)
@@ -68,19 +70,6 @@ def _untold(source: str | Path, **told: str | None) -> None:
     for name, value in told.items():
         if value is not None:
             raise InputError(f"{source} says itself how it was trained: leave out --{name} {value}")
-
-
-def _downloaded(name: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"there is no file or directory {name!r}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{name!r} is no file or directory here, and the Hub did not give it: {reason}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualout.denoiser import tensor_of
 from dualout.errors import InputError
-from dualout.networks.adapter import tensor_of
 from dualout.networks.wide import layers_of, rows_of
 
 Example = Sequence[Any]

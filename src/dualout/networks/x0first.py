@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dualout.denoiser import tensor_of
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter, tensor_of
+from dualout.networks.adapter import Adapter
 
 
 class X0First(Adapter):
@@ -20,9 +20,6 @@ class X0First(Adapter):
     Args:
         network: the network.
     """
-
-    def __init__(self, network: nn.Module | Callable[..., Any]) -> None:
-        super().__init__(network)
 
     @property
     def config(self) -> dict[str, Any]:

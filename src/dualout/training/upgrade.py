@@ -14,14 +14,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
-from dualout.networks.adapter import Adapter
+from dualout.networks.adapter import innermost
 from dualout.networks.output import output_of
 from dualout.networks.trace import Example, call, guess, watching
 from dualout.networks.wide import Wide, rows_of
@@ -194,10 +193,7 @@ def _only_rows(layer: nn.Module, rows: list[int]) -> int:
 
 def _channels(network: nn.Module, example: Example | None) -> int:
     """How many channels a network gives."""
-    inner: Any = getattr(network, "_orig_mod", network)
-    while isinstance(inner, Adapter):
-        inner = inner.network
-        inner = getattr(inner, "_orig_mod", inner)
+    inner = innermost(network)
     output = output_of(inner)
     if output is not None:
         return output.channels(inner)

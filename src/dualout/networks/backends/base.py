@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dualout.denoiser import tensor_of
 from dualout.errors import InputError
-from dualout.networks.adapter import tensor_of
 from dualout.networks.precision import Precision
 from dualout.registry import Registered
 from dualout.samplers import Sampler

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dualout.denoiser import tensor_of
 from dualout.errors import InputError, unknown
-from dualout.networks.adapter import tensor_of
 from dualout.networks.backends.base import Backend, Call
 from dualout.networks.device import seconds
 from dualout.networks.precision import Precision

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from dualout.networks.adapter import tensor_of
+from dualout.denoiser import tensor_of
 from dualout.networks.backends.base import Call, Plain
 from dualout.networks.precision import Precision
 
