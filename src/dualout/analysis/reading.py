@@ -35,7 +35,7 @@ def order(methods: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(methods), key=lambda m: not m.startswith("dual"))
 
 
-def cells(rows: Sequence[Row], metric: str = "fd") -> list[Row]:
+def cells(rows: Sequence[Row]) -> list[Row]:
     """One row for each sampler, spacing and number of steps.
 
     It has one column a method, the mean over seeds (`spreads` has their standard deviations), and one column for the
@@ -45,7 +45,7 @@ def cells(rows: Sequence[Row], metric: str = "fd") -> list[Row]:
     table: list[Row] = []
     keys = grouped(rows, lambda r: tuple(r.get(k) for k in CELL))
     for key in sorted(keys, key=lambda k: (str(k[0]), str(k[1]), k[2] if isinstance(k[2], int) else 0)):
-        found = {m: spread(r.get(metric) for r in keys[key] if method(r) == m) for m in methods}
+        found = {m: spread(r.get("fd") for r in keys[key] if method(r) == m) for m in methods}
         row: Row = dict(zip(CELL, key, strict=True))
         row |= {m: s.mean for m, s in found.items() if s is not None}
         row["spreads"] = {m: s for m, s in found.items() if s is not None}
@@ -61,10 +61,10 @@ def ratio_name(first: str, other: str) -> str:
     return f"{first} / {other}"
 
 
-def compare(rows: Sequence[Row], metric: str = "fd") -> list[str]:
+def compare(rows: Sequence[Row]) -> list[str]:
     """Which of the methods has the lower score where, honestly."""
     methods = order([method(r) for r in rows])
-    table = cells(rows, metric)
+    table = cells(rows)
     found = [s for other in methods[1:] if (s := _against(table, methods[0], other))]
     return [*found, *([solver] if (solver := _solver(table, methods)) else []), *_caution(rows)]
 

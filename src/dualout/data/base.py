@@ -190,8 +190,14 @@ def _guess(spec: str) -> str:
     return f"; for that file write arrays:{spec}" if path.suffix in (".npy", ".npz") and path.exists() else ""
 
 
-def held_out(n: int, holdout: float, split: str) -> np.ndarray | None:
-    """Which of n images belong to a split, where a share of them, chosen by a hash of their number, is the test split.
+def held_out(n: int, holdout: float, split: str, chosen: Callable[[], np.ndarray] | None = None) -> np.ndarray | None:
+    """Which of n images belong to a split, where a share of them is the test split.
+
+    Args:
+        n: how many there are.
+        holdout: the share.
+        split: which.
+        chosen: says of each whether it is in the test split, bool (n,); None takes a hash of its number.
 
     Returns:
         their numbers, or None for all of them.
@@ -199,11 +205,11 @@ def held_out(n: int, holdout: float, split: str) -> np.ndarray | None:
     if split == "all" or not holdout:
         check_split(split, holdout)
         return None
-    test = mix(0, _HOLDOUT, np.arange(n)) < np.uint64(int(holdout * 2**64))
-    chosen = np.flatnonzero(test if split == "test" else ~test)
-    if not len(chosen):
+    test = mix(0, _HOLDOUT, np.arange(n)) < np.uint64(int(holdout * 2**64)) if chosen is None else chosen()
+    rows = np.flatnonzero(test if split == "test" else ~test)
+    if not len(rows):
         raise InputError(f"holdout={holdout} of {n} images leaves none for the split {split!r}")
-    return chosen
+    return rows
 
 
 def check_holdout(holdout: Any) -> None:

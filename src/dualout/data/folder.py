@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dualout.data import decode
-from dualout.data.base import Names, Pictures, Reading, Source, check_holdout, check_split
+from dualout.data.base import Names, Pictures, Reading, Source, check_holdout, held_out
 from dualout.data.index import Index, indexed, shown
 from dualout.errors import InputError
 
@@ -94,15 +94,11 @@ class Folder(Source):
         return rows
 
     def _hashed(self, index: Index) -> np.ndarray:
-        check_split(self.split, self.holdout)
-        everything = np.arange(len(index.names))
-        if self.split == "all" or not self.holdout:
-            return everything
-        test = np.array([_hash(name) < self.holdout for name in index.names])
-        rows = everything[test if self.split == "test" else ~test]
-        if not len(rows):
-            raise InputError(f"holdout={self.holdout} of {len(test)} images leaves none for the split {self.split!r}")
-        return rows
+        names = index.names
+        rows = held_out(
+            len(names), self.holdout, self.split, lambda: np.array([_hash(name) < self.holdout for name in names])
+        )
+        return np.arange(len(names)) if rows is None else rows
 
 
 def _open(root: Path, names: list[str], i: int) -> Image:

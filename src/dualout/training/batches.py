@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,22 +36,22 @@ class Batch(NamedTuple):
     conditions: dict[str, Tensor]
     """What the network is told besides: ``class_labels`` (B,), where the highest number stands for no class."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """With each of its tensors changed."""
+        conditions = {k: change(v) for k, v in self.conditions.items()}
+        return Batch(self.samples, change(self.images), change(self.t), change(self.noise), conditions)
+
     def to(self, device: torch.device) -> Batch:
         """On a device."""
-        images, t, noise = (v.to(device, non_blocking=True) for v in (self.images, self.t, self.noise))
-        conditions = {k: v.to(device, non_blocking=True) for k, v in self.conditions.items()}
-        return Batch(self.samples, images, t, noise, conditions)
+        return self.map(lambda v: v.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """In memory that a GPU copies from without waiting."""
-        images, t, noise = (v.pin_memory() for v in (self.images, self.t, self.noise))
-        return Batch(self.samples, images, t, noise, {k: v.pin_memory() for k, v in self.conditions.items()})
+        return self.map(Tensor.pin_memory)
 
     def cut(self, start: int, stop: int) -> Batch:
         """Of the images start … stop − 1."""
-        here = slice(start, stop)
-        conditions = {k: v[here] for k, v in self.conditions.items()}
-        return Batch(self.samples[here], self.images[here], self.t[here], self.noise[here], conditions)
+        return self._replace(samples=self.samples[start:stop]).map(lambda v: v[start:stop])
 
 
 class Batches:

@@ -27,7 +27,15 @@ from dualout.training.config import TrainConfig
 from dualout.training.learner import Learner
 from dualout.training.loop import NotFinite, Step, train
 from dualout.training.meter import Meter
-from dualout.training.setup import Job, assemble, describe, described_now, several_processes
+from dualout.training.setup import (
+    Job,
+    about_data,
+    assemble,
+    data_on_card,
+    describe,
+    described_now,
+    several_processes,
+)
 
 
 class Run:
@@ -272,16 +280,10 @@ class Run:
         ema.card = {
             "title": f"A {ema.parameterization.name} diffusion model of {config.data}",
             "training": about | self._about,
-            "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "classes": ", ".join(dataset.classes)},
+            "data": data_on_card(dataset),
         }
-        classes = {"classes": list(dataset.classes), "null": len(dataset.classes)}
-        ema.save_pretrained(
-            self.path,
-            image={"channels": dataset.channels, "size": list(dataset.size), "latents": dataset.latents},
-            training={"step": self.learner.step, **self._run["config"], "precision": self.job.precision.name},
-            data={"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
-            conditions={"class_labels": classes} if config.conditional else {},
-        )
+        training = {"step": self.learner.step, **self._run["config"], "precision": self.job.precision.name}
+        ema.save_pretrained(self.path, training=training, **about_data(dataset, conditional=config.conditional))
 
     def _agreed_to_stop(self, step: Step) -> bool:
         if self._group is None:

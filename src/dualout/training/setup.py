@@ -174,6 +174,21 @@ def described_now(described: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def about_data(dataset: Dataset, *, conditional: bool) -> dict[str, Any]:
+    """What a checkpoint's configuration says of the images that its model was trained on."""
+    classes = {"classes": list(dataset.classes), "null": len(dataset.classes)}
+    return {
+        "image": {"channels": dataset.channels, "size": list(dataset.size), "latents": dataset.latents},
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
+        "conditions": {"class_labels": classes} if conditional else {},
+    }
+
+
+def data_on_card(dataset: Dataset) -> dict[str, Any]:
+    """What a model card says of them."""
+    return {"name": dataset.name, "fingerprint": dataset.fingerprint, "classes": ", ".join(dataset.classes)}
+
+
 def check_data(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse data that cannot be learnt from in this way."""
     if config.conditional and (dataset.labels is None or not dataset.classes):

@@ -25,13 +25,13 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.files import read_json, write_json
 from dualout.networks import foreign
-from dualout.networks.adapter import Adapter
+from dualout.networks.adapter import innermost
 from dualout.networks.device import device
 from dualout.networks.trace import call
 from dualout.training import opening, readout
 from dualout.training.estimate import Estimate, estimate
 from dualout.training.run import Run
-from dualout.training.setup import assemble, check_data, check_fit
+from dualout.training.setup import about_data, assemble, check_data, check_fit, data_on_card
 from dualout.training.upgrade import between, open_gate, output_layer, set_scope, upgrade, upgraded_of
 from dualout.training.upgrade_config import UpgradeConfig, refuse_changes
 
@@ -299,15 +299,9 @@ class Upgrade:
                 "x0 error, mean of log(after / before)": round(check.score, 4),
                 "gate open in": f"{check.open} of {config.bins} parts of the noise levels",
             },
-            "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "classes": ", ".join(dataset.classes)},
+            "data": data_on_card(dataset),
         }  # fmt: skip
-        classes = {"classes": list(dataset.classes), "null": len(dataset.classes)}
-        denoiser.save_pretrained(
-            self.path,
-            image={"channels": dataset.channels, "size": list(dataset.size), "latents": dataset.latents},
-            data={"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
-            conditions={"class_labels": classes} if self.conditional else {},
-        )
+        denoiser.save_pretrained(self.path, **about_data(dataset, conditional=self.conditional))
 
     def _record(self) -> None:
         content = {
@@ -361,6 +355,4 @@ def _check_size(source: str, network: Any, size: tuple[int, int]) -> None:
 
 
 def _arguments(network: Any) -> dict[str, Any]:
-    while isinstance(network, Adapter):
-        network = network.network
-    return dict(getattr(getattr(network, "_orig_mod", network), "config", {}))
+    return dict(getattr(innermost(network), "config", {}))
