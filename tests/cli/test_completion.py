@@ -66,7 +66,7 @@ def test_every_command_and_option_is_in_every_script(scripts: dict[str, str]) ->
     for script in scripts.values():
         with open(script, encoding="utf-8") as file:
             text = file.read()
-        for name in (*commands(), "learned", "rectifiedflow", "tensorboard"):
+        for name in (*commands(), "learned", "rectifiedflow", "tensorboard", "openvino"):
             assert name in text, name
 
 

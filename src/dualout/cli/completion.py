@@ -17,7 +17,6 @@ from dualout.cli.options import attribute_help, parse, types
 from dualout.errors import unknown
 
 SHELLS = ("bash", "zsh", "fish")
-_FILES = ("config", "grid")
 _DIRECTORIES = ("run", "runs", "source", "out", "cache", "init")
 
 
@@ -60,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
             flag = {"action": "store_true"} if types(options)[f.name] is bool else {}
             name = f.name if positional else f"--{f.name}"
             action = one.add_argument(name, help=_short(helps.get(f.name, "")), **flag)  # type: ignore[arg-type]
-            if f.name in _FILES + _DIRECTORIES:
-                action.complete = FILE if f.name in _FILES else DIRECTORY  # type: ignore[attr-defined]
+            if f.name in _DIRECTORIES:
+                action.complete = DIRECTORY  # type: ignore[attr-defined]
             elif f.name in values and not flag:
                 action.choices = list(values[f.name])
     return parser
@@ -72,6 +71,7 @@ def _values() -> dict[str, Iterable[str]]:
     from dualout.data.base import Source
     from dualout.evaluation.features import Features
     from dualout.networks.backbones import Backbone
+    from dualout.networks.backends import AUTO, Backend
     from dualout.parameterizations import Parameterization
     from dualout.samplers import SPACINGS, Sampler
     from dualout.schedules import Schedule
@@ -82,7 +82,8 @@ def _values() -> dict[str, Iterable[str]]:
         "data": Source.kinds(), "network": Backbone.kinds(), "parameterization": Parameterization.kinds(),
         "schedule": Schedule.kinds(), "sampler": Sampler.kinds(), "samplers": Sampler.kinds(),
         "features": Features.kinds(), "spacing": SPACINGS, "spacings": SPACINGS, "route": routes, "routes": routes,
-        "precision": PRECISIONS, "track": TRACKERS, "device": ("auto", "cpu", "cuda", "mps"), "shell": SHELLS,
+        "precision": PRECISIONS, "backend": (AUTO, *Backend.kinds()), "track": TRACKERS,
+        "device": ("auto", "cpu", "cuda", "mps"), "shell": SHELLS,
     }  # fmt: skip
 
 

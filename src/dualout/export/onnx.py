@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from dualout.card import render
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.export.directory import whole
-from dualout.networks import Adapter
+from dualout.networks.adapter import config_of
 from dualout.networks.backends import quiet
 from dualout.prediction import Prediction
 from dualout.schedules import Level
@@ -158,7 +155,8 @@ def _example(denoiser: Denoiser, shape: Sequence[int], times: Sequence[int]) -> 
     x = torch.randn(len(t), *shape, generator=generator)
     level: Level = denoiser.schedule.level(t).like(x)
     x_t = level.alpha * x.clamp(-1, 1) + level.sigma * torch.randn(x.shape, generator=generator)
-    embedded = _embedded(denoiser.network)
+    # "none" included
+    embedded = config_of(denoiser.network).get("num_class_embeds")
     told = {"class_labels": torch.arange(len(t)) % embedded} if embedded else {}
     try:
         denoiser(x_t, t, **told)
@@ -172,18 +170,11 @@ def _example(denoiser: Denoiser, shape: Sequence[int], times: Sequence[int]) -> 
     return (x_t, t, *told.values()), embedded - 1 if embedded else None
 
 
-def _embedded(network: Any) -> int | None:
-    """How many classes a network is told, "none" included."""
-    while isinstance(network, Adapter):
-        network = network.network
-    return dict(getattr(network, "config", {})).get("num_class_embeds")
-
-
 def _translate(graph: _Graph, inputs: tuple[Tensor, ...], outputs: list[str], opset: int) -> Any:
     names = ["x_t", "t", "class_labels"][: len(inputs)]
     batch = {name: {0: torch.export.Dim.AUTO} for name in names}
     try:
-        with _quiet(), torch.no_grad():
+        with quiet.exporter(), torch.no_grad():
             exported = torch.export.export(graph, inputs, dynamic_shapes=(*batch.values(),), strict=False)
             return torch.onnx.export(
                 exported, input_names=names, output_names=outputs, opset_version=opset, dynamo=True, verbose=False
@@ -193,20 +184,6 @@ def _translate(graph: _Graph, inputs: tuple[Tensor, ...], outputs: list[str], op
         raise InputError(
             f"this {type(graph.denoiser.network).__name__} cannot be translated to ONNX (opset {opset}): {said}"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter has to say about itself."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def _hide(program: Any, name: str) -> None:

@@ -39,3 +39,8 @@ def innermost(network: Any) -> Any:
     while isinstance(network := getattr(network, "_orig_mod", network), Adapter):
         network = network.network
     return network
+
+
+def config_of(network: Any) -> dict[str, Any]:
+    """The constructor's arguments of the network itself, where it tells them, as diffusers' models do."""
+    return dict(getattr(innermost(network), "config", {}))

@@ -14,7 +14,7 @@ from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.networks.adapter import innermost
+from dualout.networks.adapter import config_of
 from dualout.networks.build import build
 from dualout.networks.device import device, layout
 from dualout.networks.precision import Precision, choose
@@ -203,7 +203,7 @@ def check_fit(config: TrainConfig, denoiser: Denoiser, dataset: Dataset) -> None
     """Refuse a network that does not take these images."""
     if not isinstance(denoiser.network, nn.Module):
         raise InputError(f"only a torch.nn.Module can be trained; the network is {denoiser.network!r}")
-    arguments = dict(getattr(innermost(denoiser.network), "config", {}))
+    arguments = config_of(denoiser.network)
     takes, gives = arguments.get("in_channels"), arguments.get("out_channels")
     needed = denoiser.parameterization.channels(dataset.channels)
     if takes not in (None, dataset.channels):

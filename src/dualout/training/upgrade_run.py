@@ -25,7 +25,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.files import read_json, write_json
 from dualout.networks import foreign
-from dualout.networks.adapter import innermost
+from dualout.networks.adapter import config_of
 from dualout.networks.device import device
 from dualout.networks.trace import call
 from dualout.training import opening, readout
@@ -120,7 +120,7 @@ class Upgrade:
         self._known = read_record(self.path)
         refuse_changes(self.path, self._known, config)
         source = foreign.load(config.source, config.adapter, config.parameterization, config.schedule)
-        self.conditional = bool(_arguments(source.network).get("num_class_embeds"))
+        self.conditional = bool(config_of(source.network).get("num_class_embeds"))
         training = config.training(conditional=self.conditional)
         self.dataset = data.load(
             config.data, size=config.size, grey=config.grey, cache=config.cache, progress=self.progress
@@ -347,12 +347,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def _check_size(source: str, network: Any, size: tuple[int, int]) -> None:
     """Refuse images of another size than the network was made for, which a convolutional one would take unnoticed."""
-    made = _arguments(network).get("sample_size")
+    made = config_of(network).get("sample_size")
     height, width = made if isinstance(made, list | tuple) else (made, made)
     if height is not None and (height, width) != tuple(size):
         fit = f"--size {height} makes them fit" if height == width else "give the data that size"
         raise InputError(f"{source} makes images of {height}×{width}, the data are {size[0]}×{size[1]}; {fit}")
-
-
-def _arguments(network: Any) -> dict[str, Any]:
-    return dict(getattr(innermost(network), "config", {}))

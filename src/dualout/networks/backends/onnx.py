@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,14 +26,10 @@ class Onnx(Backend):
         onnxruntime = quiet.onnxruntime()
         call = call._replace(x=call.x.float())
         names = [f"input{i}" for i in range(len(call.tensors))]
-        log = logging.getLogger("torch.onnx")
-        level = log.level
-        log.setLevel(logging.ERROR)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet.exporter(), torch.no_grad():
                 plain = Plain(network, tuple(call.conditions), single=True)
                 exported = torch.export.export(plain, call.tensors, strict=False)
                 program = torch.onnx.export(exported, input_names=names, output_names=["output"], verbose=False)
@@ -45,8 +39,6 @@ class Onnx(Backend):
         except Exception as error:  # neither side's errors have a base class of their own
             said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise InputError(f"this network cannot be translated to ONNX: {said}; take --backend eager") from error
-        finally:
-            log.setLevel(level)
 
         def run(x: Tensor, *others: Tensor) -> Tensor:
             tensors = (x.float(), *others)

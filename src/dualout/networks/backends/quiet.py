@@ -1,10 +1,14 @@
-"""Packages that compute networks, imported so that they tell nobody: both would send how they are used."""
+"""Packages that compute networks, without what they would tell: two send how they are used, one talks of itself."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -19,3 +23,17 @@ def openvino() -> Any:
     # it goes on without what cannot be imported
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return importlib.import_module("openvino")
+
+
+@contextmanager
+def exporter() -> Iterator[None]:
+    """Within, torch's exporter to ONNX logs errors only."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
