@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import socket
+import tempfile
 import time
 import zipfile
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 
 from dualout import Denoiser, Dual, Epsilon, InputError, schedules
+from dualout.app.page import LETTERS, Results, Visit, _make
 from dualout.app.server import serve
 from dualout.app.studio import Studio
 from dualout.cli.main import main
@@ -37,11 +39,10 @@ needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromiu
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     directory, found = tmp_path_factory.mktemp("runs"), []
-    for name, parameterization in {"dual": Dual(), "eps": Epsilon()}.items():
+    for name, parameterization, levels in (("dual", Dual(), 1000), ("eps", Epsilon(), 1000), ("short", Dual(), 4)):
         torch.manual_seed(0)
-        denoiser = Denoiser(
-            build("tiny:width=8", 1, (8, 8), parameterization.channels(1)), parameterization, schedules.Linear()
-        )
+        network = build("tiny:width=8", 1, (8, 8), parameterization.channels(1))
+        denoiser = Denoiser(network, parameterization, schedules.Linear(levels))
         denoiser.save_pretrained(directory / name, image={"channels": 1, "size": [8, 8]})
         found.append(str(directory / name))
     return found
@@ -146,6 +147,12 @@ def choose(driver, letter, text):
     press(driver, f"#route-{letter} input[value='{text}']")
 
 
+def choose_model(driver, letter, name):
+    driver.find_element("css selector", f"#run-{letter} input").click()
+    wait(driver, lambda: driver.find_elements("css selector", "[role=option]"))
+    next(o for o in driver.find_elements("css selector", "[role=option]") if o.text.endswith(name)).click()
+
+
 def command(driver, letter="A"):
     return driver.find_element("css selector", f"#command-{letter} textarea").get_attribute("value") or ""
 
@@ -213,6 +220,35 @@ def test_a_mistake_is_told_and_work_can_be_cancelled(address, studio, look, monk
 
 
 @needs_browser
+def test_what_gradio_refuses_itself_leaves_a_page_that_works(address):
+    def put(selector, text):
+        field = driver.find_element("css selector", selector)
+        field.clear()
+        field.send_keys(text)
+
+    with browser(address) as driver:
+        # beyond a slider's end, which is checked before any code of ours
+        put("#images input[type=number]", "100")
+        press(driver, "#start")
+        wait(driver, lambda: "Nothing was made" in status(driver))
+        put("#images input[type=number]", "16\t")
+        put("#seed input", "-1\t")
+        press(driver, "#start")
+        wait(driver, lambda: "the seed is 0 or more" in status(driver))
+        put("#seed input", "7\t")
+        # a model of fewer levels than the steps that were asked of another
+        put("#steps-A input[type=number]", "50\t")
+        choose_model(driver, "A", "short")
+        wait(
+            driver,
+            lambda: driver.find_element("css selector", "#steps-A input[type=number]").get_property("value") == "4",
+        )
+        make(driver)
+        assert "--seed 7" in command(driver)
+        assert "--steps 4" in command(driver)
+
+
+@needs_browser
 def test_two_browsers_do_not_disturb_each_other(address):
     with browser(address) as one, browser(address) as other:
         choose(one, "A", "x0 only")
@@ -232,11 +268,7 @@ def test_two_settings_side_by_side_and_their_archive(address, runs, look, tmp_pa
         driver.execute_script("arguments[0].click()", tab)
         wait(driver, lambda: driver.find_elements("css selector", "#used-B input"))
         press(driver, "#used-B input")
-        model = driver.find_element("css selector", "#run-B input")
-        model.click()
-        wait(driver, lambda: driver.find_elements("css selector", "[role=option]"))
-        option = next(o for o in driver.find_elements("css selector", "[role=option]") if o.text.endswith("eps"))
-        option.click()
+        choose_model(driver, "B", "eps")
         # a model with one output has one route
         wait(driver, lambda: len(driver.find_elements("css selector", "#route-B input")) == 1)
         assert make(driver) != picture(driver, "B")
@@ -260,6 +292,19 @@ def test_it_fits_a_phone(address, look):
         )
         assert wide <= shown
         look(driver, "phone")
+
+
+def test_nothing_is_left_in_the_temporary_directory(studio, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    column = [True, runs[0], "ddim", "trailing", 1, 0, "as trained", 0.5, False, 1, None]
+    values = (0, 2, 0, *column, *(2 * [False, *column[1:]]))
+    results = [Results(*(f"{what} {letter}" for what in Results._fields)) for letter in LETTERS]
+    served = []
+    for changes in _make(studio, Visit(wanted=True), values, "status", "download", results):
+        if path := changes["download"].get("value") if "download" in changes else None:
+            served += zipfile.ZipFile(path).namelist()
+    assert "A/000001.png" in served
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_taken_port_is_told(runs):

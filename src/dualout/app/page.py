@@ -84,10 +84,11 @@ def build(studio: Studio) -> gr.Blocks:
         gr.Markdown("# dualout\nThe same seeds, made in several ways, side by side.")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                images = gr.Slider(1, MOST_IMAGES, 16, step=1, label="Images")
+                images = gr.Slider(1, MOST_IMAGES, 16, step=1, label="Images", elem_id="images")
                 with gr.Row():
-                    seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=90, elem_id="seed")
-                    filmed = gr.Number(0, label="Film of image", precision=0, minimum=0, min_width=90)
+                    # what they may be is told by `Request`, in the status
+                    seed = gr.Number(0, label="First seed", precision=0, min_width=90, elem_id="seed")
+                    filmed = gr.Number(0, label="Film of image", precision=0, min_width=90)
                 with gr.Tabs():
                     columns = []
                     for letter in LETTERS:
@@ -112,7 +113,11 @@ def build(studio: Studio) -> gr.Blocks:
         pressed = start.click(Visit.begin, visit, start, queue=False, show_progress="hidden")
         done = pressed.then(make, inputs, outputs, concurrency_limit=TOGETHER)
         done.then(lambda: gr.update(interactive=True), None, start, queue=False, show_progress="hidden")
+        # gradio's `then` is not for what it refuses itself: a full queue, a number beyond a slider's end
+        done.failure(_refused, None, [start, status], queue=False, show_progress="hidden")
         stop.click(Visit.cancel, visit, None, queue=False)
+        # a calibration may have been made since the page was built
+        page.load(lambda: _calibrated_labels(studio), None, [c.calibrated for c in columns], queue=False)
     page.queue(max_size=WAITING, default_concurrency_limit=TOGETHER, api_open=False)
     return page
 
@@ -120,6 +125,10 @@ def build(studio: Studio) -> gr.Blocks:
 def said(text: str, bad: bool = False) -> str:
     """A status line, as HTML."""
     return f'<span class="{"bad" if bad else "well"}" role="status">{html.escape(text)}</span>'
+
+
+def _refused() -> list[Any]:
+    return [gr.update(interactive=True), said("Nothing was made; the message on the right says why.", bad=True)]
 
 
 def _controls(studio: Studio, letter: str) -> Controls:
@@ -144,18 +153,18 @@ def _controls(studio: Studio, letter: str) -> Controls:
     sampler.change(lambda name: gr.update(visible=name == "ddim"), sampler, eta, queue=False, show_progress="hidden")
     route.change(lambda name: gr.update(visible=name == "fixed r"), route, ratio, queue=False, show_progress="hidden")
 
-    def changed(name: str) -> list[Any]:
+    def changed(name: str, asked: float) -> list[Any]:
         told = studio.models[name].classes is not None
-        there = studio.routes(name)
+        there, most = studio.routes(name), min(100, studio.models[name].denoiser.schedule.steps)
         return [
             gr.update(choices=there, value=there[0]),
             gr.update(label=_calibrated_label(studio, name), value=False),
             gr.update(visible=told, value=1),
             gr.update(visible=told, value=_ALL, choices=_classes(studio, name)),
-            gr.update(maximum=min(100, studio.models[name].denoiser.schedule.steps)),
+            gr.update(maximum=most, value=min(asked, most)),
         ]
 
-    run.change(changed, run, [route, calibrated, guidance, label, steps], queue=False, show_progress="hidden")
+    run.change(changed, [run, steps], [route, calibrated, guidance, label, steps], queue=False, show_progress="hidden")
     return Controls(used, run, sampler, spacing, steps, eta, route, ratio, calibrated, guidance, label)
 
 
@@ -176,6 +185,11 @@ def _classes(studio: Studio, run: str) -> list[str]:
 def _calibrated_label(studio: Studio, run: str) -> str:
     there = studio.calibrations(run)
     return f"Calibrated (there: {', '.join(there)})" if there else "Calibrated (dualout calibrate makes it)"
+
+
+def _calibrated_labels(studio: Studio) -> list[Any]:
+    """Of all columns, as they are when a browser comes: at the first model."""
+    return [gr.update(label=_calibrated_label(studio, next(iter(studio.models))))] * len(LETTERS)
 
 
 def _results(letter: str) -> Results:
@@ -237,12 +251,13 @@ def _make(
             elif time.monotonic() - shown >= _SHOWN_EVERY or item.step == item.steps:
                 shown = time.monotonic()
                 yield _on_the_way(item, used, status, results)
-        # the page serves it from there, and removes it after an hour
-        path = archive(made, Path(tempfile.mkdtemp(prefix="dualout-")) / "images.zip")
-        yield {
-            status: said(f"{request.images} images of {len(made)} setting{'s' if len(made) > 1 else ''}."),
-            download: gr.update(value=str(path), visible=True),
-        }
+        with tempfile.TemporaryDirectory(prefix="dualout-") as directory:
+            path = archive(made, Path(directory) / "images.zip")
+            # gradio takes a copy before this goes on, and removes it after an hour
+            yield {
+                status: said(f"{request.images} images of {len(made)} setting{'s' if len(made) > 1 else ''}."),
+                download: gr.update(value=str(path), visible=True),
+            }
     except InputError as error:
         yield {status: said(str(error), bad=True)}
 
