@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 
-from dualout import Denoiser, Dual, InputError, schedules
+from dualout import Denoiser, Dual, InputError, data, schedules
 from dualout.calibrated import NEUTRAL, Calibration
 from dualout.cli.main import main
 from dualout.networks.build import build
 from dualout.samplers import DPMSolver
 from dualout.training import calibrate
+from dualout.training.told import Told
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,34 @@ def test_a_dry_run_tells_and_does_nothing(run, capsys):
     assert "# fitted     7 numbers at each of 3 steps" in told
     assert "# time" in told
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("known", [10, 3])
+def test_models_of_classes_are_told_those_of_the_data_or_all_in_turn(tmp_path, known):
+    torch.manual_seed(0)
+    denoiser = Denoiser(build("tiny:width=8", 1, (8, 8), 3, classes=known), Dual(), schedules.Linear())
+    run = tmp_path / "model"
+    denoiser.save_pretrained(run, image={"channels": 1, "size": [8, 8]})
+    assert main(["calibrate", str(run), *COMMAND, "--iterations", "1", "--move_times", "0"]) == 0
+    protocol = json.loads((run / "calibration" / "dpmsolver-3-trailing-order=2.json").read_text())["protocol"]
+    assert protocol["class_labels"] == ("of the real images" if known == 10 else "all in turn")
+    assert protocol["own_features"] is not None
+
+
+def test_made_images_have_as_many_of_each_class_as_the_real_ones():
+    digits = data.load("digits")
+    assert digits.labels is not None
+    rows = [i for i, label in enumerate(digits.labels.tolist()) if label < 2 or i % 10 == 0]
+    told = Told.of(10, digits, rows, torch.device("cpu"))
+    assert told is not None
+    made = told.classes(range(len(rows), 2 * len(rows)))["class_labels"]
+    assert made.bincount().tolist() == digits.labels[rows].bincount().tolist()
+    # also in a small batch, though the real ones may lie sorted
+    assert set(told.classes(range(192))["class_labels"].tolist()) == set(range(10))
+    assert told.nothing(2)["class_labels"].tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64)])
+def test_seeds_that_no_generator_takes(run, capsys, seed):
+    assert main(["calibrate", str(run), *COMMAND, "--seed", seed]) == 2
+    assert "--seed is a whole number from 0 to" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from dualout.training.config import TrainConfig
 from dualout.training.estimate import estimate
 from dualout.training.run import Run
 from dualout.training.setup import assemble
+from dualout.training.told import Told
 
 
 class Doing(NamedTuple):
@@ -146,9 +147,10 @@ def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, s
     except InputError:
         pass  # there is none yet: it is fitted
     dataset = _data(grid, model, "train")
-    images = to_model(dataset.batch(evenly(len(dataset), 20_000))).to(model.device)
+    rows = evenly(len(dataset), 20_000)
+    images, told = to_model(dataset.batch(rows)).to(model.device), Told.of(model.classes, dataset, rows, model.device)
     last = None
-    for last in fit(model.denoiser, sampler, images, how, precision=precision):
+    for last in fit(model.denoiser, sampler, images, how, precision=precision, told=told):
         yield Doing(
             f"calibrating {training.method} seed {training.seed}: {sampler.spec}", last.iteration, how.iterations
         )

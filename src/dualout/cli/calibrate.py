@@ -146,6 +146,7 @@ def _fitted(options: Options, model: Model, precision: Precision) -> Calibration
     from dualout.data.pixels import to_model
     from dualout.evaluation.features import cache_directory
     from dualout.training.calibrate import evenly, fit
+    from dualout.training.told import Told
 
     how, sampler = _asked(options, model)
     dataset = data.load(options.data, size=model.shape[1:], split=options.split, cache=cache_directory() / "data")
@@ -157,10 +158,11 @@ def _fitted(options: Options, model: Model, precision: Precision) -> Calibration
     rows = evenly(len(dataset), options.images)
     images = to_model(dataset.batch(rows)).to(model.device)
     numbers = None if options.numbers is None else listed(options.numbers)
+    told = Told.of(model.classes, dataset, rows, model.device)
     last = None
     with console.progress("distance") as bar:
         task = bar.add_task(f"calibrating {sampler.spec}", total=how.iterations, distance="")
-        for last in fit(model.denoiser, sampler, images, how, numbers, precision):
+        for last in fit(model.denoiser, sampler, images, how, numbers, precision, told):
             bar.update(task, completed=last.iteration, distance=f"held-out {last.held_out:.4g} (best {last.best:.4g})")
     if last is None:
         raise InputError(f"--iterations {options.iterations} leaves nothing to fit")

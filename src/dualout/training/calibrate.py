@@ -31,6 +31,7 @@ from dualout.schedules import Level, Schedule
 from dualout.training.comparison import UPDATES, Comparison, Far
 from dualout.training.distances import Distance
 from dualout.training.starts import Numbers, Start, moved_times
+from dualout.training.told import Told
 
 WAY = 5
 """Which way of fitting this is, the fifth that was kept: other ways find other numbers from the same settings."""
@@ -112,6 +113,7 @@ def fit(
     how: Fit,
     numbers: Sequence[str] | None = None,
     precision: Precision | None = None,
+    told: Told | None = None,
 ) -> Iterator[Progress]:
     """Calibrate; yields at every check, the last time with the result.
 
@@ -122,6 +124,7 @@ def fit(
         how: the settings.
         numbers: which to fit, of `calibrated.NEUTRAL`; None is all that the parameterization has.
         precision: of the network when images are made; None is float32. How far images are is measured in float32.
+        told: what the denoiser is told of classes, where it knows some.
 
     Raises:
         InputError: for too few images, or numbers that there are not.
@@ -131,7 +134,7 @@ def fit(
         if name not in parameters_of(denoiser):
             raise unknown("number of a calibration of this model:", name, parameters_of(denoiser))
     plain = _Recomputed(denoiser, precision or Precision("fp32", images.device, "the default"))
-    comparison = Comparison(denoiser, images, how)
+    comparison = Comparison(denoiser, images, how, told)
     uncalibrated = Start(names, sampler.timesteps(denoiser.schedule), second_order=False)
     before = comparison.held_out(plain, sampler)
     best = _Found(before, uncalibrated.times, uncalibrated.values(denoiser.schedule))

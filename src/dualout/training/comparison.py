@@ -13,6 +13,7 @@ from dualout.errors import InputError
 from dualout.randomness import SeededDraw, mix, noise
 from dualout.samplers.base import Denoises, Sampler
 from dualout.training.distances import Distance
+from dualout.training.told import Told
 from dualout.training.views import Views
 
 if TYPE_CHECKING:
@@ -41,19 +42,20 @@ class Comparison:
         denoiser: whose network looks at images too, where the fit asks for that.
         images: real ones, (N, C, H, W).
         how: the settings.
+        told: what the denoiser is told of classes, where it knows some.
 
     Raises:
         InputError: for too few images.
     """
 
-    def __init__(self, denoiser: Denoiser, images: Tensor, how: Fit) -> None:
+    def __init__(self, denoiser: Denoiser, images: Tensor, how: Fit, told: Told | None = None) -> None:
         held = min(how.held_out, len(images) // 4)
         if held < 16:
             raise InputError(f"calibration needs 64 images or more, got {len(images)}")
         images = images[torch.from_numpy(np.random.default_rng(how.seed).permutation(len(images)))]
-        self.how, self.distance = how, Distance.parse(how.distance)
+        self.how, self.told, self.distance = how, told, Distance.parse(how.distance)
         self.real, real_held = images[held:], images[:held]
-        self.views = Views(self.real[:REAL], how.seed, denoiser if how.own_features else None)
+        self.views = Views(self.real[:REAL], how.seed, denoiser if how.own_features else None, told)
         self.seen, seen_held = self.views.of(self.real[:REAL]), self.views.of(real_held)
         # all tell two calibrations apart better than the few held out: some numbers a step learn no image by heart, and
         # `nearest` would show it
@@ -83,7 +85,8 @@ class Comparison:
         seeds, shape = mix(self.how.seed + kind, np.array(numbers)), self.real.shape[1:]
         draw = SeededDraw(seeds, shape, device=self.real.device)  # type: ignore[arg-type]
         x = noise(seeds, shape, device=self.real.device)
-        for moment in sampler.trajectory(denoiser, x, draw, differentiable=grad):
+        conditions = self.told.classes(numbers) if self.told else {}
+        for moment in sampler.trajectory(denoiser, x, draw, differentiable=grad, **conditions):
             x = moment.x_next
         return x if sampler.clip is None else x.clamp(*sampler.clip)
 
@@ -94,7 +97,7 @@ class Comparison:
             "own_features": None if within is None else {"layer": within.layer, "t": within.t},
             "images": len(self.real),
             "held_out_images": self.held_images,
-        }
+        } | ({"class_labels": self.told.source} if self.told else {})
 
     def _sum(self, made: Tensor, seen: Sequence[Tensor], seed: int) -> Tensor:
         views = zip(self.views(made), seen, strict=True)

@@ -13,6 +13,7 @@ from dualout.denoiser import Denoiser
 from dualout.networks.trace import deepest, first
 from dualout.randomness import mix
 from dualout.schedules import Schedule
+from dualout.training.told import Told
 
 FLOOR = 0.1
 """The variance, as a share of the mean over all directions, below which a direction counts for less."""
@@ -32,13 +33,16 @@ class Views(nn.Module):
         images: real ones, which the directions and their variances are taken from.
         seed: of the random conv net.
         denoiser: whose features are looked at too; None is nobody's.
+        told: what it is told of classes, where it knows some.
         width: of the random conv net's first layer.
     """
 
     first: Tensor
     second: Tensor
 
-    def __init__(self, images: Tensor, seed: int, denoiser: Denoiser | None = None, width: int = 32) -> None:
+    def __init__(
+        self, images: Tensor, seed: int, denoiser: Denoiser | None = None, told: Told | None = None, width: int = 32
+    ) -> None:
         super().__init__()
         channels = images.shape[1]
         generator = torch.Generator().manual_seed(int(mix(seed, 2)) % 2**63)
@@ -49,7 +53,7 @@ class Views(nn.Module):
         self.register_buffer("first", weights(channels, width))
         self.register_buffer("second", weights(width, 2 * width))
         self.to(images.device)
-        self.within = None if denoiser is None else Within.of(denoiser, images[:2])
+        self.within = None if denoiser is None else Within.of(denoiser, images[:2], told)
         with torch.no_grad():
             seen = zip(*map(self._seen, images[:1024].split(256)), strict=True)
             self.whitened = [whitening(torch.cat(view)) for view in seen]
@@ -87,32 +91,35 @@ def whitening(x: Tensor) -> Tensor:
 
 class Within:
     """What a denoiser's network makes of images deep inside, at a low noise level (DIFT, Tang et al. 2023,
-    arXiv 2306.03881; DDAE, Xiang et al. 2023, arXiv 2303.09769). The images get no noise: they are the mean of x_t.
+    arXiv 2306.03881; DDAE, Xiang et al. 2023, arXiv 2303.09769). The images get no noise: they are the mean of x_t. A
+    model of classes is told that they have none.
 
     Args:
         denoiser: used as it is; its weights should ask for no gradient.
         layer: the name of the module in its network whose result is taken.
+        told: what it is told of classes, where it knows some.
     """
 
-    def __init__(self, denoiser: Denoiser, layer: str) -> None:
-        self.denoiser, self.layer = denoiser, layer
+    def __init__(self, denoiser: Denoiser, layer: str, told: Told | None = None) -> None:
+        self.denoiser, self.layer, self.told = denoiser, layer, told
         self.t, self.alpha = _low_noise(denoiser.schedule)
 
     @classmethod
-    def of(cls, denoiser: Denoiser, images: Tensor) -> Within | None:
+    def of(cls, denoiser: Denoiser, images: Tensor, told: Told | None = None) -> Within | None:
         """At the layer that `deepest` finds; None where there is none."""
         if not isinstance(denoiser.network, nn.Module):
             return None
         t, alpha = _low_noise(denoiser.schedule)
-        layer = deepest(denoiser.network, images, lambda: denoiser(alpha * images, t))
-        return None if layer is None else cls(denoiser, layer)
+        conditions = told.nothing(len(images)) if told else {}
+        layer = deepest(denoiser.network, images, lambda: denoiser(alpha * images, t, **conditions))
+        return None if layer is None else cls(denoiser, layer, told)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
         seen: list[Tensor] = []
         module = self.denoiser.network.get_submodule(self.layer)  # type: ignore[union-attr]
         with module.register_forward_hook(lambda _, __, y: seen.append(first(y))):
-            self.denoiser(self.alpha * images, self.t)
+            self.denoiser(self.alpha * images, self.t, **(self.told.nothing(len(images)) if self.told else {}))
         return seen[0].float().flatten(1)
 
 
