@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,8 @@ class SlicedWasserstein(Distance):
         """A scalar, from (B, D) and (N, D)."""
         generator = torch.Generator().manual_seed(int(mix(seed, 1)) % 2**63)
         directions = torch.randn(made.shape[1], self.directions, generator=generator).to(made)
-        directions = directions / directions.norm(dim=0)
-        return (_sorted(made @ directions) - quantiles(_sorted(real @ directions), len(made))).abs().mean()
+        directions = (directions / directions.norm(dim=0)).T
+        return (_sorted(directions @ made.T) - quantiles(_sorted(directions @ real.T), len(made))).abs().mean()
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,23 @@ class Energy(Distance):
 
 
 def _sorted(x: Tensor) -> Tensor:
-    return x.sort(dim=0).values
+    """Each row in ascending order, (D, N)."""
+    if x.device.type != "cpu":
+        return x.sort(dim=1).values
+    # on processors numpy sorts in a twentieth of torch's time, and finds the order in a sixth
+    if x.requires_grad:
+        return x.gather(1, torch.from_numpy(np.argsort(x.detach().numpy(), axis=1)))
+    return torch.from_numpy(np.sort(x.numpy(), axis=1))
 
 
 def quantiles(ordered: Tensor, count: int) -> Tensor:
-    """The values of (N, D), sorted along N, at `count` evenly spaced ranks, in the middle of each: (count, D)."""
-    n = len(ordered)
+    """The values of (D, N), each row sorted, at `count` evenly spaced ranks, in the middle of each: (D, count)."""
+    n = ordered.shape[1]
     if n == count:
         return ordered
     rank = ((torch.arange(count, device=ordered.device) + 0.5) * (n / count) - 0.5).clamp(0, n - 1)
     below = rank.long()
-    return torch.lerp(ordered[below], ordered[(below + 1).clamp(max=n - 1)], (rank - below).to(ordered)[:, None])
+    return torch.lerp(ordered[:, below], ordered[:, (below + 1).clamp(max=n - 1)], (rank - below).to(ordered))
 
 
 def _within(x: Tensor) -> Tensor:
