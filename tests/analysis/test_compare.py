@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -105,6 +106,12 @@ def test_a_grid_costs_only_what_is_new(grid_file, capsys):
         ({"choose_seeds": []}, "choose_seeds"),
         ({"steps": []}, "names none"),
         ({"calibration": {"iteration": 3}}, "iterations"),
+        ({"calibration": {"iterations": "many"}}, "iterations of the calibration is a whole number"),
+        ({"calibration": {"iterations": 0}}, "iterations is 1 or more"),
+        ({"steps": [5, 2000]}, "from 1 to 1000"),
+        ({"train": {"schedule": "linear:steps=8"}, "steps": [10]}, "from 1 to 8"),
+        ({"methods": {"a": {"parameterization": "dual", "routes": "x0"}}}, "routes of the method a is a list"),
+        ({"methods": {"a": {"parameterization": "eps", "routes": ["x0"]}}}, "one route"),
         ({"samplers": ["dim"]}, "did you mean 'ddim'"),
         ({"images": 1}, "images"),
     ],
@@ -194,6 +201,19 @@ def test_images_are_made_as_the_grid_says(grid_file, tmp_path):
 def test_a_training_option_of_another_type_is_told(train, says):
     with pytest.raises(InputError, match=f"the training option {says}"):
         Grid(train=train)
+
+
+@pytest.mark.parametrize(
+    ("holdout", "features", "says"), [(0.0, "pixels", "there is no test split"), (0.5, "digits", "8×8")]
+)
+def test_images_to_compare_with_are_looked_at_before_any_training(grid_file, tmp_path, capsys, holdout, features, says):
+    np.save(tmp_path / "images.npy", np.zeros((80, 16, 16), np.uint8))
+    grid = yaml.safe_load(grid_file.read_text())
+    grid["train"]["data"] = f"arrays:{tmp_path / 'images.npy'}:holdout={holdout}"
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid | {"features": [features]}))
+    assert main(["compare", "--config", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_counts_and_writes_nothing(grid_file, tmp_path, capsys):

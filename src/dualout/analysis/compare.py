@@ -66,8 +66,9 @@ def expected(grid: Grid, out: Path) -> Expected:
     """Measure a step of each method's training; nothing is written.
 
     Raises:
-        InputError: for a method that cannot be trained.
+        InputError: for a method that cannot be trained, or real images that samples cannot be compared with.
     """
+    _check_images(grid)
     models, costs = grid.models(), {}
     trained = scores = calibrations = 0
     training = sampling = 0.0
@@ -89,7 +90,12 @@ def expected(grid: Grid, out: Path) -> Expected:
 
 
 def run(grid: Grid, out: Path) -> Iterator[Doing | list[Row]]:
-    """Do all of it; the last item is the table."""
+    """Do all of it; the last item is the table.
+
+    Raises:
+        InputError: before anything is trained, for real images that samples cannot be compared with.
+    """
+    _check_images(grid)
     results = Results(out)
     references: list[Reference] = []
     wanted: list[tuple[Training, Scoring]] = []
@@ -146,7 +152,7 @@ def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, s
             return
     except InputError:
         pass  # there is none yet: it is fitted
-    dataset = _data(grid, model, "train")
+    dataset = _data(grid, "train", model.shape[1:])
     rows = evenly(len(dataset), 20_000)
     images, told = to_model(dataset.batch(rows)).to(model.device), Told.of(model.classes, dataset, rows, model.device)
     last = None
@@ -159,14 +165,21 @@ def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, s
         Calibration(sampler.config(), last.calibration.times, last.calibration.values, protocol).save(directory)
 
 
-def _data(grid: Grid, model: Model, split: str) -> data.Dataset:
+def _data(grid: Grid, split: str, size: int | tuple[int, ...] | None) -> data.Dataset:
     config = grid.models()[0].config
-    source = data.open_source(config.data, size=model.shape[1:], grey=config.grey, split=split)
+    source = data.open_source(config.data, size=size, grey=config.grey, split=split)
     return data.load(source, cache=cache_directory() / "data")
 
 
+def _check_images(grid: Grid) -> None:
+    """See that there are images to compare with, and that the features take such."""
+    dataset = _data(grid, grid.split, grid.models()[0].config.size)
+    for spec in grid.features:
+        Features.parse(spec).check(dataset.channels, dataset.size)
+
+
 def _references(grid: Grid, model: Model) -> list[Reference]:
-    dataset = _data(grid, model, grid.split)
+    dataset = _data(grid, grid.split, model.shape[1:])
     name, place = grid.models()[0].config.data, find_device(grid.device)
     return [
         Reference.of(dataset, Features.parse(spec), name=name, split=grid.split, device=place) for spec in grid.features

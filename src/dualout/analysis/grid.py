@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, get_type_hints
 
 from dualout.errors import InputError, unknown
 from dualout.evaluation.features import Features
-from dualout.evaluation.sampling import build_sampler
+from dualout.evaluation.sampling import build_sampler, parse_route
 from dualout.evaluation.scoring import check_count
 from dualout.networks import backends
 from dualout.networks.device import device as find_device
 from dualout.networks.precision import choose
+from dualout.parameterizations import Parameterization
 from dualout.registry import described, fits
 from dualout.samplers import Sampler
 from dualout.schedules import Schedule
@@ -90,17 +91,22 @@ class Grid:
         if len(self.spacings) > 1 and not self.choose_seeds:
             raise InputError("several spacings need choose_seeds, on which the best is chosen")
         check_count(self.images)
-        known = {f.name for f in fields(Fit)}
-        for key in self.calibration:
+        known = get_type_hints(Fit)
+        for key, value in self.calibration.items():
             if key not in known:
                 raise unknown("option of the calibration:", key, known)
+            if not fits(value, known[key]):
+                raise InputError(f"the option {key} of the calibration is {described(known[key])}; got {value!r}")
+        Fit(**self.calibration)
         for spec in self.features:
             Features.parse(spec)
         for part in self.parts():
             for spec, spacing, steps in product(part.samplers, part.spacings, part.steps):
                 build_sampler(spec, steps, spacing)
         backends.check(self.backend, choose(self.precision, find_device(self.device)))
-        self.models()
+        for training in self.models():
+            if training.config.init is None:  # the noise levels of a checkpoint are not known yet
+                list(self.settings(Schedule.parse(training.config.schedule or "linear")))
 
     def parts(self) -> list[Part]:
         """The grid's parts, its own first."""
@@ -151,7 +157,12 @@ class Grid:
                     raise unknown("training option", key, known)
                 if not fits(value, known[key]):
                     raise InputError(f"the training option {key} is {described(known[key])}; got {value!r}")
-            found.append(Training(name, seed, TrainConfig(device=self.device, **options), routes))
+            config = TrainConfig(device=self.device, **options)
+            if not isinstance(routes, list) or not routes:
+                raise InputError(f"routes of the method {name} is a list with something in it; got {routes!r}")
+            for route in routes:
+                Parameterization.parse(config.parameterization or "dual").route(parse_route(str(route)))
+            found.append(Training(name, seed, config, routes))
         return found
 
 
