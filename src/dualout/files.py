@@ -14,6 +14,8 @@ from typing import Any
 
 from dualout.errors import InputError
 
+ASIDE = ".writing-"
+"""How directories begin whose files take their places together."""
 _KINDS = {dict: "object", list: "list"}
 
 
@@ -46,6 +48,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomically(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def held(directory: Path) -> list[str]:
+    """The names in a directory, sorted, but for what a killed process was writing there; none where there is none."""
+    there = (p.name for p in directory.iterdir()) if directory.is_dir() else iter(())
+    return sorted(n for n in there if not (n.startswith(".") and (n.endswith(".tmp") or n.startswith(ASIDE))))
 
 
 @contextmanager

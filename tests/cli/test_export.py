@@ -153,3 +153,13 @@ def test_a_directory_of_something_else_is_left_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     assert main(["export", str(tmp_path / "nowhere")]) == 2
     assert "no checkpoint directory" in capsys.readouterr().err
+
+
+def test_a_pipeline_that_is_not_the_model_is_not_left_there(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(run), "--out", str(tmp_path / "it")]
+    assert main([*command, "--tolerance", "-1"]) == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert list((tmp_path / "it").iterdir()) == []
+    assert main(command) == 0

@@ -15,6 +15,7 @@ import pytest
 import dualout
 from dualout.cli import main as module
 from dualout.cli.main import commands, main
+from dualout.cli.options import out_directory
 from dualout.errors import InputError
 
 NOT_COMMANDS = {"__init__", "main", "console", "options"}
@@ -141,3 +142,12 @@ def test_a_value_that_was_forgotten_in_a_file_is_told(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("steps: 3\ndevice:\nsize:\n")
     assert main(["train", "--config", str(tmp_path / "config.yaml"), "--dry_run"]) == 2
     assert "device is a name; got null" in capsys.readouterr().err
+
+
+def test_what_a_killed_process_was_writing_is_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".results.json.abc.tmp").write_text("half")
+    (tmp_path / ".writing-abc").mkdir()
+    assert out_directory(tmp_path, holds="scores", marker="results.json") == tmp_path
+    (tmp_path / ".mine").write_text("whole")
+    with pytest.raises(InputError, match=r"holds something else \(.mine\)"):
+        out_directory(tmp_path, holds="scores", marker="results.json")

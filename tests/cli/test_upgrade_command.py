@@ -398,3 +398,17 @@ def test_a_dry_run_tells_and_writes_nothing(source, tmp_path, capsys) -> None:
     assert "scope: last" in told
     assert "# work       128 images in the least squares, 30 steps of 8, 32 images held out" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_one_that_is_killed_while_its_first_checkpoint_is_written_goes_on(source, tmp_path, monkeypatch) -> None:
+    from dualout.training.upgrade_run import Upgrade
+
+    def killed(*_: object) -> None:
+        (tmp_path / "out" / ".model.safetensors.x.tmp").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Upgrade, "_write", killed)
+        assert upgraded(source, out=tmp_path / "out") == 130
+    assert upgraded(source, out=tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -123,16 +123,21 @@ def _check_told(options: Options) -> None:
 
 def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
     """What somebody trained, as a checkpoint."""
+    from dualout.checkpoint import CONFIG
     from dualout.evaluation.model import Model
+    from dualout.export.directory import whole
     from dualout.networks import foreign
 
     denoiser = foreign.load(options.run, options.adapter, options.parameterization, options.schedule)
     source = Path(options.run).name
     if not denoiser.card:
         denoiser.card = {"title": source, "training": {"taken from": source}}
-    denoiser.save_pretrained(out)
+    with whole(out, last=CONFIG) as aside:
+        denoiser.save_pretrained(aside)
+        # what cannot be read again is not left there
+        model = Model.load(aside).protocol() | {"name": out.name}
     console.wrote(out, f"a checkpoint of {source}")
-    return {"format": options.format, "model": Model.load(out).protocol()}
+    return {"format": options.format, "model": model}
 
 
 def _program(options: Options, out: Path) -> dict[str, Any]:
@@ -158,20 +163,27 @@ def _pipeline(
     from diffusers.utils import logging
 
     from dualout.export import DualOutputPipeline
+    from dualout.export.diffusers import INDEX
+    from dualout.export.directory import whole
     from dualout.randomness import noise
 
     logging.disable_progress_bar()
     pipeline = DualOutputPipeline.from_denoiser(denoiser, sampler, calibration=calibration)
-    pipeline.save_pretrained(out)
-    console.wrote(out, f"a pipeline of diffusers with {type(pipeline.scheduler).__name__}")
-    # what lies there is read again, and looks at an image as the model does
-    again, t = DualOutputPipeline.from_pretrained(out).denoiser.eval(), denoiser.schedule.steps // 2
+    t = denoiser.schedule.steps // 2
     told = {} if model.classes is None else {"class_labels": torch.tensor([0])}
-    with torch.no_grad():
-        a, b = (d.float()(noise([0], model.shape), t, **told) for d in (denoiser, again))
-    difference = float((a.x0 - b.x0).abs().max())
-    if not difference <= options.tolerance:
-        raise InputError(f"{out} was written, and read again it believes in other images, by {difference:.2g}")
+    with whole(out, last=INDEX) as aside:
+        pipeline.save_pretrained(aside)
+        # what lies there is read again, and looks at an image as the model does
+        again = DualOutputPipeline.from_pretrained(aside).denoiser.eval()
+        with torch.no_grad():
+            a, b = (d.float()(noise([0], model.shape), t, **told) for d in (denoiser, again))
+        difference = float((a.x0 - b.x0).abs().max())
+        if not difference <= options.tolerance:
+            raise InputError(
+                f"the pipeline, read again, believes in other images, by {difference:.2g}, which is more than "
+                f"--tolerance {options.tolerance:g}; nothing was written"
+            )
+    console.wrote(out, f"a pipeline of diffusers with {type(pipeline.scheduler).__name__}")
     return {"scheduler": type(pipeline.scheduler).__name__, "calibrated": calibration is not None,
             "difference": {"x0": difference}, "tolerance": options.tolerance}  # fmt: skip
 

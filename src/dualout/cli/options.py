@@ -11,6 +11,7 @@ import jsonargparse
 import yaml
 
 from dualout.errors import InputError, unknown
+from dualout.files import held
 from dualout.registry import described, fits
 
 Options = TypeVar("Options")
@@ -121,8 +122,8 @@ def out_directory(path: str | Path, *, holds: str, marker: str) -> Path:
     directory = Path(path).expanduser()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--out {directory} is a file, not a directory")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / marker).exists():
-        some = ", ".join(sorted(p.name for p in directory.iterdir())[:5])
+    if (others := held(directory)) and not (directory / marker).exists():
+        some = ", ".join(others[:5])
         raise InputError(f"--out {directory} holds something else ({some}); {holds} go to a new or empty directory")
     return directory
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from dualout.errors import InputError, unknown
 from dualout.evaluation.protocol import differences, listed
 from dualout.evaluation.sampling import Sampling
-from dualout.files import atomically, explained, read_json, write_json
+from dualout.files import atomically, explained, held, read_json, write_json
 
 PROTOCOL = "protocol.json"
 _END_OF_PNG = b"IEND\xaeB`\x82"
@@ -163,9 +163,7 @@ class Store(ABC):
                 empty.rmdir()
 
     def _refuse_foreign(self) -> None:
-        there = self.directory.iterdir() if self.directory.is_dir() else iter(())
-        others = sorted(p.name for p in there if not (p.name.startswith(".") and p.suffix == ".tmp"))
-        if others:
+        if others := held(self.directory):
             raise InputError(
                 f"--out {self.directory} holds something else ({', '.join(others[:5])}); images go to a new or empty "
                 "directory, or to one that this command made before"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dualout.files import explained
+from dualout.files import ASIDE, explained
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def whole(directory: str | Path, *, last: str) -> Iterator[Path]:
     directory = Path(directory).expanduser()
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=directory, prefix=".writing-"))
+        aside = Path(tempfile.mkdtemp(dir=directory, prefix=ASIDE))
         try:
             yield aside
             files = sorted(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dualout.errors import InputError, unknown
+from dualout.files import held
 from dualout.training.config import TrainConfig
 from dualout.training.upgrade import SCOPES
 
@@ -132,8 +133,8 @@ def refuse_changes(path: Path, known: dict[str, Any] | None, config: UpgradeConf
     if known is None:
         if path.exists() and not path.is_dir():
             raise InputError(f"--out {path} is a file, not a directory")
-        if path.is_dir() and any(path.iterdir()):
-            some = ", ".join(sorted(p.name for p in path.iterdir())[:5])
+        if others := held(path):
+            some = ", ".join(others[:5])
             raise InputError(f"--out {path} holds something else ({some}); an upgrade goes to a new or empty directory")
         return
     now = config.asdict()

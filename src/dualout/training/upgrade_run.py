@@ -23,7 +23,7 @@ from dualout import checkpoint, data
 from dualout.data.base import Progress
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.files import read_json, write_json
+from dualout.files import explained, read_json, write_json
 from dualout.networks import foreign
 from dualout.networks.adapter import config_of
 from dualout.networks.device import device
@@ -185,6 +185,11 @@ class Upgrade:
             self.seconds = self.earlier[-1]["seconds"]
             self.table = self._known["table"]
         else:
+            # before the first checkpoint: one that is killed while that is written goes on
+            self.table = []
+            with explained(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._record()
             yield self._check("original", 0, self.denoiser, errors)
         going_on = (self.path / "training" / "state" / "run.json").exists()
         if self.config.start == "closed":
