@@ -203,3 +203,14 @@ def test_the_warning_is_for_few_images():
 def test_sets_of_images_have_no_seed_in_common():
     sets = [set(range(first_seed(s, 50), first_seed(s, 50) + 50)) for s in range(4)]
     assert len(set.union(*sets)) == 200
+
+
+def test_two_commands_that_score_at_a_time_keep_each_others_rows(make_model, digits, tmp_path):
+    reference = Reference.of(digits, Digits())
+    scorings = [Scoring(Sampling(make_model(), build_sampler("ddim", k)), 10, [reference]) for k in (2, 3)]
+    commands = [Results(tmp_path) for _ in scorings]
+    for results, scoring in zip(commands, scorings, strict=True):
+        list(scoring.run())
+        results.add(scoring.rows())
+    assert [row["steps"] for row in Results(tmp_path).rows] == [2, 3]
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3

@@ -145,7 +145,7 @@ class Results:
 
     A row that is there with the same protocol need not be made again; one that is made again with another protocol (the
     model was trained further, the real images are others) takes its place. Scores of 1,000 and of 5,000 images are rows
-    beside each other: either is true.
+    beside each other: either is true. Several commands may add rows to one directory at a time.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -155,7 +155,7 @@ class Results:
         if not self.path.exists():
             with explained(self.path):
                 directory.mkdir(parents=True, exist_ok=True)
-            self._write()
+            self.add([])
 
     def _read(self) -> list[Row]:
         if not self.path.exists():
@@ -173,10 +173,13 @@ class Results:
         return None
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Write down finished rows."""
-        kept = [known for known in self.rows if not any(_same_key(known, row) for row in rows)]
-        self.rows = [*kept, *rows]
-        self._write()
+        """Write down finished rows, beside those that another command may have added meanwhile."""
+        from filelock import FileLock
+
+        with explained(self.path), FileLock(self.directory / ".results.lock"):
+            kept = [known for known in self._read() if not any(_same_key(known, row) for row in rows)]
+            self.rows = [*kept, *rows]
+            self._write()
 
     def _write(self) -> None:
         write_json(self.path, self.rows, indent=1)
