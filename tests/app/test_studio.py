@@ -154,3 +154,16 @@ def test_a_sheet_enlarges_small_images():
 def test_each_model_has_its_own_routes(studio, runs):
     assert studio.routes(runs["dual"]) == list(ROUTES)
     assert studio.routes(runs["eps"]) == ["as trained"]
+
+
+def test_a_run_that_vanishes_is_not_asked_for_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "runs" / "mine", Dual())
+    # named as a repository would be
+    studio = Studio(["runs/mine"])
+    (tmp_path / "runs" / "mine").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    assert [type(item) for item in studio.make(Request([Setting("runs/mine", steps=1)], images=1))] == [Progress, Made]
+    assert studio.calibrations("runs/mine") == []
+    with pytest.raises(InputError, match="no checkpoint directory"):
+        next(studio.make(Request([Setting("runs/mine", steps=1, calibrated=True)])))

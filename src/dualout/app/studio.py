@@ -167,7 +167,8 @@ class Studio:
 
     def calibrations(self, run: str) -> list[str]:
         """What a model's steps are calibrated for."""
-        return sorted(p.stem for p in (Path(run).expanduser() / DIRECTORY).glob("*.json"))
+        directory = self.models[run].directory or Path(run)
+        return sorted(p.stem for p in (directory / DIRECTORY).glob("*.json"))
 
     def sampling(self, setting: Setting, seed: int) -> Sampling:
         """A setting, checked.

@@ -33,6 +33,7 @@ class Model:
             itself stands for no class.
         details: which weights these are, as plain JSON values.
         class_names: what the classes are called, where that is known.
+        directory: where its files are, or were, as an absolute path; None where it was not read from any.
         prepared: its network as backends have made it ready, for all samplings of the model.
     """
 
@@ -42,6 +43,7 @@ class Model:
     classes: int | None
     details: dict[str, Any]
     class_names: tuple[str, ...] = ()
+    directory: Path | None = None
     prepared: dict[Any, Chosen] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -70,7 +72,7 @@ class Model:
         }
         names = _entry(_entry(config, "conditions"), "class_labels").get("classes") or []
         classes = len(names) or class_count(config["network"])
-        model = cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)))
+        model = cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)), directory.absolute())
         model._try()
         return model
 

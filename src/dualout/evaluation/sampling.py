@@ -119,7 +119,8 @@ class Sampling:
     def _own_calibration(self) -> Calibration:
         if self.route != "mix":
             raise InputError(f"calibrations are fitted to the trained blend, route mix; got route {self.route}")
-        found = Calibration.load(self.model.run, self.sampler.config())
+        # a name that is no directory any more could be that of a repository
+        found = Calibration.load(self.model.directory or self.model.run, self.sampler.config())
         if found.protocol.get("weights", self.model.details["sha256"]) != self.model.details["sha256"]:
             raise InputError(
                 f"the calibration of {self.model.run} for {self.sampler.spec} was fitted to other weights; run dualout "
