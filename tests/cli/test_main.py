@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import subprocess
 import sys
 import types
@@ -151,3 +152,13 @@ def test_what_a_killed_process_was_writing_is_nothing_else(tmp_path: Path) -> No
     (tmp_path / ".mine").write_text("whole")
     with pytest.raises(InputError, match=r"holds something else \(.mine\)"):
         out_directory(tmp_path, holds="scores", marker="results.json")
+
+
+def test_what_an_encoding_has_not_is_written_otherwise(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    command(lambda _: print("1×8×8 → r"))
+    assert main(["trial"]) == 0
+    assert written.getvalue().decode("cp1252").strip() == "1×8×8 \\u2192 r"
