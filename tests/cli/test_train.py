@@ -172,3 +172,14 @@ def test_every_kind_trains(tmp_path, parameterization):
     out = tmp_path / "run"
     assert train("--parameterization", parameterization, *schedule, "--steps", 2, "--sample_every", 0, out=out) == 0
     assert dualout.Denoiser.from_pretrained(out).parameterization.spec == parameterization
+
+
+def test_grids_of_a_schedule_with_few_levels(tmp_path, capsys):
+    few = ("--schedule", "linear:steps=4", "--steps", 1, "--samples", 1)
+    assert train(*few, out=tmp_path / "run") == 0
+    assert (tmp_path / "run" / "samples" / "step-000001.png").exists()
+    capsys.readouterr()
+    # the sampler is named, which train's own --steps is not of
+    assert train(*few, "--sampler", "ddim:steps=5", out=tmp_path / "other") == 2
+    assert "--sampler ddim:steps=5 takes 5 steps, and the schedule has 4" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

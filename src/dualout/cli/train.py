@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualout.cli import console
 from dualout.cli.options import parse
+from dualout.errors import InputError
 from dualout.files import atomically, explained
 from dualout.training.config import TrainConfig
 
@@ -120,9 +121,17 @@ def _sampling(training: Run) -> Sampling | None:
     job = training.job
     if job.dataset.latents or job.dataset.channels not in (1, 3):
         return None
+    sampler, levels = Sampler.parse(training.config.sampler), training.denoiser.schedule.steps
+    if sampler.steps > levels and training.config.sampler == TrainConfig.sampler:
+        sampler = replace(sampler, steps=levels)
+    if sampler.steps > levels:
+        raise InputError(
+            f"the grids' --sampler {training.config.sampler} takes {sampler.steps} steps, and the schedule has "
+            f"{levels} noise levels: give it {levels} or fewer, or --sample_every 0"
+        )
     classes = len(job.dataset.classes) if training.config.conditional else None
     model = Model(str(training.path), training.denoiser, job.dataset.shape, classes, {})
-    return Sampling(model, Sampler.parse(training.config.sampler), precision=job.precision.name)
+    return Sampling(model, sampler, precision=job.precision.name)
 
 
 def _draw_samples(sampling: Sampling, path: Path, count: int) -> None:
