@@ -134,3 +134,9 @@ def test_images_that_are_neither_grey_nor_colour(tmp_path):
 def test_any_whole_number_is_a_seed(analyzed, tmp_path):
     command = ["analyze", str(analyzed), "--data", "digits", *FEW, "--out", str(tmp_path / "out")]
     assert main([*command, "--seed", str(10**30)]) == 0
+
+
+def test_fewer_images_are_made_than_filmed(tmp_path):
+    run = saved(tmp_path / "run", "eps", classes=10)
+    assert main(["analyze", str(run), "--data", "digits", *FEW, "--samples", "2", "--film", "4"]) == 0
+    assert len(_study.read(run / "analysis").frames[0].x0) == 2

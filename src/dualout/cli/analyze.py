@@ -161,7 +161,8 @@ def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> A
         data = Gaussian.of(images)
         way = drift(denoiser, sampler, data, seeds, model.shape, batch_size=options.batch_size, labels=told)
         bar.advance(task)
-        frames = list(film(denoiser, sampler, seeds[: options.film], model.shape, made_labels(model, options.film)))
+        filmed = seeds[: options.film]
+        frames = list(film(denoiser, sampler, filmed, model.shape, made_labels(model, len(filmed))))
         bar.advance(task)
     protocol = {
         "model": {"run": model.run, **model.protocol()},
