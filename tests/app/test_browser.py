@@ -36,6 +36,15 @@ FLAGS = (
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver on this machine")
 
 
+def _has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as trial:
+            trial.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     directory, found = tmp_path_factory.mktemp("runs"), []
@@ -314,6 +323,15 @@ def test_a_taken_port_is_told(runs):
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} is taken"):
             serve(Studio(runs[:1]), port=port)
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
+def test_an_address_of_ipv6(runs):
+    page, address = serve(Studio(runs[2:]), "::1")
+    page.close(verbose=False)
+    assert address.startswith("http://[::1]:")
+    # a model of 4 levels is not offered 10 steps
+    assert [c["props"]["value"] for c in page.config["components"] if c["props"].get("label") == "Steps K"] == [4] * 3
 
 
 @pytest.mark.parametrize("host", ["1.5", "==", "no such name"])

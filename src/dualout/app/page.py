@@ -139,9 +139,8 @@ def _controls(studio: Studio, letter: str) -> Controls:
     with gr.Row():
         sampler = gr.Dropdown(samplers(), value="ddim", label="Sampler", min_width=120, elem_id=f"sampler-{letter}")
         spacing = gr.Dropdown(list(SPACINGS), value="trailing", label="Spacing", min_width=120)
-    steps = gr.Slider(
-        1, min(100, model.denoiser.schedule.steps), 10, step=1, label="Steps K", elem_id=f"steps-{letter}"
-    )
+    most = min(100, model.denoiser.schedule.steps)
+    steps = gr.Slider(1, most, min(10, most), step=1, label="Steps K", elem_id=f"steps-{letter}")
     eta = gr.Slider(0, 1, 0, step=0.05, label="η: fresh noise of DDIM's steps")
     routes = studio.routes(runs[0])
     route = gr.Radio(routes, value=routes[0], label="Route believed", elem_id=f"route-{letter}")

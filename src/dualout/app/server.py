@@ -53,11 +53,13 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
         raise InputError("dualout app needs gradio: pip install 'dualout[app]'") from error
     from dualout.app.page import CSS, FONTS, build
 
+    host = host.removeprefix("[").removesuffix("]")
     _check_host(host)
     page = build(studio)
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
+            server_name=f"[{host}]" if ":" in host else host, server_port=port,
+            share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
             ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, footer_links=[], css=CSS,
             theme=themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
             app_kwargs={"middleware": [Middleware(Policy)]},
