@@ -99,7 +99,7 @@ def whole(command: str, where: Box) -> list[str]:
         case "calibrate":
             # it writes beside the weights
             run = str(subjects.copied(Path(model), where.out))
-            return ["calibrate", run, "--iterations", "1", "--batch_size", "4", "--steps", "2"]
+            return ["calibrate", run, "--data", "digits", "--iterations", "1", "--batch_size", "4", "--steps", "2"]
         case "demo":
             return ["demo", "--steps", "1", "--images", "8", "--out", out]
         case "compare":

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,7 +31,20 @@ def few_noises_are_held_out(monkeypatch):
     monkeypatch.setattr(calibrate, "Fit", partial(calibrate.Fit, held_out=64))
 
 
-COMMAND = ["--sampler", "dpmsolver", "--steps", "3", "--iterations", "4", "--batch_size", "16", "--images", "128"]
+COMMAND = [
+    "--data",
+    "digits",
+    "--sampler",
+    "dpmsolver",
+    "--steps",
+    "3",
+    "--iterations",
+    "4",
+    "--batch_size",
+    "16",
+    "--images",
+    "128",
+]
 COMMAND += ["--move_times", "1"]
 
 
@@ -104,7 +118,7 @@ def test_single_outputs_have_no_ratio(run, capsys):
 
 def test_a_dry_run_tells_and_does_nothing(run, capsys):
     before = sorted(run.rglob("*"))
-    assert main(["calibrate", str(run), "--sampler", "ipndm", "--steps", "3", "--dry_run"]) == 0
+    assert main(["calibrate", str(run), "--data", "digits", "--sampler", "ipndm", "--steps", "3", "--dry_run"]) == 0
     told = capsys.readouterr().out
     assert "sampler: ipndm" in told
     assert "# fitted     7 numbers at each of 3 steps" in told
@@ -141,3 +155,16 @@ def test_made_images_have_as_many_of_each_class_as_the_real_ones():
 def test_seeds_that_no_generator_takes(run, capsys, seed):
     assert main(["calibrate", str(run), *COMMAND, "--seed", seed]) == 2
     assert "--seed is a whole number from 0 to" in capsys.readouterr().err
+
+
+def test_the_images_are_those_that_the_model_was_trained_on(run, tmp_path, capsys):
+    few = COMMAND[2:]
+    assert main(["calibrate", str(run), *few]) == 2
+    assert "does not say what it was trained on: give --data" in capsys.readouterr().err
+    name = f"arrays:path={tmp_path / 'mine.npy'}"
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8))
+    denoiser = Denoiser(build("tiny:width=8", 1, (8, 8), 3), Dual(), schedules.Linear())
+    denoiser.save_pretrained(tmp_path / "other", image={"channels": 1, "size": [8, 8]}, data={"name": name})
+    assert main(["calibrate", str(tmp_path / "other"), *few, "--iterations", "1", "--move_times", "0"]) == 0
+    (found,) = (tmp_path / "other" / "calibration").iterdir()
+    assert json.loads(found.read_text())["protocol"]["data"]["name"] == name

@@ -166,3 +166,17 @@ def test_a_directory_with_something_else(runs, tmp_path, capsys):
     assert "holds something else (notes.txt)" in capsys.readouterr().err
     assert main(["evaluate", f"{runs['dual']},nobody/nothing-here-x", "--card", "--out", str(tmp_path / "o")]) == 2
     assert "--card writes into a checkpoint's directory" in capsys.readouterr().err
+
+
+def test_images_are_compared_with_what_the_models_were_trained_on(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    for name, spec in {"mine": f"arrays:path={tmp_path / 'mine.npy'}:holdout=0.5", "digits": "digits"}.items():
+        np.save(tmp_path / f"{name}.npy", images)
+        save(tmp_path / name, dualout.Dual(), data={"name": spec})
+    command = ["--images", "8", "--steps", "1", "--features", "pixels", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", str(tmp_path / "mine"), *command]) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert row["protocol"]["reference"]["data"].startswith("arrays:path=")
+    assert "images against arrays:path=" in capsys.readouterr().out
+    assert main(["evaluate", f"{tmp_path / 'mine'},{tmp_path / 'digits'}", *command]) == 2
+    assert "trained on different data" in capsys.readouterr().err

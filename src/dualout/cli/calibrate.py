@@ -11,7 +11,7 @@ by seeds, images and features that were not used here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +39,9 @@ class Options:
     """K"""
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
-    data: str = "digits"
-    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's"""
+    data: str | None = None
+    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's; by
+    default what the model was trained on"""
     split: str = "train"
     """Which part of them; the other part is for judging"""
     images: int = 20000
@@ -84,6 +85,9 @@ def run(arguments: list[str]) -> int | None:
     place = device(options.device)
     precision = choose(options.precision, place)
     model = Model.load(options.run, place)
+    if options.data is None and model.trained_on is None:
+        raise InputError(f"{options.run} does not say what it was trained on: give --data, such as digits")
+    options = replace(options, data=options.data or model.trained_on)
     if options.dry_run:
         return _dry_run(options, model)
     found = _fitted(options, model, precision)
@@ -148,6 +152,7 @@ def _fitted(options: Options, model: Model, precision: Precision) -> Calibration
     from dualout.training.calibrate import evenly, fit
     from dualout.training.told import Told
 
+    assert options.data is not None
     how, sampler = _asked(options, model)
     dataset = data.load(options.data, size=model.shape[1:], split=options.split, cache=cache_directory() / "data")
     if dataset.shape != model.shape:

@@ -9,7 +9,7 @@ first scores them all. Set s of N images is made from the seeds s·N … s·N + 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +38,9 @@ class Options:
 
     runs: str = field(metadata={"positional": True})
     """Directories of runs or checkpoints, or names of Hugging Face Hub repositories; several with commas between"""
-    data: str = "digits"
-    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's"""
+    data: str | None = None
+    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's; by
+    default what the models were trained on, and digits where that is not written down"""
     split: str = "test"
     """Which part of them: test (which training does not see), train, all"""
     images: int = 2000
@@ -132,6 +133,7 @@ def _dry_run(options: Options, group: Group) -> None:
     from dualout.cli._cost import print_cost
 
     samplings = [sampling for _, sampling in _samplings(options)]
+    options = replace(options, data=_data(options, samplings))
     scores = f"{len(samplings)} combinations of {options.images} images, each by {options.features}"
     print_cost(options, samplings, options.images, group.size, {"scores": scores, "out": str(_out(options))})
 
@@ -152,7 +154,8 @@ def _print(rows: Sequence[Row], options: Options) -> None:
     told = [column for column in KEY if column in COLUMNS and len({str(row[column]) for row in rows}) == 1]
     hidden = set(told) | ({"nfe"} if all(row["nfe"] == row["steps"] for row in rows) else set())
     equal = ", ".join(f"{c} {rows[0][c]}" for c in told if c != "images" and rows[0][c] is not False)
-    title = f"{options.images} images against {options.data} ({rows[0]['protocol']['reference']['split']}); {equal}"
+    real = rows[0]["protocol"]["reference"]
+    title = f"{options.images} images against {real['data']} ({real['split']}); {equal}"
     console.table(rows, [column for column in COLUMNS if column not in hidden], title)
     for text in sorted({row["protocol"]["warning"] for row in rows if "warning" in row["protocol"]}):
         console.say(f"note: {text}")
@@ -175,6 +178,7 @@ def _scorings(options: Options, group: Group) -> list[Scoring]:
     features = [Features.parse(spec) for spec in _some(options.features, "features")]
     samplings = _samplings(options)
     shapes, place = [sampling.model.shape for _, sampling in samplings], samplings[0][1].device
+    options = replace(options, data=_data(options, [sampling for _, sampling in samplings]))
     references = _references(options, shapes, features, place)
     return [
         Scoring(sampling, options.images, references[sampling.model.shape], seed, group) for seed, sampling in samplings
@@ -238,6 +242,14 @@ def _routes(models: Sequence[Model], routes: Sequence[Route]) -> dict[str, list[
     return {name: list(readings.values()) for name, readings in found.items()}
 
 
+def _data(options: Options, samplings: Sequence[Sampling]) -> str:
+    """What the models' images are compared with."""
+    known = sorted({name for sampling in samplings if (name := sampling.model.trained_on)})
+    if options.data is None and len(known) > 1:
+        raise InputError(f"these models were trained on different data ({', '.join(known)}): give --data")
+    return options.data or (known[0] if known else "digits")
+
+
 def _references(
     options: Options, shapes: Sequence[Shape], features: Sequence[Features], place: torch.device
 ) -> dict[Shape, list[Reference]]:
@@ -248,6 +260,7 @@ def _references(
 
     for (channels, *size), look in product(shapes, features):
         look.check(channels, (size[0], size[1]))
+    assert options.data is not None
     found: dict[Shape, list[Reference]] = {}
     with console.progress() as bar:
         task = bar.add_task("reference", total=None)

@@ -99,6 +99,12 @@ class Model:
         """Where the denoiser is."""
         return next(self.denoiser.buffers()).device
 
+    @property
+    def trained_on(self) -> str | None:
+        """The images that it was trained on, as --data names them; None where that is not written down."""
+        name = (self.details.get("trained_on") or {}).get("name")
+        return name if isinstance(name, str) else None
+
     def protocol(self) -> dict[str, Any]:
         """Which model made the images."""
         name = self.run.rstrip("/").rsplit("/", 1)[-1]
