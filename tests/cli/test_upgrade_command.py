@@ -13,6 +13,7 @@ import torch
 
 import dualout
 from dualout.cli.main import main
+from dualout.errors import InputError
 from dualout.networks import build, foreign
 from dualout.parameterizations import Epsilon, LearnedVariance, Velocity
 from dualout.samplers import DDIM
@@ -193,6 +194,19 @@ def test_a_pipeline_of_diffusers(unet, tmp_path, prediction, capsys) -> None:
     assert torch.equal(first_of(new.route(closed)), first_of(read))
 
 
+def test_a_network_of_latents_is_not_taught_pictures(unet, tmp_path, capsys) -> None:
+    from diffusers import LDMPipeline, VQModel
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    coder = VQModel(latent_channels=1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
+    LDMPipeline(coder, unet, scheduler()).save_pretrained(tmp_path / "p")
+    assert upgraded(tmp_path / "p", out=tmp_path / "out") == 2
+    assert "latents of its pipeline's vqvae, and the data 'digits" in capsys.readouterr().err
+    np.save(tmp_path / "latents.npy", np.random.default_rng(0).normal(size=(160, 1, 8, 8)).astype("float32"))
+    latents = f"arrays:{tmp_path / 'latents.npy'}:latents=true"
+    assert upgraded(tmp_path / "p", "--data", latents, "--held_out", 32, out=tmp_path / "out") == 0
+
+
 def test_a_pipeline_with_a_learned_variance(tmp_path) -> None:
     from diffusers import DDPMPipeline
 
@@ -219,6 +233,34 @@ def test_a_scheduler_that_is_not_known(unet, tmp_path, capsys, changes, says) ->
     assert upgraded(path, out=tmp_path / "out") == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, "no beta_schedule.*Flow.*RectifiedFlow"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "no beta_schedule"),
+        ("EDMEulerScheduler", {}, "no beta_schedule.*Karras.*EDM"),
+        ("ScoreSdeVeScheduler", {}, "no beta_schedule"),
+        ("CMStochasticIterativeScheduler", {}, "no beta_schedule"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "continuous"),
+        ("CogVideoXDDIMScheduler", {}, "snr_shift_scale"),
+    ],
+)
+def test_a_scheduler_that_counts_no_betas_is_not_taken_for_one_that_does(name, options, says) -> None:
+    import diffusers
+
+    config = dict(getattr(diffusers, name)(**options).config) | {"_class_name": name}
+    with pytest.raises(InputError, match=f"{name}.*{says}"):
+        foreign.trained_by(config)
+
+
+def test_what_a_scheduler_does_not_say_is_as_in_its_class() -> None:
+    _, schedule = foreign.trained_by({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "linear"})
+    assert schedule.spec == "linear:beta_start=0.00085:beta_end=0.012"
+    parameterization, schedule = foreign.trained_by({"_class_name": "DDPMScheduler"})
+    assert (parameterization.spec, schedule.spec) == ("eps", "linear")
+    assert foreign.trained_by({"_class_name": "UnCLIPScheduler"})[1].spec == "cosine"
 
 
 def test_a_model_without_its_scheduler_must_be_told_how_it_was_trained(unet, tmp_path, capsys) -> None:

@@ -6,6 +6,7 @@ which network they fit and how it was trained. Files are read as data: no code i
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import zipfile
 from abc import ABC, abstractmethod
@@ -29,6 +30,9 @@ from dualout.parameterizations import CleanImage, Epsilon, LearnedVariance, Para
 from dualout.registry import Registered
 from dualout.schedules import Cosine, FromBetas, Linear, ScaledLinear, Schedule
 
+LATENTS = "latents of"
+"""The entry of a denoiser's card that says which part of its pipeline makes its images of pictures."""
+_CODERS = ("vae", "vqvae", "movq", "vqgan")
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net", "unet")
 
@@ -93,7 +97,11 @@ def _from_pipeline(directory: Path) -> Denoiser:
         )
     network = _diffusers_model(directory / name)
     parameterization, schedule = trained_by(_json(directory / "scheduler" / "scheduler_config.json"))
-    return Denoiser(network, _with_variance(network, parameterization), schedule).eval()
+    denoiser = Denoiser(network, _with_variance(network, parameterization), schedule).eval()
+    coder = next((k for k in _CODERS if k in parts), None)
+    if coder is not None:
+        denoiser.card[LATENTS] = coder
+    return denoiser
 
 
 def _from_model(directory: Path, parameterization: str | None, schedule: str | None) -> Denoiser:
@@ -126,8 +134,11 @@ def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
     """What a diffusers scheduler's configuration says of the training.
 
     Raises:
-        InputError: for a prediction type or a noise schedule that is not known.
+        InputError: for a prediction type or a noise schedule that is not known, or a scheduler that counts its noise
+            otherwise than by β.
     """
+    config = _with_defaults(config)
+    _check_betas(config)
     kinds = {"epsilon": Epsilon, "sample": CleanImage, "v_prediction": Velocity}
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in kinds:
@@ -147,6 +158,32 @@ def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
     if kind not in known:
         raise unknown("beta_schedule of the scheduler", kind, known)
     return kinds[prediction](), known[kind]()
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler's file leaves out is as in its class, and not alike in all: older files hold less."""
+    import diffusers
+
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    known = inspect.signature(cls).parameters if isinstance(cls, type) else {}
+    return {k: p.default for k, p in known.items() if p.default is not p.empty} | dict(config)
+
+
+def _check_betas(config: Mapping[str, Any]) -> None:
+    """Refuse schedulers of rectified flow, EDM, consistency models and the like, which say of ε and β nothing."""
+    name, reason = config.get("_class_name", "the scheduler"), None
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        reason = "has no beta_schedule: the network was trained with noise of another kind"
+    elif config.get("timestep_type") == "continuous":
+        reason = 'has timestep_type "continuous": the network is told ln(σ) / 4 instead of the time step'
+    elif config.get("snr_shift_scale", 1) != 1:
+        reason = "has snr_shift_scale, another noise schedule than that of its betas"
+    if reason:
+        raise InputError(
+            f"{name} {reason}. In Python, dualout.training.upgrade.upgrade takes any denoiser: "
+            "Denoiser(network, Flow(), RectifiedFlow()) for rectified flow, with Karras() and EDM() for EDM, and "
+            "adapters of dualout.networks for what the network is told"
+        )
 
 
 def _with_variance(network: Any, parameterization: Parameterization) -> Parameterization:
