@@ -74,15 +74,14 @@ class Denoiser(nn.Module):
             InputError: for images that are not floats, a `t` that is none of the schedule's or of another number, or
                 an output of another shape than the parameterization reads.
         """
-        if x_t.dtype in HALF:
-            x_t = x_t.float()
-        _check_floats(x_t)
+        if x_t.dtype is not torch.float32:
+            x_t = _widened(x_t)
         if not isinstance(t, Tensor):
             level, time = self.schedule.scalars(t), self._time(t, x_t)
         else:
             _check_times(t, x_t)
             time = t if t.shape == x_t.shape[:1] else t.expand(len(x_t))
-            level = self.schedule.level(time).like(x_t)
+            level = self.schedule.level_for(x_t, time)
         return self.parameterization.read(self.raw(x_t, time, level, **conditions), x_t, level)
 
     def raw(self, x_t: Tensor, time: Tensor, level: Level, **conditions: Any) -> Tensor:
@@ -125,12 +124,13 @@ class Denoiser(nn.Module):
         """
         if noise.shape != x0.shape:
             raise InputError(f"each image has noise of its own: got {tuple(noise.shape)} for {tuple(x0.shape)}")
-        if x0.dtype in HALF:
-            x0 = x0.float()
-        _check_floats(x0)
+        if x0.dtype is not torch.float32:
+            x0 = _widened(x0)
         if isinstance(t, Tensor):
             _check_times(t, x0)
-        alpha, sigma, _ = self.schedule.level(t).like(x0)
+            alpha, sigma, _ = self.schedule.level_for(x0, t)
+        else:
+            alpha, sigma, _ = self.schedule.scalars(t)
         prediction = self(alpha * x0 + sigma * noise, t, **conditions)
         parts = self.parameterization.losses(prediction, x0, noise)
         weights = self.parameterization.weights(self.schedule)
@@ -252,9 +252,11 @@ class Denoiser(nn.Module):
         return row
 
 
-def _check_floats(images: Tensor) -> None:
+def _widened(images: Tensor) -> Tensor:
+    """Images in float32 where they were in half precision; what is no floating-point number is refused."""
     if not images.dtype.is_floating_point:
         raise InputError(f"images are floats in [−1, 1], got {images.dtype}; x.float() / 127.5 - 1 is for 0 to 255")
+    return images.float() if images.dtype in HALF else images
 
 
 def _check_times(t: Tensor, images: Tensor) -> None:

@@ -43,6 +43,7 @@ class Registered:
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other names that specs may use, besides the lower-case class name."""
     _types: ClassVar[dict[str, Any]]
+    _checked: ClassVar[list[tuple[str, Any, frozenset[type]]]]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Names that specs may use for the class with some of its fields set; what a spec says besides is set on top."""
 
@@ -113,10 +114,9 @@ class Registered:
         Raises:
             InputError: naming the first such field.
         """
-        types = _declared(type(self))
-        for key, value in self.fields().items():
-            hint = types.get(key, Any)
-            if not _registered(hint):
+        for key, hint, plain in _checked(type(self)):
+            value = getattr(self, key)
+            if type(value) not in plain:
                 _check(type(self), self.name, key, value, hint)
 
     @property
@@ -174,6 +174,25 @@ def _declared(cls: type[Registered]) -> dict[str, Any]:
         except NameError:  # of a class inside a function, whose names are not found
             cls._types = {}
     return cls._types
+
+
+def _checked(cls: type[Registered]) -> list[tuple[str, Any, frozenset[type]]]:
+    """The fields whose types are checked, with the types that are right at a glance; kept by the class."""
+    if "_checked" not in cls.__dict__:
+        types = _declared(cls)
+        hints = {f.name: types.get(f.name, Any) for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        cls._checked = [
+            (key, hint, frozenset(_at_a_glance(hint)))
+            for key, hint in hints.items()
+            if hint is not Any and not _registered(hint)
+        ]
+    return cls._checked
+
+
+def _at_a_glance(hint: Any) -> list[type]:
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for option in get_args(hint) for kind in _at_a_glance(option)]
+    return [int, float] if hint is float else [hint] if hint in _WORDS and hint not in (list, dict) else []
 
 
 def _check(cls: type[Registered], name: str, key: str, value: Any, hint: Any) -> None:

@@ -149,7 +149,7 @@ class Schedule(Registered, ABC):
         return [lists.map(lambda values, t=t: values[t]) for t in range(self.steps)]
 
     @cached_property
-    def _on_device(self) -> dict[torch.device, Level[Tensor]]:
+    def _on_device(self) -> dict[torch.device, Tensor]:
         return {}
 
     def level(self, t: int | Tensor) -> Level[Tensor]:
@@ -161,19 +161,21 @@ class Schedule(Registered, ABC):
         if not isinstance(t, Tensor):
             index = self._index(t)
             return self._levels.map(lambda table: table[index])
-        if t.dtype.is_floating_point or t.dtype == torch.bool:
-            raise InputError(f"a time step is an integer from 0 to {self.steps - 1}, got a tensor of {t.dtype}")
-        rows = t.long().reshape(-1)
-        try:
-            # not table[t], which takes −1 for T−1
-            return self._tables_on(t.device).map(lambda table: table.index_select(0, rows).view(t.shape))
-        except IndexError as error:
-            raise InputError(
-                f"a time step is an integer from 0 to {self.steps - 1}, got {int(t.min())} to {int(t.max())}"
-            ) from error
+        return _unstacked(self._rows(t).view(-1, *t.shape))
+
+    def level_for(self, x: Tensor, t: Tensor) -> Level[Tensor]:
+        """``level(t).like(x)`` for time steps (B,), its five numbers looked up and cast at once.
+
+        Raises:
+            InputError: as `level`.
+        """
+        rows = self._rows(t).to(device=x.device, dtype=x.dtype)
+        return _unstacked(rows.view(*rows.shape, *[1] * (x.ndim - 1)))
 
     def scalars(self, t: int) -> Level[float]:
         """The noise level at step `t` as Python floats, for coefficients that are computed once."""
+        if type(t) is int and 0 <= t < self.steps:
+            return self._scalars[t]
         return self._scalars[self._index(t)]
 
     @property
@@ -191,12 +193,36 @@ class Schedule(Registered, ABC):
             raise InputError(f"a time step is an integer from 0 to {self.steps - 1}, got {t!r}")
         return index
 
-    def _tables_on(self, device: torch.device) -> Level[Tensor]:
-        if device not in self._on_device:
+    def _rows(self, t: Tensor) -> Tensor:
+        """A level's numbers at B time steps, stacked: (5, B), float64."""
+        if t.dtype.is_floating_point or t.dtype == torch.bool:
+            raise InputError(f"a time step is an integer from 0 to {self.steps - 1}, got a tensor of {t.dtype}")
+        try:
+            # not table[t], which takes −1 for T−1
+            return self._stacked_on(t.device).index_select(0, t.long().reshape(-1)).t()
+        except IndexError as error:
+            raise InputError(
+                f"a time step is an integer from 0 to {self.steps - 1}, got {int(t.min())} to {int(t.max())}"
+            ) from error
+
+    def _stacked_on(self, device: torch.device) -> Tensor:
+        """A level's numbers at every t: (T, 5)."""
+        found = self._on_device.get(device)
+        if found is None:
+            alpha, sigma, posterior = self._levels
+            assert posterior is not None
             # Apple's GPUs have no float64; elsewhere the tables keep it until they are used
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._on_device[device] = self._levels.map(lambda table: table.to(device=device, dtype=dtype))
-        return self._on_device[device]
+            found = torch.stack([alpha, sigma, *posterior], 1).to(device, dtype)
+            if type(found) is Tensor:  # and not a tracer's
+                self._on_device[device] = found
+        return found
+
+
+def _unstacked(numbers: Tensor) -> Level[Tensor]:
+    """A level of which each entry is a row."""
+    alpha, sigma, *posterior = numbers.unbind()
+    return Level(alpha, sigma, Posterior(*posterior))
 
 
 class _Betas(Schedule, ABC):

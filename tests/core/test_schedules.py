@@ -82,6 +82,7 @@ def test_edm_keeps_the_image() -> None:
 
 def test_gain_falls_as_the_design_says() -> None:
     gain = Linear().level(torch.arange(1000)).gain
+    assert gain is not None
     assert gain[0] == pytest.approx(1)
     assert gain[999] ** 2 == pytest.approx(1.66e-8, rel=0.02)
     assert 1 / Linear().scalars(999).alpha == pytest.approx(157, rel=0.01)
@@ -110,6 +111,17 @@ def test_tables_stay_float64_until_they_are_used() -> None:
     assert level.like(torch.zeros(2, 1, 2, 2)).alpha.dtype == torch.float32
     exact = level.like(torch.zeros(2, 1, 2, 2, dtype=torch.float64))
     assert torch.equal(exact.alpha, level.alpha.view(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_is_looked_up_at_once_to_the_same_numbers(dtype: torch.dtype) -> None:
+    x, t = torch.zeros(3, 1, 2, 2, dtype=dtype), torch.tensor([0, 999, 500])
+    apart, at_once = Linear().level(t).like(x), Linear().level_for(x, t)
+    flat = [[level.alpha, level.sigma, *level.posterior] for level in (apart, at_once)]  # type: ignore[misc]
+    assert len(flat[1]) == 5
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*flat, strict=True))
+    with pytest.raises(InputError, match="from 0 to 999, got -1 to 5"):
+        Linear().level_for(x, torch.tensor([5, -1, 0]))
 
 
 @pytest.mark.parametrize(

@@ -78,13 +78,13 @@ class Sampler(Registered, ABC):
     order: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        if hasattr(self.steps, "__index__") and not isinstance(self.steps, bool):  # also an integer of numpy's
+        if type(self.steps) not in (int, bool) and hasattr(self.steps, "__index__"):  # an integer of numpy's
             object.__setattr__(self, "steps", operator.index(self.steps))
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InputError(f"steps is a whole number, 1 or more; got {self.steps!r}")
         for key in ("spacing", "clip"):
             value = getattr(self, key)
-            if isinstance(value, list | np.ndarray | Tensor):
+            if isinstance(value, _SEQUENCES):
                 object.__setattr__(self, key, tuple(value if isinstance(value, list) else value.tolist()))
         self.check_types()
         if isinstance(self.spacing, str) and self.spacing not in SPACINGS:
@@ -220,6 +220,7 @@ def _plan(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[Any
 _plan_kept = lru_cache(maxsize=32)(_plan)
 
 
+_SEQUENCES = (list, np.ndarray, Tensor)
 _IGNORED = (
     "this network learned a variance, which the sampler {} does not use; DDPM with variance=learned does "
     "(ddpm:variance=learned)"
@@ -249,7 +250,8 @@ class Step(NamedTuple):
         if self.draw is None:
             return torch.randn_like(x)
         drawn = self.draw(self.k)
-        if drawn.shape != x.shape:
+        # shapes take longer to compare than numbers of pixels, and a wrong one shows at the first step
+        if drawn.numel() != x.numel() or (self.k == 0 and drawn.shape != x.shape):
             raise InputError(f"draw(k) gives noise for each image, {tuple(x.shape)}; got {tuple(drawn.shape)}")
         return drawn
 
