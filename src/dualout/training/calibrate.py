@@ -137,8 +137,7 @@ def fit(
     comparison = Comparison(denoiser, images, how, told)
     uncalibrated = Start(names, sampler.timesteps(denoiser.schedule), second_order=False)
     before = comparison.held_out(plain, sampler)
-    best = _Found(before, uncalibrated.times, uncalibrated.values(denoiser.schedule))
-    begun_as = uncalibrated
+    best = _Found(before, uncalibrated, uncalibrated.times, uncalibrated.values(denoiser.schedule))
     frozen = {p: p.requires_grad for p in denoiser.parameters()}
     worse = 0
     try:
@@ -159,22 +158,8 @@ def fit(
                 descents = [ahead]
             worse = 0 if ahead.best.far.distance < best.far.distance else worse + 1
             if not worse:
-                best, begun_as = ahead.best, ahead.start
-            protocol = {
-                "held_out_before": before.distance,
-                "held_out_after": best.far.distance,
-                "nearest": {
-                    "before": before.nearest,
-                    "after": best.far.nearest,
-                    "held_out_images": comparison.nearest_real,
-                },
-                "iterations": i,
-                "way": WAY,
-                "begun_as": "2M" if begun_as.second_order else "uncalibrated",
-                "fit": vars(how),
-                "precision": plain.precision.name,
-                **comparison.protocol(),
-            }
+                best = ahead.best
+            protocol = _protocol(before, best, comparison) | {"iterations": i, "precision": plain.precision.name}
             calibration = Calibration(sampler.config(), best.times, best.values, protocol)
             yield Progress(i, ahead.since(), ahead.now.distance, best.far.distance, calibration)
             if worse >= how.patience:
@@ -188,8 +173,25 @@ class _Found(NamedTuple):
     """A calibration, and how far images made with it are."""
 
     far: Far
+    begun: Start
     times: Sequence[int]
     values: Numbers
+
+
+def _protocol(before: Far, best: _Found, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "held_out_before": before.distance,
+        "held_out_after": best.far.distance,
+        "nearest": {
+            "before": before.nearest,
+            "after": best.far.nearest,
+            "held_out_images": comparison.nearest_real,
+        },
+        "way": WAY,
+        "begun_as": "2M" if best.begun.second_order else "uncalibrated",
+        "fit": vars(comparison.how),
+        **comparison.protocol(),
+    }
 
 
 class _Descent:
@@ -214,7 +216,7 @@ class _Descent:
         self.optimizer = torch.optim.Adam(self.values.values(), lr=how.lr, betas=(0.9, 0.95))
         self._losses: list[Tensor] = []
         self.now = comparison.held_out(self.denoiser, self.sampler)
-        self.best = _Found(self.now, self.times, _floats(self.values))
+        self.best = _Found(self.now, self.start, self.times, _floats(self.values))
 
     def update(self, i: int) -> None:
         """The i-th update of the numbers, from 1."""
@@ -233,7 +235,7 @@ class _Descent:
         """See how far images of held-out noise are from real ones."""
         self.now = self.comparison.held_out(self.denoiser, self.sampler)
         if self.now.distance < self.best.far.distance:
-            self.best = _Found(self.now, self.times, _floats(self.values))
+            self.best = _Found(self.now, self.start, self.times, _floats(self.values))
 
     def move(self) -> None:
         """Move the time steps to where the best numbers so far want them: what is fitted wants others than DDIM did."""
