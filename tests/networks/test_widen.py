@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dualout
 from dualout import checkpoint
 from dualout.errors import InputError
-from dualout.networks import Output, Positional, ScaledTime, build, widen
+from dualout.networks import Keyword, Output, Positional, ScaledTime, build, widen
 from dualout.networks.wide import KINDS, wider
 from dualout.networks.widen import _same
 
@@ -291,11 +291,97 @@ def test_what_follows_the_layer_must_take_more_channels() -> None:
             return x + super().forward(x, t)
 
     network = Residual()
-    with pytest.raises(InputError, match="what comes after that layer depends on its number of rows"):
+    with pytest.raises(InputError, match="what comes after that layer, 'last', depends on its number of rows"):
         widen(network, 5, inplace=True)
     assert type(network.last) is nn.Conv2d
     with pytest.raises(InputError, match="depends on their number"):
         widen(Plain(tail=nn.Softmax(dim=1)), 5, layer="last", example=(torch.randn(1, 2, 8, 8), torch.zeros(1)))
+
+    # where an image has one channel, nothing fails: the sum goes to all channels
+    with pytest.raises(InputError, match="after layer 'last' is added to the new channels too"):
+        widen(Residual(channels=1), 3)
+
+
+@pytest.mark.parametrize("example", [None, (torch.randn(2, 2, 8, 8), torch.tensor([1, 700]))])
+def test_a_named_layer_is_held_to_the_promise_too(example: Any) -> None:
+    class Normed(Plain):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return nn.functional.group_norm(super().forward(x, t), 1)
+
+    network = Normed()
+    with pytest.raises(InputError, match="widening that layer, 'last', does not give this Normed 5 output channels"):
+        widen(network, 5, layer="last", example=example, inplace=True)
+    assert type(network.last) is nn.Conv2d
+
+
+def test_a_network_that_is_not_the_same_twice_is_named_as_such() -> None:
+    class Random(Plain):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x + torch.randn_like(x), t)
+
+    with pytest.raises(InputError, match="gives something else each time"):
+        widen(Random(), 5)
+
+
+class Folded(nn.Module):
+    """Ends with a rearrangement: of patches whose channels run fastest, as DiT's, or slowest, as a pixel shuffle's."""
+
+    def __init__(self, fastest: bool, linear: bool) -> None:
+        super().__init__()
+        self.fastest, self.linear, self.out_channels = fastest, linear, 3
+        self.first = nn.Conv2d(3, 16, 2, stride=2)
+        self.last = nn.Linear(16, 12) if linear else nn.Conv2d(16, 12, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.first(x) + t.view(-1, 1, 1, 1) / 1000
+        y = self.last(h.movedim(1, -1)).movedim(-1, 1) if self.linear else self.last(h)
+        if self.fastest:
+            y = y.unflatten(1, (4, self.out_channels)).transpose(1, 2).flatten(1, 2)
+        return nn.functional.pixel_shuffle(y, 2)
+
+
+@pytest.mark.parametrize("layer", [None, "last"])
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("fastest", [True, False])
+def test_rows_that_are_rearranged_into_the_output_are_found(fastest: bool, linear: bool, layer: str | None) -> None:
+    network, x, t = Folded(fastest, linear), torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
+    wide = widen(network, 7, layer=layer)
+    same_first(wide, network, 7, x, t)
+    rows = len(wide.last.weight)
+    assert rows == 28
+    assert wide.out_channels == 7
+    # row r makes one channel, and no other
+    with torch.no_grad():
+        wide.last.weight.zero_()
+        wide.last.bias.copy_(torch.arange(rows) % 7 if fastest else torch.arange(rows) // 4)
+        assert torch.equal(wide(x, t), torch.arange(7.0).view(1, 7, 1, 1).expand(2, 7, 8, 8))
+
+
+def test_transformers_that_are_not_known_by_name() -> None:
+    from diffusers import AuraFlowTransformer2DModel, WanTransformer3DModel
+
+    aura = AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16,
+        pos_embed_max_size=16,
+    ).eval()  # fmt: skip
+    wan = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12,
+        freq_dim=16, ffn_dim=16, num_layers=1, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+    text = {"encoder_hidden_states": torch.randn(2, 5, 12)}
+    for inner, shape in ((aura, (4, 8, 8)), (wan, (4, 2, 8, 8))):
+        network, x, t = Keyword(inner), torch.randn(2, *shape), torch.tensor([3, 700])
+        wide = widen(network, 9, example=(x, t, text))
+        same_first(wide, network, 9, x, t, **text)
+        again = checkpoint.construct(checkpoint.describe(wide)).eval()
+        again.load_state_dict(wide.state_dict())
+        same_first(again, network, 9, x, t, **text)
+
+
+def test_an_example_is_given_in_the_networks_precision(tiny: nn.Module) -> None:
+    network, x, t = copy.deepcopy(tiny).bfloat16(), torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
+    same_first(widen(network, 7, example=(x, t)), network, 7, x.bfloat16(), t)
 
 
 def _shared(network: nn.Module) -> None:
@@ -316,6 +402,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tied": (_shared, "shared, as conv_out.weight and twin.weight"),
     "one layer, two names": (lambda n: setattr(n, "twin", n.conv_out), "shared, as conv_out.* and twin"),
     "hooks": (lambda n: n.conv_out.register_forward_hook(lambda *_: None), "forward hooks"),
+    "another forward": (lambda n: setattr(n.conv_out, "forward", lambda x: x), "its forward was exchanged"),
     "groups": (lambda n: setattr(n, "conv_out", nn.Conv2d(24, 3, 3, padding=1, groups=3)), "3 groups"),
     "transposed": (lambda n: setattr(n, "conv_out", nn.ConvTranspose2d(24, 3, 1)), "no convolution or linear layer"),
     "a layer of its own": (
@@ -364,6 +451,30 @@ def test_arguments_that_are_refused(tiny: nn.Module) -> None:
     ]:
         with pytest.raises(InputError, match=message):
             widen(network, channels, **options)
+
+
+def test_networks_whose_layers_are_not_their_own_are_refused(tiny: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = copy.deepcopy(tiny)
+    sharded.__class__ = type("FSDPUNet", (FSDPModule, type(tiny)), {})
+    hooked: Any = copy.deepcopy(tiny)
+    hooked.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Plain(), (torch.randn(1, 2, 8, 8), torch.zeros(1)))
+    for network, message in [
+        (sharded, "FSDPUNet is sharded: widen the network first"),
+        (hooked, "diffusers has put hooks into this UNet2DModel .*widen the network before"),
+        (traced, "widen the module that it was compiled from"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            widen(network, 7)
+
+
+def test_what_gives_the_output_is_named_where_it_is_no_layer_that_can_be_widened() -> None:
+    with pytest.raises(InputError, match=r"Its output is what 'tail' \(ConvTranspose2d\) gives"):
+        widen(Plain(tail=nn.ConvTranspose2d(2, 2, 3, padding=1)), 5)
 
 
 def test_on_a_gpu_the_old_channels_may_round_otherwise_but_not_be_others():

@@ -61,7 +61,14 @@ class Output(Registered, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Output):
-    """A row is a channel; for layers that were named or traced."""
+    """A channel's rows lie together, mostly one row; for layers that were named or traced."""
+
+    each: int = 1
+    """How many rows a channel has: p² before a pixel shuffle."""
+
+    def channels(self, network: nn.Module) -> int:
+        """How many channels the network has now."""
+        return rows_of(network.get_submodule(self.layer)) // self.each
 
     def rows(self, channels: int, each: int) -> Tensor:
         """(channels, each): one after the other."""
@@ -126,6 +133,18 @@ class Patches(Output, ABC):
     def rows(self, channels: int, each: int) -> Tensor:
         """(channels, each): the channel runs fastest."""
         return torch.arange(channels * each, device="cpu").view(each, channels).T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interleaved(Patches):
+    """A transformer's map to patches that was named or traced."""
+
+    each: int = 1
+    """How many rows a channel has: those of a patch."""
+
+    def channels(self, network: nn.Module) -> int:
+        """How many channels the network has now."""
+        return rows_of(network.get_submodule(self.layer)) // self.each
 
 
 @dataclass(frozen=True, kw_only=True)

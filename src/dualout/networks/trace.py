@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
+from dualout.networks.output import Interleaved, Output, Plain
 from dualout.networks.wide import layers_of, rows_of
 
 Example = Sequence[Any]
 """The arguments of one call: (x_t, t), or (x_t, t, {name: condition})."""
+
+_LAST = 3
+"""How many of the layers that are run last are tried for an output that is rearranged."""
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def listed(network: nn.Module, names: Sequence[str] | None = None, most: int = 8) -> str:
@@ -25,11 +30,12 @@ def listed(network: nn.Module, names: Sequence[str] | None = None, most: int = 8
     return ", ".join(f"{n or '(the network itself)'} ({type(layers[n]).__name__}, {rows_of(layers[n])})" for n in names)
 
 
-def trace(network: nn.Module, inner: nn.Module, example: Example) -> str:
-    """The name in `inner` of the layer whose rows are the output's channels.
+def trace(network: nn.Module, inner: nn.Module, example: Example) -> Output:
+    """The layer in `inner` whose rows are the output's channels, and how they lie in it.
 
     It is the layer whose result is the output itself; or else the only one with as many rows as the output has
-    channels of which the first and the last move the output's first and last channel and no other.
+    channels of which the first and the last move the output's first and last channel and no other; or else one of the
+    last to be run, whose result is rearranged into the output (patches, a pixel shuffle).
 
     Args:
         network: what is called, as (x_t, t, **conditions).
@@ -54,21 +60,79 @@ def trace(network: nn.Module, inner: nn.Module, example: Example) -> str:
         ) from error
     channels = output.shape[1] if output.ndim > 1 else 1
     layers = layers_of(inner)
-    fitting = [name for name, ys in calls.items() if len(ys) == 1 and rows_of(layers[name]) == channels]
+    once = [name for name, ys in calls.items() if len(ys) == 1]
+    fitting = [name for name in once if rows_of(layers[name]) == channels]
     found = [name for name in fitting if calls[name][0] is output]
     found = found or [name for name in fitting if _leads(network, inner, name, example, output)]
     if len(found) == 1:
-        return found[0]
+        return Plain(layer=found[0])
     if found:
         raise InputError(
             f"more than one layer of this {type(inner).__name__} could make its {channels} output channels: "
             f"{listed(inner, found)}. Say which: layer=NAME"
         )
+    for name in once[: -_LAST - 1 : -1]:
+        if (made := folded(network, inner, name, example, output)) is not None:
+            return made
+    last = _last(network, inner, example)
     raise InputError(
-        f"no layer of this {type(inner).__name__} makes just its {channels} output channels, one row a channel. The "
-        f"last layers are (with their rows) {listed(inner)}; say layer=NAME, or give the architecture a class in "
+        f"no layer of this {type(inner).__name__} makes just its {channels} output channels, one row a channel. "
+        + (f"Its output is what {last} gives. " if last else "")
+        + f"The last layers are (with their rows) {listed(inner)}; say layer=NAME, or give the architecture a class in "
         "dualout.networks.output that tells how channels lie in its rows"
     )
+
+
+def folded(network: nn.Module, inner: nn.Module, name: str, example: Example, output: Tensor) -> Output | None:
+    """How a layer's rows lie in the output, where that is its result rearranged: several rows a channel.
+
+    The result is replaced by each row's number, and the output then tells which rows each channel is made of.
+
+    Args:
+        network: what is called.
+        inner: the network itself.
+        name: the layer's, in `inner`.
+        example: arguments to call it with.
+        output: what it gives for them.
+
+    Returns:
+        None where more is done to the result, or channels lie in no known order.
+    """
+    layer, channels = layers_of(inner)[name], output.shape[1] if output.ndim > 1 else 1
+    count = rows_of(layer)
+    each, left = divmod(count, channels)
+    if left or not each:
+        return None
+
+    def numbered(at: str, y: Tensor) -> Tensor | None:
+        if at != name:
+            return None
+        dim = y.ndim - 1 if isinstance(layer, nn.Linear) else 1
+        numbers = torch.arange(count, dtype=torch.float32, device=y.device)
+        return numbers.view(-1, *[1] * (y.ndim - 1 - dim)).expand_as(y).clone()
+
+    try:
+        with watched(inner, numbered):
+            seen = call(network, example)
+    except InputError:
+        return None
+    if seen.shape != output.shape:
+        return None
+    sets = [tuple(channel.unique().tolist()) for channel in seen.movedim(1, 0)]
+    for kind in (Plain, Interleaved):
+        made = kind(layer=name, each=each)
+        if sets == [tuple(float(row) for row in rows) for rows in made.rows(channels, each).tolist()]:
+            return made
+    return None
+
+
+def _last(network: nn.Module, inner: nn.Module, example: Example) -> str:
+    """In words, the part of a network, without parts of its own, whose result is the output."""
+    results: list[tuple[str, Any]] = []
+    parts = {n: m for n, m in inner.named_modules() if n and not isinstance(m, nn.Identity) and not list(m.children())}
+    with watching(parts, lambda name, y: results.append((name, y))):
+        output = call(network, example)
+    return next((f"{n!r} ({type(parts[n]).__name__})" for n, y in reversed(results) if y is output), "")
 
 
 @torch.no_grad()
@@ -133,12 +197,15 @@ def guess(network: nn.Module) -> Example:
 
 @torch.no_grad()
 def call(network: nn.Module, example: Example) -> Tensor:
-    """The network's output for an example, with dropout and the like off.
+    """The network's output for an example, in the network's precision, with dropout and the like off.
 
     Raises:
         InputError: when it cannot be called so, or gives something else than a tensor.
     """
     x_t, t, *rest = example
+    dtype = next((p.dtype for p in network.parameters() if p.dtype in _COMPUTED), x_t.dtype)
+    if x_t.is_floating_point() and x_t.dtype != dtype:
+        x_t = x_t.to(dtype)
     modes = {m: m.training for m in network.modules()}
     network.eval()
     try:

@@ -14,7 +14,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.adapter import Adapter
 from dualout.networks.output import Output, Plain, named, output_of
-from dualout.networks.trace import Example, call, guess, listed, trace
+from dualout.networks.trace import Example, call, folded, guess, listed, trace
 from dualout.networks.wide import KINDS, Wide, layers_of, rows_of, wider
 
 ROUNDING = 1e-2
@@ -63,14 +63,23 @@ def widen(
     inner = _innermost(network)
     output = output_of(inner)
     if layer is not None and (output is None or output.layer != layer):
+        _check_present(inner, layer)
+        example = _callable(network, inner) if example is None else example
         output = Plain(layer=layer)
+        if example is not None:
+            output = folded(network, inner, layer, example, call(network, example)) or output
     elif output is None:
         example = guess(inner) if example is None else example
-        output = Plain(layer=trace(network, inner, example))
+        output = trace(network, inner, example)
     output.check(inner)
     _check_present(inner, output.layer)
     before = None if example is None else call(network, example)
     count = output.channels(inner)
+    if before is not None and before.shape[1:2] != (count,):
+        raise InputError(
+            f"layer {output.layer!r} makes {count} channels, and this {type(inner).__name__} gives an output of shape "
+            f"{tuple(before.shape)}, whose second side are not those"
+        )
     places = _places(range(count) if places is None else places, count, channels, inner)
     old = {name: inner.get_submodule(name) for name in (output.layer, *output.beside)}
     fills = {name: init if name == output.layer else nn.init.zeros_ for name in old}
@@ -78,9 +87,14 @@ def widen(
     _replace(inner, output, wide, channels)
     if example is not None and before is not None:
         try:
-            _verify(network, example, before, channels, places)
+            _verify(network, example, before, channels, places, output.layer, empty=init is nn.init.zeros_)
         except InputError:
             _replace(inner, output, old, count)
+            if not _same(call(network, example), before, before.device.type == "cpu"):
+                raise InputError(
+                    f"this {type(inner).__name__} gives something else each time that it is called with the same, so "
+                    "that it cannot be seen whether widening keeps that: switch off what is random in it"
+                ) from None
             raise
     return network
 
@@ -94,7 +108,28 @@ def _plain(network: nn.Module) -> nn.Module:
     network = getattr(network, "_orig_mod", network)
     if not isinstance(network, nn.Module):
         raise InputError(f"only a torch.nn.Module has a layer that can be widened; got {network!r}")
+    kind = type(network).__name__
+    if isinstance(network, torch.jit.ScriptModule):
+        raise InputError(f"the layers of a {kind} cannot be exchanged: widen the module that it was compiled from")
+    if {c.__name__ for c in type(network).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}:
+        raise InputError(f"this {kind} is sharded: widen the network first, and shard it then")
+    hooked = next((name for name, m in network.named_modules() if hasattr(m, "_diffusers_hook")), None)
+    if hooked is not None:
+        raise InputError(
+            f"diffusers has put hooks into this {kind} ({hooked or 'itself'}), for layerwise casting, offloading or "
+            "caching, which a new layer would not have: widen the network before these are enabled"
+        )
     return network
+
+
+def _callable(network: nn.Module, inner: nn.Module) -> Example | None:
+    """A guessed example, if the network can be called with it."""
+    try:
+        example = guess(inner)
+        call(network, example)
+    except InputError:
+        return None
+    return None if example[0].device.type == "meta" else example
 
 
 def _copied(network: nn.Module) -> nn.Module:
@@ -171,6 +206,8 @@ def _check_layer(network: nn.Module, layer: nn.Module, name: str, output: Output
         reason = f"its rows are in {layer.groups} groups, each of which sees a part of the input only"
     elif layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
         reason = "it has forward hooks, which would be lost: remove them first"
+    elif "forward" in vars(layer):
+        reason = "its forward was exchanged, which would be lost: put the class's own back first"
     else:
         for kind, own in layer.named_parameters(recurse=False):
             names = [n for n, p in network.named_parameters(remove_duplicate=False) if p is own]
@@ -199,16 +236,34 @@ def _same(after: Tensor, before: Tensor, exact: bool) -> bool:
     return bool(difference <= ROUNDING * before.double().square().mean().sqrt())
 
 
-def _verify(network: nn.Module, example: Example, before: Tensor, channels: int, places: list[int]) -> None:
-    """Hold the promise to an example: as many channels, and the old ones as they were."""
+def _verify(
+    network: nn.Module,
+    example: Example,
+    before: Tensor,
+    channels: int,
+    places: list[int],
+    layer: str,
+    *,
+    empty: bool,
+) -> None:
+    """Hold the promise to an example: as many channels, the old ones as before, and nothing in those of empty rows."""
     try:
         after = call(network, example)
     except InputError as error:
-        raise InputError(f"what comes after that layer depends on its number of rows; {error}") from error
+        raise InputError(
+            f"what comes after that layer, {layer!r}, depends on its number of rows, as a norm or a sum with the input "
+            f"does: widen the part of the network that ends with it, and do the rest around that; {error}"
+        ) from error
     shape, exact = (*before.shape[:1], channels, *before.shape[2:]), before.device.type == "cpu"
     if after.shape != shape or not _same(after[:, places], before, exact):
         raise InputError(
-            f"widening that layer does not give this {type(network).__name__} {channels} output channels of which "
-            f"{places} are as before: what comes after the layer depends on their number. Output of shape "
+            f"widening that layer, {layer!r}, does not give this {type(network).__name__} {channels} output channels "
+            f"of which {places} are as before: what comes after the layer depends on their number. Output of shape "
             f"{tuple(before.shape)} became {tuple(after.shape)}"
+        )
+    new = after.movedim(1, 0)[sorted(set(range(channels)) - set(places))].flatten(1)
+    if empty and (new != new[:, :1]).any():
+        raise InputError(
+            f"what comes after layer {layer!r} is added to the new channels too, whose rows are zero, as a sum of one "
+            "channel with the input is: widen the part of the network that ends with it, and do the rest around that"
         )
