@@ -1,6 +1,8 @@
 """dualout compare: what is chosen, what is averaged, and that nothing is done twice."""
 
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -59,6 +61,38 @@ def grid_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("grid") / "grid.yaml"
     path.write_text(yaml.safe_dump(grid))
     return path
+
+
+@pytest.mark.parametrize(("number", "code", "at"), [(signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 5)])
+def test_a_comparison_that_is_stopped_while_it_trains_goes_on_from_there(
+    grid_file, tmp_path, monkeypatch, capsys, number, code, at
+):
+    grid = yaml.safe_load(grid_file.read_text()) | {"methods": {"dual": "dual"}, "calibrated": [False], "steps": [1]}
+    grid["train"] |= {"steps": 5}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    command = ["compare", "--config", str(tmp_path / "grid.yaml"), "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    trained = []
+
+    class Stopping(compare.Doing):
+        def __new__(cls, what, done, total):
+            if "training" in what:
+                trained.append(done)
+                if trained == [*range(1, at + 1)]:
+                    os.kill(os.getpid(), number)
+            return super().__new__(cls, what, done, total)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(compare, "Doing", Stopping)
+    assert main([*command, str(tmp_path / "out")]) == code
+    assert signal.getsignal(number) is before
+    assert "stopped: the same command goes on from there" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "table.json").exists()
+    assert main([*command, str(tmp_path / "out")]) == 0
+    # no step is made twice
+    assert trained == [1, 2, 3, 4, 5]
+    found = [next((tmp_path / name / "models").iterdir()) / "model.safetensors" for name in ("whole", "out")]
+    assert found[0].read_bytes() == found[1].read_bytes()
 
 
 def test_a_grid_costs_only_what_is_new(grid_file, capsys):

@@ -101,6 +101,13 @@ def test_other_directories_are_left_alone(tmp_path, capsys):
     assert "holds something else" in capsys.readouterr().err
 
 
+def test_one_that_is_stopped_tells_how_to_go_on_with_its_own_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_watch", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--steps", "7"]) == 130
+    # --out alone would be refused
+    assert "stopped: the same command goes on from there" in capsys.readouterr().err
+
+
 def wait_for(condition, seconds=900):
     end = time.monotonic() + seconds
     while not condition():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +125,27 @@ def test_errors_become_messages_and_codes(command: Callable[..., None], capsys: 
         main(["trial"])
 
 
+def test_sigterm_leaves_as_ctrl_c_does(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    removed = []
+
+    def terminated(arguments: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            removed.append("what is half written")
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        command(terminated)
+        assert main(["trial"]) == 143
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert removed
+    assert capsys.readouterr().err == "\ndualout trial: stopped\n"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]])
 def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
     # the pipe is closed before anything is written
@@ -147,8 +171,10 @@ def test_a_value_that_was_forgotten_in_a_file_is_told(tmp_path, capsys):
 
 def test_what_a_killed_process_was_writing_is_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".results.json.abc.tmp").write_text("half")
+    (tmp_path / ".results.lock").touch()
     (tmp_path / ".writing-abc").mkdir()
     assert out_directory(tmp_path, holds="scores", marker="results.json") == tmp_path
+    assert [p.name for p in tmp_path.iterdir()] == [".results.lock"]
     (tmp_path / ".mine").write_text("whole")
     with pytest.raises(InputError, match=r"holds something else \(.mine\)"):
         out_directory(tmp_path, holds="scores", marker="results.json")

@@ -9,7 +9,8 @@ The best spacing of a method is chosen on one set of samples and reported on oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,8 +90,17 @@ def expected(grid: Grid, out: Path) -> Expected:
     return Expected(len(models), trained, parameters, memory, scores, calibrations, training, sampling)
 
 
-def run(grid: Grid, out: Path) -> Iterator[Doing | list[Row]]:
-    """Do all of it; the last item is the table.
+Listening = Callable[[Callable[[], None]], AbstractContextManager[Any]]
+"""Given what ends a training after its step, a context in which that may be asked for."""
+
+
+def run(grid: Grid, out: Path, listening: Listening = nullcontext) -> Iterator[Doing | list[Row]]:
+    """Do all of it; the last item is the table, where no training was ended before.
+
+    Args:
+        grid: what is compared.
+        out: the directory.
+        listening: entered while a model is trained, as `interruptible`: one that is ended has its checkpoint.
 
     Raises:
         InputError: before anything is trained, for real images that samples cannot be compared with.
@@ -101,7 +111,8 @@ def run(grid: Grid, out: Path) -> Iterator[Doing | list[Row]]:
     wanted: list[tuple[Training, Scoring]] = []
     for training in grid.models():
         directory = training.directory(out)
-        yield from _trained(training, directory)
+        if not (yield from _trained(training, directory, listening)):
+            return
         model = Model.load(directory, find_device(grid.device))
         if not references:
             references = _references(grid, model)
@@ -132,13 +143,16 @@ def _method(training: Training, row: Row) -> str:
     return training.method if row["route"] == "mix" else f"{training.method} ({row['route']})"
 
 
-def _trained(training: Training, directory: Path) -> Iterator[Doing]:
+def _trained(training: Training, directory: Path, listening: Listening) -> Generator[Doing, None, bool]:
+    """Returns whether all its steps are done."""
     config = TrainConfig(**{**vars(training.config), "out": str(directory)})
     with Run(config) as training_run:
         if not training_run.finished:
             directory.mkdir(parents=True, exist_ok=True)
-            for step in training_run:
-                yield Doing(f"training {training.method} seed {training.seed}", step.index, config.steps)
+            with listening(training_run.stop):
+                for step in training_run:
+                    yield Doing(f"training {training.method} seed {training.seed}", step.index, config.steps)
+        return training_run.finished
 
 
 def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, sampler: Sampler) -> Iterator[Doing]:

@@ -7,6 +7,8 @@ table.json (a row for each score, with its protocol), summary.csv, summary.md an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +38,10 @@ def run(arguments: list[str]) -> int | None:
     if options.dry_run:
         return _dry_run(options)
     out = out_directory(options.out, holds="comparisons", marker="results.json")
-    rows = _done(options, out)
+    rows, code = _done(options, out)
+    if code:
+        console.say("stopped: the same command goes on from there")
+        return code
     _write(rows, options, out)
     return None
 
@@ -58,23 +63,35 @@ def _dry_run(options: Options) -> None:
     console.dry_run(vars(options), rows)
 
 
-def _done(options: Options, out: Path) -> list[Row]:
+def _done(options: Options, out: Path) -> tuple[list[Row], int]:
+    """The table, and 0; or no rows and the exit code, when a training was asked to end."""
     from dualout.analysis.compare import Doing
     from dualout.analysis.compare import run as do
+    from dualout.training.interrupt import interruptible
 
-    rows: list[Row] = []
+    code = 0
+
+    @contextmanager
+    def listening(stop: Callable[[], None]) -> Iterator[None]:
+        nonlocal code
+        with interruptible(stop) as asked:
+            yield
+        code = asked.code
+
     with console.progress() as bar:
         task = bar.add_task("comparing", total=None)
         last = ""
-        for item in do(options, out):
+        for item in do(options, out, listening):
+            if code:
+                # it was asked for in a training's last step
+                break
             if not isinstance(item, Doing):
-                rows = item
-                continue
+                return item, 0
             if item.what != last and bar.disable:
                 console.say(item.what)
             last = item.what
             bar.update(task, description=item.what, completed=item.done, total=item.total)
-    return rows
+    return [], code
 
 
 def _write(rows: list[Row], options: Options, out: Path) -> None:

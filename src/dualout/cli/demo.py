@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int | None:
     with interruptible(lambda: stopped.append(True)) as asked:
         _watch(models, workers, together, stopped)
     if stopped:
-        console.say(f"stopped; dualout demo --out {shlex.quote(options.out)} goes on from there")
+        console.say("stopped: the same command goes on from there")
         return asked.code
     console.say("drawing")
     rows = _results(models, out)

@@ -13,8 +13,13 @@ import ast
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from dualout.errors import InputError, unknown
 from dualout.version import __version__
@@ -67,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            return _run(arguments)
+            with _terminable():
+                return _run(arguments)
         finally:
             # a reader that has gone (… | head) is noticed here at the latest
             sys.stdout.flush()
@@ -80,13 +86,36 @@ def main(arguments: list[str] | None = None) -> int:
         advice = "take smaller images, a smaller network, or a smaller --batch_size"
         print(f"dualout {arguments[0]}: there is not enough memory ({_first_line(error)}); {advice}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\ndualout {arguments[0]}: stopped", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:
         # nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """End at SIGTERM as at Ctrl-C: what is half written is removed on the way. A second one ends at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        # whoever started this decides
+        yield
+        return
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 _NO_MEMORY = (

@@ -38,9 +38,22 @@ def run(arguments: list[str]) -> int | None:
             return 0
         console.say(repr(work.dataset))
         last = None
-        with interruptible(work.stop) as asked:
-            for last in work:
-                console.say(_line(last))
+
+        def stop() -> None:
+            if work.run is None:
+                # a stage before the fine-tuning is made as a whole, or again
+                raise KeyboardInterrupt
+            work.stop()
+
+        with interruptible(stop) as asked:
+            try:
+                for last in work:
+                    console.say(_line(last))
+            except KeyboardInterrupt:
+                if not asked.signal:
+                    raise
+                console.say("stopped: the same command begins this stage again")
+                return asked.code
     best = next((c for c in reversed(work.checks) if c.kept), None)
     title = f"{options.source}: mean squared error of x0 on {len(work.held)} held-out images"
     console.table(work.table, ["t", "before", "eps", "x0", "ratio", "after"], title)
