@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dualout import checkpoint
 from dualout.errors import InputError
-from dualout.files import explained, read_json, write_json
+from dualout.files import explained, read_json, sweep, write_json
 from dualout.guidance import ClassifierFree
 from dualout.parameterizations.base import subtract
 from dualout.parameterizations.dual import blend
@@ -67,6 +67,7 @@ class Calibration:
         directory = Path(run) / DIRECTORY
         with explained(directory):
             directory.mkdir(exist_ok=True)
+        sweep(directory)
         path = directory / f"{file_name(self.sampler)}.json"
         write_json(path, self.record())
         return path

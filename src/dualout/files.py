@@ -5,14 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dualout.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is held, and nothing swept
+    fcntl = None
 
 ASIDE = ".writing-"
 """How directories begin whose files take their places together."""
@@ -51,27 +57,119 @@ def write_text(path: Path, text: str) -> None:
 
 
 def held(directory: Path) -> list[str]:
-    """The names in a directory, sorted, but for what a killed process was writing there; none where there is none."""
+    """The names in a directory, sorted, but for locks and what a process is writing there; none where there is none."""
     there = (p.name for p in directory.iterdir()) if directory.is_dir() else iter(())
-    return sorted(n for n in there if not (n.startswith(".") and (n.endswith(".tmp") or n.startswith(ASIDE))))
+    passing = re.compile(rf"\..*\.(tmp|lock)|{re.escape(ASIDE)}.*")
+    return sorted(name for name in there if not passing.fullmatch(name))
+
+
+def sweep(directory: Path) -> None:
+    """Remove, at any depth, what killed processes were writing; what a living one writes is held, and stays."""
+    with suppress(OSError):
+        for left in [*directory.rglob(".*.tmp"), *directory.rglob(f"{ASIDE}*")]:
+            with suppress(OSError), holding(left, wait=False) as ours:
+                if ours and left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                elif ours:
+                    left.unlink()
+
+
+def writable(directory: Path) -> None:
+    """See that a directory, or the nearest one above it that is there, can be written in: before long work.
+
+    Raises:
+        InputError: when it cannot be.
+    """
+    for place in [directory, *directory.parents]:
+        if place.is_symlink() and not place.exists():
+            raise InputError(f"cannot write in {directory}: {place} is a link to nowhere, {place.readlink()}")
+        if place.exists():
+            if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+                raise InputError(f"cannot write in {place}: it is read-only, or not yours")
+            return
 
 
 @contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and is removed when it does not."""
-    with explained(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+def alone(directory: Path, doing: str) -> Iterator[None]:
+    """Keep out of a directory other processes that would be alone in it.
+
+    Args:
+        directory: one that is there.
+        doing: what is done in it, as in "making images".
+
+    Raises:
+        InputError: when another is in it.
+    """
+    with holding(directory, wait=False) as ours:
+        if ours is False:
+            raise InputError(
+                f"another process is {doing} in --out {directory}: wait for it, stop it, or choose another --out"
+            )
+        yield
+
+
+@contextmanager
+def holding(path: Path, *, wait: bool = True) -> Iterator[bool | None]:
+    """Hold a file or directory, until the block or the process ends, however that comes.
+
+    Yields:
+        whether it is held: False when another process does, None where the file system knows no locks.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield _hold(handle, wait=wait)
+    finally:
         os.close(handle)
-        aside = Path(name)
+
+
+def _hold(handle: int, *, wait: bool) -> bool | None:
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def atomically(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    Args:
+        path: the file.
+        durable: see that it is on disk, so that a power cut leaves either it or the one before.
+
+    Raises:
+        InputError: when the file system refuses.
+    """
+    with explained(path), _aside(path) as aside:
         try:
             yield aside
-            with aside.open("rb+") as file:
-                os.fsync(file.fileno())
+            if durable:
+                flush(aside)
             aside.chmod(0o666 & ~_umask())
             aside.replace(path)
-            flush(path.parent)
+            if durable:
+                flush(path.parent)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            _hold(handle, wait=True)
+            # another process may have swept it before it was held
+            if os.path.exists(name):
+                yield Path(name)
+                return
+        finally:
+            os.close(handle)
 
 
 def flush(path: Path) -> None:
@@ -94,9 +192,11 @@ def explained(path: Path) -> Iterator[None]:
         raise InputError(_explain(path, error)) from error
     except Exception as error:
         # safetensors wraps the system's error in its own
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise InputError(_explain(path, OSError(errno.ENOSPC, "No space left on device"))) from error
-        raise
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None and "No space left" not in str(error):
+            raise
+        number = int(code[1]) if code else errno.ENOSPC
+        raise InputError(_explain(path, OSError(number, os.strerror(number)))) from error
 
 
 def _explain(path: Path, error: OSError) -> str:

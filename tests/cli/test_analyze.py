@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dualout
-from dualout.cli import _study
+from dualout.cli import _study, analyze
 from dualout.cli.main import main
 from dualout.networks.build import build
 
@@ -31,6 +31,13 @@ def analyzed(tmp_path_factory):
     run = saved(tmp_path_factory.mktemp("analyzed") / "run", "dual")
     assert main(["analyze", str(run), "--data", "digits", *FEW, *CPU]) == 0
     return run
+
+
+def test_a_place_that_cannot_be_written_in_is_told_before_the_work(analyzed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert main(["analyze", str(analyzed), "--data", "digits", "--out", str(tmp_path / "link")]) == 2
+    assert "link is a link to nowhere" in capsys.readouterr().err
 
 
 def test_dual_output_gives_every_table_and_figure(analyzed):

@@ -1,6 +1,7 @@
 """dualout calibrate, and --calibrated of sample and evaluate."""
 
 import json
+import os
 from functools import partial
 
 import numpy as np
@@ -46,6 +47,13 @@ COMMAND = [
     "128",
 ]
 COMMAND += ["--move_times", "1"]
+
+
+def test_a_run_that_cannot_be_written_in_is_told_before_the_fit(run, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    monkeypatch.setattr(calibrate, "fit", lambda *_: pytest.fail("fitted"))
+    assert main(["calibrate", str(run), *COMMAND]) == 2
+    assert f"cannot write in {run}: it is read-only" in capsys.readouterr().err
 
 
 def test_calibrates_and_applies(run, tmp_path, capsys):

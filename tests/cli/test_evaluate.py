@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -41,6 +42,16 @@ def cache(tmp_path_factory, monkeypatch):
 
 def rows_of(out):
     return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.parametrize("card", [[], ["--card"]])
+def test_a_place_that_cannot_be_written_in_is_told_before_images_are_made(runs, tmp_path, capsys, monkeypatch, card):
+    place = runs["dual"] if card else str(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != place)
+    monkeypatch.setattr(Scoring, "run", lambda *_: pytest.fail("made"))
+    command = ["evaluate", runs["dual"], "--data", "digits", "--images", "8", "--steps", "2", "--features", "pixels"]
+    assert main([*command, *card, "--out", str(tmp_path)]) == 2
+    assert f"cannot write in {place}: it is read-only" in capsys.readouterr().err
 
 
 def test_one_row_a_combination(runs, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from dualout.errors import InputError
 from dualout.networks import build, foreign
 from dualout.parameterizations import Epsilon, LearnedVariance, Velocity
 from dualout.samplers import DDIM
+from dualout.training import readout
+from dualout.training.upgrade_config import UpgradeConfig
+from dualout.training.upgrade_run import Upgrade
 
 NETWORK = "tiny:width=8"
 FEW = [
@@ -150,6 +154,40 @@ def test_only_the_new_rows_are_trained_and_a_longer_one_goes_on(source, tmp_path
     assert all(row["after"] <= row["before"] for row in table)
 
 
+def test_what_a_killed_upgrade_was_writing_is_removed_and_two_at_once_are_refused(source, tmp_path) -> None:
+    torn = tmp_path / "out" / ".model.safetensors.abc.tmp"
+    torn.parent.mkdir()
+    torn.write_bytes(b"half")
+    config = UpgradeConfig(
+        source=str(source), data="digits", out=str(torn.parent), bins=2, held_out=16, images=64, device="cpu"
+    )
+    with Upgrade(config) as first, Upgrade(config) as second:
+        checks = iter(first)
+        assert next(checks).stage == "original"
+        assert not torn.exists()
+        with pytest.raises(InputError, match="another process is upgrading in --out"):
+            next(iter(second))
+        assert [check.stage for check in checks] == ["closed form"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_least_squares_and_the_same_command_makes_them(
+    source, tmp_path, capsys, monkeypatch, number, code
+) -> None:
+    def sending(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return collect(*arguments, **options)
+
+    collect = readout.collect
+    with monkeypatch.context() as patched:
+        patched.setattr(readout, "collect", sending)
+        assert upgraded(source, out=tmp_path / "out") == code
+    assert "stopped: the same command begins this stage again" in capsys.readouterr().err
+    assert upgraded(source, out=tmp_path / "out") == 0
+    stages = [check["stage"] for check in json.loads((tmp_path / "out" / "upgrade.json").read_text())["checks"]]
+    assert stages == ["original", "closed form"]
+
+
 @pytest.mark.parametrize("scope", ["last", "all"])
 def test_what_is_worse_is_not_kept(source, tmp_path, scope) -> None:
     out = tmp_path / "run"
@@ -205,6 +243,37 @@ def test_a_network_of_latents_is_not_taught_pictures(unet, tmp_path, capsys) -> 
     np.save(tmp_path / "latents.npy", np.random.default_rng(0).normal(size=(160, 1, 8, 8)).astype("float32"))
     latents = f"arrays:{tmp_path / 'latents.npy'}:latents=true"
     assert upgraded(tmp_path / "p", "--data", latents, "--held_out", 32, out=tmp_path / "out") == 0
+
+
+def dit():
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def told_text():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+        cross_attention_dim=8, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "says"), [(dit, "classes by its norms (num_embeds_ada_norm)"), (told_text, "text (cross_attention_dim)")]
+)
+def test_a_network_that_is_told_more_than_commands_tell(make, says, tmp_path, capsys) -> None:
+    make().save_pretrained(tmp_path / "model")
+    how = ("--parameterization", "eps", "--schedule", "linear")
+    assert upgraded(tmp_path / "model", *how, out=tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert says in " ".join(error.split())
+    assert "In Python any condition is passed on" in " ".join(error.split())
 
 
 def test_a_pipeline_with_a_learned_variance(tmp_path) -> None:

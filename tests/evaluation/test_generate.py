@@ -131,6 +131,21 @@ def test_a_directory_with_something_else_is_refused(sampling, tmp_path):
 
 
 @pytest.mark.parametrize("store", ["png", "npz"])
+def test_a_second_command_into_the_same_directory_is_refused_and_the_first_goes_on(
+    store, sampling, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Npz, "most", 3)
+    list(generate(sampling, 10, tmp_path / "whole", store=store, batch_size=3))
+    first = generate(sampling, 10, tmp_path / "out", store=store, batch_size=3)
+    assert [next(first), next(first)] == [0, 3]
+    with pytest.raises(InputError, match="another process is making images in --out"):
+        list(generate(sampling, 10, tmp_path / "out", store=store, batch_size=3))
+    assert list(first) == [6, 9, 10]
+    assert torch.equal(stored(tmp_path / "whole", 10), stored(tmp_path / "out", 10))
+    assert list(generate(sampling, 10, tmp_path / "out", store=store, batch_size=3)) == [10]
+
+
+@pytest.mark.parametrize("store", ["png", "npz"])
 def test_two_processes_share_the_work(store, sampling, tmp_path, monkeypatch):
     monkeypatch.setattr(Npz, "most", 3)
     list(generate(sampling, 10, tmp_path / "one", store=store, batch_size=3))

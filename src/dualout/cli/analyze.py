@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dualout.cli import console
 from dualout.cli.options import out_directory, parse
 from dualout.errors import InputError
+from dualout.files import writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +83,7 @@ def run(arguments: list[str]) -> int | None:
     out = out_directory(
         options.out or _beside(options.run), holds="an analysis's tables and figures", marker=_study.PROTOCOL
     )
+    writable(out)
     dataset = real_images(options, model)
     study = measure(options, model, dataset, sampler)
     written = _study.write(study, out, name_of(model))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from dualout.cli import console
 from dualout.cli.options import listed, parse
 from dualout.errors import InputError
+from dualout.files import writable
 
 if TYPE_CHECKING:
     from dualout.calibrated import Calibration
@@ -76,6 +77,7 @@ def run(arguments: list[str]) -> int | None:
     """Run the command."""
     options = parse(Options, "calibrate", arguments, __doc__ or "")
 
+    from dualout.calibrated import DIRECTORY
     from dualout.evaluation.model import Model
     from dualout.networks.device import device
     from dualout.networks.precision import choose
@@ -90,6 +92,7 @@ def run(arguments: list[str]) -> int | None:
     options = replace(options, data=options.data or model.trained_on)
     if options.dry_run:
         return _dry_run(options, model)
+    writable(Path(options.run).expanduser() / DIRECTORY)
     found = _fitted(options, model, precision)
     protocol = found.protocol
     before, after = protocol["held_out_before"], protocol["held_out_after"]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from dualout.cli import console
 from dualout.cli.options import listed, out_directory, parse
 from dualout.errors import InputError
+from dualout.files import writable
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +109,8 @@ def _evaluate(options: Options, group: Group) -> None:
     todo = [scoring for scoring, made in zip(scorings, group.agreed(missing), strict=True) if made]
     if first and len(todo) < len(scorings):
         console.say(f"{len(scorings) - len(todo)} of {len(scorings)} combinations are there already, and are kept")
+    for place in [out] * bool(todo) + [Path(name).expanduser() for name in listed(options.runs) if options.card]:
+        writable(place)
     _prepare([scoring.sampling for scoring in todo], options, group)
     share = len(group.share(options.images))
     with console.progress("row") as bar:

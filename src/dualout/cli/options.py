@@ -11,7 +11,7 @@ import jsonargparse
 import yaml
 
 from dualout.errors import InputError, unknown
-from dualout.files import held
+from dualout.files import held, sweep
 from dualout.registry import described, fits
 
 Options = TypeVar("Options")
@@ -125,6 +125,7 @@ def out_directory(path: str | Path, *, holds: str, marker: str) -> Path:
     if (others := held(directory)) and not (directory / marker).exists():
         some = ", ".join(others[:5])
         raise InputError(f"--out {directory} holds something else ({some}); {holds} go to a new or empty directory")
+    sweep(directory)
     return directory
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from dualout.errors import InputError, unknown
 from dualout.evaluation.protocol import differences, listed
 from dualout.evaluation.sampling import Sampling
-from dualout.files import atomically, explained, held, read_json, write_json
+from dualout.files import alone, atomically, explained, held, read_json, sweep, write_json
 
 PROTOCOL = "protocol.json"
 _END_OF_PNG = b"IEND\xaeB`\x82"
@@ -52,8 +53,8 @@ def generate(
         how many of this process's images there are: first, how many there were, then after each batch.
 
     Raises:
-        InputError: before anything is made, when `out` holds something else; or when it cannot be written, or an image
-            is not finite. Where no image was made, nothing is left behind.
+        InputError: before anything is made, when `out` holds something else, or another process makes images in it; or
+            when it cannot be written, or an image is not finite. Where no image was made, nothing is left behind.
     """
     for name, value in (("images", images), ("batch_size", batch_size)):
         if value < 1:
@@ -62,6 +63,12 @@ def generate(
         raise unknown("format", store, STORES)
     place = STORES[store](Path(out).expanduser(), sampling.model.shape, images, batch_size, sampling.labels)
     place.begin(sampling, batch_size, part[1])
+    # of processes that share the work, the first speaks for all
+    with nullcontext() if part[0] else alone(place.directory, "making images"):
+        yield from _made(place, sampling, images, batch_size, part)
+
+
+def _made(place: Store, sampling: Sampling, images: int, batch_size: int, part: tuple[int, int]) -> Iterator[int]:
     blocks = list(place.blocks())[part[0] :: part[1]]
     todo = [place.missing(block) for block in blocks]
     done = sum(map(len, blocks)) - sum(map(len, todo))
@@ -148,10 +155,7 @@ class Store(ABC):
             sampling.prepare(min(batch_size, self.images), batches * sampling.sampler.evaluations)
             protocol = wanted | sampling.computed()
             write_json(path, protocol)
-        if processes == 1:
-            # what a killed process was writing
-            for left in self.directory.rglob(".*.tmp"):
-                left.unlink(missing_ok=True)
+        sweep(self.directory)
 
     def withdraw(self) -> None:
         """Take back what `begin` made now, where nothing has been written since: it would stand in the way."""
@@ -217,15 +221,9 @@ class Png(Store):
         from PIL import Image
 
         for index, image in zip(indices, images, strict=True):
-            path = png_path(self.directory, index)
-            aside = path.with_name(f".{path.name}.tmp")
-            with explained(path):
-                try:
-                    Image.fromarray(_channels_last(image[None])[0]).save(aside, "png")
-                    aside.replace(path)
-                except BaseException:
-                    aside.unlink(missing_ok=True)
-                    raise
+            # not flushed to disk one by one, which takes longer than to make it: `missing` looks for its end
+            with atomically(png_path(self.directory, index), durable=False) as aside:
+                Image.fromarray(_channels_last(image[None])[0]).save(aside, "png")
 
     def finish(self) -> None:
         """Nothing: the files are the result."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dualout.files import ASIDE, explained
+from dualout.files import ASIDE, explained, holding, sweep, writable
 
 
 @contextmanager
@@ -23,11 +23,14 @@ def whole(directory: str | Path, *, last: str) -> Iterator[Path]:
         InputError: when the file system refuses.
     """
     directory = Path(directory).expanduser()
+    writable(directory)
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        sweep(directory)
         aside = Path(tempfile.mkdtemp(dir=directory, prefix=ASIDE))
         try:
-            yield aside
+            with holding(aside):
+                yield aside
             files = sorted(
                 (p for p in aside.rglob("*") if p.is_file()), key=lambda p: p.relative_to(aside) == Path(last)
             )

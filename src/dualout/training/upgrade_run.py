@@ -23,7 +23,7 @@ from dualout import checkpoint, data
 from dualout.data.base import Progress
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.files import explained, read_json, write_json
+from dualout.files import alone, explained, read_json, sweep, writable, write_json
 from dualout.networks import foreign
 from dualout.networks.adapter import config_of
 from dualout.networks.device import device
@@ -175,7 +175,19 @@ class Upgrade:
         return Expected(cost, solved, tuned, cost.step * tuned + cost.look * looks)
 
     def __iter__(self) -> Iterator[Check]:
-        """Do the work; yields after each look at the held-out images, the first time at the original."""
+        """Do the work; yields after each look at the held-out images, the first time at the original.
+
+        Raises:
+            InputError: when the directory cannot be written in, or another process upgrades in it.
+        """
+        writable(self.path)
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with alone(self.path, "upgrading"):
+            sweep(self.path)
+            yield from self._stages()
+
+    def _stages(self) -> Iterator[Check]:
         errors = self._measured(self.denoiser)
         self.start = errors.of(self.closed)
         self.best = 0.0
@@ -187,8 +199,6 @@ class Upgrade:
         else:
             # before the first checkpoint: one that is killed while that is written goes on
             self.table = []
-            with explained(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
             self._record()
             yield self._check("original", 0, self.denoiser, errors)
         going_on = (self.path / "training" / "state" / "run.json").exists()

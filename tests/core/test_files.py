@@ -1,0 +1,87 @@
+"""Files that are written whole, what a killed process leaves, and places that cannot be written in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dualout.errors import InputError
+from dualout.files import ASIDE, alone, atomically, explained, sweep, writable
+
+WRITING = """
+import sys, time
+from pathlib import Path
+from dualout.files import atomically
+with atomically(Path(sys.argv[1])) as aside:
+    print(aside, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_was_writing_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    place = tmp_path / "deeper"
+    place.mkdir()
+    command = [sys.executable, "-c", WRITING, str(place / "a.txt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        aside = Path(other.stdout.readline().strip())
+        sweep(tmp_path)
+        assert aside.exists()
+        other.kill()
+    assert aside.exists()
+    (tmp_path / f"{ASIDE}abc").mkdir()
+    (tmp_path / f"{ASIDE}abc" / "weights").write_text("half")
+    (tmp_path / ".mine").write_text("whole")
+    sweep(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p != place] == [".mine"]
+
+
+def test_a_file_takes_its_place_also_where_another_was_swept(tmp_path: Path) -> None:
+    with atomically(tmp_path / "a.txt") as aside:
+        aside.write_text("whole")
+        # a library that writes aside itself, and renames
+        (tmp_path / "again").write_text("whole, again")
+        (tmp_path / "again").replace(aside)
+    assert (tmp_path / "a.txt").read_text() == "whole, again"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EDQUOT, errno.EIO, errno.ENOSPC])
+def test_what_the_system_refuses_is_told_also_where_safetensors_wraps_it(tmp_path: Path, number: int) -> None:
+    says = "the disk is full" if number in (errno.EDQUOT, errno.ENOSPC) else os.strerror(number)
+    with pytest.raises(InputError, match=says), explained(tmp_path / "model.safetensors"):
+        raise RuntimeError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+    with pytest.raises(ZeroDivisionError), explained(tmp_path):
+        raise ZeroDivisionError("a fault of ours")
+
+
+def test_places_that_cannot_be_written_in_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writable(tmp_path / "new" / "deeper")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"link is a link to nowhere, .*nowhere"):
+        writable(tmp_path / "link" / "deeper")
+    # not by its mode, which does not keep a superuser out
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    with pytest.raises(InputError, match=f"cannot write in {tmp_path}: it is read-only"):
+        writable(tmp_path / "new")
+
+
+def test_one_process_is_alone_in_a_directory(tmp_path: Path) -> None:
+    with alone(tmp_path, "counting"):
+        with (
+            pytest.raises(InputError, match=f"another process is counting in --out {tmp_path}"),
+            alone(tmp_path, "counting"),
+        ):
+            pass
+        # what lies there may be removed meanwhile
+        shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    with alone(tmp_path, "counting"):
+        pass
