@@ -169,7 +169,8 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
 def described_now(described: dict[str, Any]) -> dict[str, Any]:
     """What `describe` would write today of what an earlier version described: options that came since are at their
     defaults."""
-    return described | {
+    return {
+        "network": checkpoint.described_now(described["network"]),
         "parameterization": Parameterization.from_config(described["parameterization"]).config(),
         "schedule": Schedule.from_config(described["schedule"]).config(),
     }
@@ -200,6 +201,14 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
         )
 
 
+_CONDITIONS = {
+    "cross_attention_dim": "text",
+    "joint_attention_dim": "text",
+    "caption_channels": "text",
+    "num_embeds_ada_norm": "classes by its norms",
+}
+
+
 def check_fit(config: TrainConfig, denoiser: Denoiser, dataset: Dataset) -> None:
     """Refuse a network that does not take these images."""
     if not isinstance(denoiser.network, nn.Module):
@@ -211,6 +220,13 @@ def check_fit(config: TrainConfig, denoiser: Denoiser, dataset: Dataset) -> None
             "them with it, times its scaling_factor, into a file for --data arrays:FILE:latents=true"
         )
     arguments = config_of(denoiser.network)
+    asks = next((k for k in _CONDITIONS if arguments.get(k)), None)
+    if asks is not None:
+        raise InputError(
+            f"the network is told {_CONDITIONS[asks]} ({asks}), and commands tell none but the classes of a "
+            "num_class_embeds. In Python any condition is passed on: dualout.widen(network, 2 * C + 1, "
+            "example=(x_t, t, {name: condition})), and denoiser.loss(x0, t, noise, name=condition)"
+        )
     takes, gives = arguments.get("in_channels"), arguments.get("out_channels")
     needed = denoiser.parameterization.channels(dataset.channels)
     if takes not in (None, dataset.channels):
