@@ -63,6 +63,27 @@ def test_the_unreadable_are_remembered(tmp_path):
         materialize(job(never, strict=0.03), tmp_path)
 
 
+def test_what_could_not_be_read_for_now_is_read_when_it_can(tmp_path):
+    closed = {3}
+
+    def image(i):
+        if i in closed:
+            raise Unreadable("Permission denied", passing=True)
+        if i == 40:
+            raise Unreadable("spoilt")
+        return IMAGES[i]
+
+    seen = []
+    for _ in range(2):
+        materialize(job(image, strict=0.05, progress=lambda *_: seen.append(1)), tmp_path)
+    assert len(seen) == 1  # the second time it is only looked at
+    closed.clear()
+    pixels, bad = materialize(job(image, strict=0.05), tmp_path)
+    assert bad == [(40, "spoilt")]
+    assert np.array_equal(pixels, np.delete(IMAGES, 40, 0))
+    materialize(job(never, strict=0.05), tmp_path)
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(caching, "_SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(caching, "_IMAGES_AT_ONCE", 8)
@@ -179,6 +200,29 @@ def test_a_real_full_disk_gives_an_error_and_no_signal(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "cannot write" in done.stdout
+
+
+def test_folders_whose_files_look_alike_are_kept_apart(tmp_path):
+    # of one size and time, as an archive may leave them
+    for name, grey in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("L", (4, 4), grey).save(tmp_path / name / f"{i}.bmp")
+            os.utime(tmp_path / name / f"{i}.bmp", (0, 0))
+    found = [load(f"folder:{tmp_path / name}", cache=tmp_path / "cache")[0] for name in ("a", "b")]
+    assert [int(v.unique()) for v in found] == [10, 200]
+
+
+def test_arrays_that_change_where_a_fingerprint_does_not_look_are_fitted_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("dualout.data.dataset._HASHED_BYTES", 1)
+    file = tmp_path / "many.npy"
+    images = RNG.integers(0, 256, (200, 4, 4), dtype=np.uint8)
+    for save, ending in ((np.save, "npy"), (np.savez_compressed, "npz")):
+        file = tmp_path / f"many.{ending}"
+        for images[1] in (0, 255):
+            save(file, **{"images" if ending == "npz" else "arr": images})
+            found = load(f"arrays:{file}:size=2", cache=tmp_path / "cache")
+            assert int(found[1].unique()) == images[1, 0, 0]
 
 
 def test_folders_are_decoded_once(tmp_path):

@@ -136,7 +136,7 @@ def test_print_colours():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
 def test_photographs_stand_upright(orientation, form):
     upright = np.zeros((16, 24), np.uint8)
     upright[:8, :8] = 255  # a light corner at the top left

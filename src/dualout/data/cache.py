@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -35,7 +35,7 @@ from dualout.machine import cores
 
 IN_MEMORY = 2**31
 """How many bytes of pixels are decoded into memory where no cache directory is given."""
-_VERSION = 1
+_VERSION = 2
 _SECONDS_BETWEEN_SAVES = 5.0
 _IMAGES_AT_ONCE = 1024
 _HANDED_OVER = 16
@@ -78,22 +78,25 @@ class Job:
 
 @dataclass
 class State:
-    """How far it has got: files seen, rows written, and the number and reason of each that could not be read."""
+    """How far it has got: files seen, rows written, and the number and reason of each that could not be read, and of
+    these, the numbers of those that may be readable another time."""
 
     files: int = 0
     rows: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
+    passing: list[int] = field(default_factory=list)
 
     def text(self) -> str:
         """As JSON."""
-        return json.dumps({"files": self.files, "rows": self.rows, "bad": self.bad})
+        return json.dumps(asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> State | None:
         """What `text` wrote to a file, or None where there is no such thing."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(int(found["files"]), int(found["rows"]), [(int(i), str(why)) for i, why in found["bad"]])
+            bad, passing = [(int(i), str(why)) for i, why in found["bad"]], [int(i) for i in found["passing"]]
+            return cls(int(found["files"]), int(found["rows"]), bad, passing)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -140,7 +143,16 @@ def _finished(job: Job, pixels: Path, notes: Path) -> State | None:
     state = State.read(notes)
     if state is None or state.files != len(job.names) or state.rows < 1 or not pixels.is_file():
         return None
-    return state if pixels.stat().st_size == state.rows * job.bytes_each else None
+    whole = pixels.stat().st_size == state.rows * job.bytes_each
+    return state if whole and not any(_readable(job, i) for i in state.passing) else None
+
+
+def _readable(job: Job, i: int) -> bool:
+    try:
+        job.image(i)
+    except Unreadable:
+        return False
+    return True
 
 
 def _make(job: Job, pixels: Path, notes: Path) -> State:
@@ -177,21 +189,22 @@ def _blocks(job: Job, state: State) -> Iterator[tuple[int, np.ndarray]]:
     """Decode what `state` has not seen; yields (first row, pixels) with `state` brought up to date."""
     total, block = len(job.names), max(1, min(_IMAGES_AT_ONCE, 2**26 // job.bytes_each))
 
-    def attempt(i: int) -> np.ndarray | str:
+    def attempt(i: int) -> np.ndarray | Unreadable:
         try:
             return job.image(i)
         except Unreadable as error:
-            return str(error)
+            return error
 
-    def several(part: range) -> list[np.ndarray | str]:
+    def several(part: range) -> list[np.ndarray | Unreadable]:
         return [attempt(i) for i in part]
 
     with quiet(), ThreadPoolExecutor(workers()) as pool:
         while state.files < total:
             numbers = range(state.files, min(state.files + block, total))
             found = list(enumerate(chain.from_iterable(pool.map(several, _parts(numbers))), numbers.start))
-            good = [result for _, result in found if not isinstance(result, str)]
-            state.bad += [(i, why) for i, why in found if isinstance(why, str)]
+            good = [result for _, result in found if not isinstance(result, Unreadable)]
+            state.bad += [(i, str(error)) for i, error in found if isinstance(error, Unreadable)]
+            state.passing += [i for i, error in found if isinstance(error, Unreadable) and error.passing]
             first, state.rows, state.files = state.rows, state.rows + len(good), numbers.stop
             if job.progress:
                 job.progress("reading images", state.files, total)

@@ -81,7 +81,7 @@ class Dataset:
         """The images with these numbers, uint8 (B, C, H, W); float32 for latents.
 
         Raises:
-            IndexError: for a number outside 0 … N − 1.
+            IndexError: for a number outside −N … N − 1; those below 0 count from the end.
         """
         return torch.from_numpy(self.gather(np.asarray(indices, dtype=np.int64).reshape(-1)))
 

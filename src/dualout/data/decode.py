@@ -26,7 +26,16 @@ _ORIENTATION = 0x0112
 
 
 class Unreadable(Exception):
-    """An image cannot be used; the message says why."""
+    """An image cannot be used; the message says why.
+
+    Args:
+        why: the message.
+        passing: whether the file system would not give it, which may be mended while the file stays as it is.
+    """
+
+    def __init__(self, why: str, passing: bool = False) -> None:
+        super().__init__(why)
+        self.passing = passing
 
 
 def suffixes() -> tuple[str, ...]:
@@ -58,7 +67,7 @@ def opened(file: str | IO[bytes]) -> Image:
     except UnidentifiedImageError as error:
         raise Unreadable("not an image, or of a format that is not read") from error
     except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
-        raise Unreadable(_reason(error)) from error
+        raise _unreadable(error) from error
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise Unreadable(f"{image.width}×{image.height} pixels, more than the {MAX_PIXELS} that are read")
@@ -102,7 +111,7 @@ def decoded(image: Image, channels: int, size: tuple[int, int]) -> np.ndarray:
     except Unreadable:
         raise
     except Exception as error:  # as above
-        raise Unreadable(_reason(error)) from error
+        raise _unreadable(error) from error
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
@@ -148,6 +157,8 @@ def _channels(image: Image) -> int:
 
 
 def _orientation(image: Image) -> Any:
+    if image.format == "TIFF":  # Pillow turns these itself
+        return None
     try:
         return image.getexif().get(_ORIENTATION)
     except Exception:  # a damaged EXIF block says nothing about the pixels
@@ -163,5 +174,7 @@ def _turns() -> dict[int, Any]:
     }  # fmt: skip
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _unreadable(error: Exception) -> Unreadable:
+    # Pillow's own have no number
+    passing = isinstance(error, OSError) and error.errno is not None
+    return Unreadable(" ".join(str(error).split())[:200] or type(error).__name__, passing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,13 +77,26 @@ def _fitted(source: Source, found: Dataset, reading: Reading) -> Dataset:
         names=Names(len(found), str),
         shape=(channels, *size),
         image=lambda i: decode.refitted(found.gather(np.array([i]))[0], channels, size),
-        identity=f"refitted {found.fingerprint}",
+        identity=f"refitted {found.fingerprint} {_state_of(found)}",
         whole=source.spec,
         strict=0.0,
         progress=reading.progress,
     )
     stored, _ = materialize(job, reading.cache)
     return Dataset(source.spec, stored, labels=found.labels, classes=found.classes)
+
+
+def _state_of(found: Dataset) -> str:
+    """A hash that changes with pixels that the fingerprint, of a part of many, does not look at."""
+    stored, state = found.stored, hashlib.blake2b(digest_size=16)
+    if isinstance(stored, np.memmap) and stored.filename is not None:
+        file = Path(stored.filename).stat()
+        state.update(f"{file.st_size} {file.st_mtime_ns}".encode())
+    else:
+        state.update(np.ascontiguousarray(stored).data)
+    if found.rows is not None:
+        state.update(found.rows.tobytes())
+    return state.hexdigest()
 
 
 def _decoded(source: Source, found: Pictures, reading: Reading, strict: float) -> Dataset:
