@@ -47,6 +47,11 @@ def describe(network: Any) -> dict[str, Any]:
     return description
 
 
+def described_now(description: dict[str, Any]) -> dict[str, Any]:
+    """What `describe` would write today of what it wrote before: arguments that came since are at their defaults."""
+    return _described(_rebuilt(description))
+
+
 def image_of(network: Any) -> dict[str, Any]:
     """What a network says of its images' shape, {"channels": C, "size": [H, W]}; empty where it does not say."""
     found = getattr(network, "image", None)

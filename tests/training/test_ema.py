@@ -32,6 +32,17 @@ def test_is_the_weighted_sum_of_all_weights():
     assert torch.equal(ema.module.frozen, net.frozen)
 
 
+def test_weights_of_two_names_are_averaged_once():
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    net[1].weight = net[0].weight
+    with torch.no_grad():
+        net[0].weight.zero_()
+        ema = Ema(net, 0.9, warmup=False)
+        net[0].weight.fill_(1)
+    ema.update(1)
+    torch.testing.assert_close(ema.module[1].weight, torch.full((2, 2), 0.1))
+
+
 def test_without_warm_up_good_weights_are_left_slowly():
     net = Net()
     first = net.w.detach().clone()

@@ -128,12 +128,12 @@ def test_changed_configuration_is_refused_with_old_and_new(whole):
 
 
 def test_a_run_of_an_earlier_version_goes_on(whole, tmp_path):
-    """Options that parameterizations have had since are not changes."""
+    """Options that parameterizations, schedules and networks have had since are not changes."""
     trained(tmp_path / "run", 5)
     file = tmp_path / "run" / "state" / "run.json"
     run = json.loads(file.read_text())
     del run["denoiser"]["parameterization"]["first"], run["denoiser"]["parameterization"]["second"]
-    del run["denoiser"]["schedule"]["beta_end"]
+    del run["denoiser"]["schedule"]["beta_end"], run["denoiser"]["network"]["arguments"]["num_train_timesteps"]
     file.write_text(json.dumps(run))
     with Run(config(tmp_path / "run")) as going_on:
         assert [step.index for step in going_on] == list(range(5, 10))

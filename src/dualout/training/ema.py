@@ -30,8 +30,10 @@ class Ema(Generic[Module]):
         self.decay, self.warmup = decay, warmup
         self.module: Module = copy.deepcopy(module).eval().requires_grad_(False) if average is None else average
         means, weights = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
-        learned = [k for k, v in weights.items() if v.requires_grad]
-        followed = [k for k, v in weights.items() if not isinstance(v, nn.Parameter)]
+        # what a module holds under two names is averaged once
+        once = {id(v): k for k, v in weights.items()}.values()
+        learned = [k for k in once if weights[k].requires_grad]
+        followed = [k for k in once if not isinstance(weights[k], nn.Parameter)]
         self._average, self._weights = _both(learned, means, weights)
         self._copies, self._buffers = _both(followed, means, weights)
 

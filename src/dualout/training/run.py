@@ -230,7 +230,7 @@ class Run:
         """Write what the run is, when it is what it was; and what a crash left half done."""
         assert self._directory is not None
         run = self._run = self._description()
-        if known is not None:
+        if known is not None and known["denoiser"] != run["denoiser"]:
             known = known | {"denoiser": described_now(known["denoiser"])}
         for key in _WORDS:
             if known is not None and known[key] != run[key]:
