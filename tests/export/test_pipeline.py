@@ -538,6 +538,7 @@ def test_eta_is_for_schedulers_that_take_it() -> None:
         (lambda: diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "type 'flow_prediction'"),
         (lambda: diffusers.DDIMScheduler(prediction_type="score"), "type 'score'; a prediction can be given"),
         (lambda: diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas"),
+        (lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous"), 'timestep_type "continuous"'),
         (lambda: diffusers.DDIMScheduler(beta_end=0.03), "another noise schedule"),
         (lambda: diffusers.DDPMScheduler(variance_type="learned"), "variance_type 'learned_range'"),
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(), NO_TABLE),

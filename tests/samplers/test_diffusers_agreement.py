@@ -254,6 +254,7 @@ def test_time_steps_may_be_told_where_the_class_takes_them() -> None:
         (diffusers.DDIMScheduler(beta_start=1e-3), "another noise schedule than the denoiser"),
         (diffusers.DDIMScheduler(num_train_timesteps=500), "another noise schedule than the denoiser"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), "no scheduler with a table of alphas_cumprod"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), 'timestep_type "continuous"'),
         (object(), "no scheduler with a table of alphas_cumprod"),
         (diffusers.EulerDiscreteScheduler(timestep_spacing="linspace"), "between the discrete ones"),
     ],

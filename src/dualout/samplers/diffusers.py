@@ -245,13 +245,18 @@ def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
     """The scheduler itself.
 
     Raises:
-        InputError: when its noise schedule is not the given one.
+        InputError: when its noise schedule is not the given one, or it counts time otherwise.
     """
     table = getattr(scheduler, "alphas_cumprod", None)
     name = type(scheduler).__name__
     if table is None or not hasattr(scheduler, "set_timesteps"):
         raise InputError(
             f"{name} is no scheduler with a table of alphas_cumprod, which is needed to check its schedule"
+        )
+    if scheduler.config.get("timestep_type") == "continuous":
+        raise InputError(
+            f'{name} has timestep_type "continuous", which tells networks ln(σ) / 4 in the place of the time step t: '
+            'give it timestep_type="discrete"'
         )
     alpha, sigma, _ = schedule.level(torch.arange(schedule.steps))
     if not torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-6):
