@@ -259,6 +259,13 @@ def test_nothing_is_written_when_the_runtime_does_not_agree(tmp_path: Path) -> N
     assert not any(tmp_path.iterdir())
 
 
+def test_an_opset_that_cannot_be_had_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match=r"Net cannot be translated to ONNX with opset 3, only with \d+"):
+        write_onnx(small(Dual()), tmp_path / "it", SHAPE, opset=3)
+    assert not (tmp_path / "it").exists()
+    assert "Traceback" not in caplog.text
+
+
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no ONNX file at"):
         OnnxDenoiser(tmp_path)

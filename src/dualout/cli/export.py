@@ -50,9 +50,9 @@ class Options:
     route: str = "mix"
     """Which output of a dual model to believe: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
     sampler: str = "ddim"
-    """Whose scheduler the pipeline gets: ddim, ddpm, dpmsolver, unipc; or whose calibration is taken"""
+    """Whose scheduler a pipeline gets: ddim, ddpm, dpmsolver, unipc; with --calibrated, whose calibration is taken"""
     steps: int = 20
-    """Of the calibration's sampler"""
+    """With --calibrated, of its sampler; a pipeline is told its number of steps when it is called"""
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace"""
     clip: bool = True
@@ -60,13 +60,13 @@ class Options:
     calibrated: bool = False
     """Take what dualout calibrate found for this sampler, spacing and number of steps along"""
     opset: int = 20
-    """The version of ONNX's operators"""
+    """With --format onnx, the version of its operators"""
     tolerance: float = 1e-4
-    """How far ONNX Runtime may be from torch"""
+    """How far a pipeline that is read again, or ONNX Runtime, may be from the model"""
     push_to_hub: str | None = None
     """Upload it, too: to this repository of the Hugging Face Hub, NAME/REPOSITORY"""
     private: bool | None = None
-    """Whether a new repository is seen by its owner only"""
+    """With --push_to_hub, whether a new repository is seen by its owner only"""
 
 
 def run(arguments: list[str]) -> int | None:

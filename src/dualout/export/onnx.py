@@ -176,7 +176,7 @@ def _translate(graph: _Graph, inputs: tuple[Tensor, ...], outputs: list[str], op
     try:
         with quiet.exporter(), torch.no_grad():
             exported = torch.export.export(graph, inputs, dynamic_shapes=(*batch.values(),), strict=False)
-            return torch.onnx.export(
+            program: Any = torch.onnx.export(
                 exported, input_names=names, output_names=outputs, opset_version=opset, dynamo=True, verbose=False
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
@@ -184,6 +184,13 @@ def _translate(graph: _Graph, inputs: tuple[Tensor, ...], outputs: list[str], op
         raise InputError(
             f"this {type(graph.denoiser.network).__name__} cannot be translated to ONNX (opset {opset}): {said}"
         ) from error
+    # where torch cannot convert it, it logs that and gives another
+    if (got := program.model.opset_imports[""]) != opset:
+        raise InputError(
+            f"this {type(graph.denoiser.network).__name__} cannot be translated to ONNX with opset {opset}, only with "
+            f"{got}; nothing was written"
+        )
+    return program
 
 
 def _hide(program: Any, name: str) -> None:

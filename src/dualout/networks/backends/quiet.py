@@ -27,13 +27,14 @@ def openvino() -> Any:
 
 @contextmanager
 def exporter() -> Iterator[None]:
-    """Within, torch's exporter to ONNX logs errors only."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Within, torch's exporter to ONNX, and what it converts by, log errors only."""
+    levels = {log: log.level for log in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
+    for log in levels:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in levels.items():
+            log.setLevel(level)
