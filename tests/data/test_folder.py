@@ -62,6 +62,13 @@ def test_train_and_test_are_splits(tmp_path):
         load(f"folder:{tmp_path}:split=test")
 
 
+def test_images_beside_the_splits_are_told_of(tmp_path):
+    for name in ("car/0.png", "plane/0.png", "plane/1.png", "train/0.png"):
+        picture(tmp_path / name)
+    (note,) = load(f"folder:{tmp_path}").notes
+    assert note.startswith("3 images lie outside train and test (car, plane) and are left out")
+
+
 def test_a_share_can_be_held_out_and_stays_out(tmp_path):
     for i in range(200):
         picture(tmp_path / f"{i}.png", np.full((2, 2), i, np.uint8))

@@ -51,6 +51,7 @@ class Pictures:
         classes: the names of the classes.
         identity: a text that changes when the pictures do; what was decoded is kept under it.
         whole: what they are together, for messages ("the folder …").
+        notes: what the user should know of what was left out.
     """
 
     names: Sequence[str]
@@ -59,6 +60,7 @@ class Pictures:
     classes: tuple[str, ...]
     identity: str
     whole: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

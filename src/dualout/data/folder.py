@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,7 @@ class Folder(Source):
             classes=classes,
             identity=f"folder {index.digest(rows)} {_glimpse(root, names)}",
             whole=f"the folder {self.path}",
+            notes=_outside(tops) if own else (),
         )
 
     def _root(self) -> Path:
@@ -126,6 +128,18 @@ def _glimpse(root: Path, names: list[str]) -> str:
         except OSError as error:
             state.update(str(error.errno).encode())
     return state.hexdigest()
+
+
+def _outside(tops: list[str]) -> tuple[str, ...]:
+    """A note on images beside ``train`` and ``test``: "train" may be the name of a class."""
+    outside = Counter(top for top in tops if top not in ("train", "test"))
+    if not outside:
+        return ()
+    some = ", ".join(shown(top) for top in sorted(outside)[:5]) + (" …" if len(outside) > 5 else "")
+    return (
+        f"{sum(outside.values())} images lie outside train and test ({some}) and are left out: a sub-folder train makes "
+        "a split. Where it is a class, give it another name",
+    )
 
 
 def _classes(names: list[str], known: list[str], depth: int) -> tuple[np.ndarray | None, tuple[str, ...]]:

@@ -117,10 +117,10 @@ def _decoded(source: Source, found: Pictures, reading: Reading, strict: float) -
     stored, bad = materialize(job, reading.cache)
     kept = np.delete(np.arange(len(found.names)), [i for i, _ in bad])
     labels = None if found.labels is None else torch.from_numpy(found.labels[kept])
-    notes = ()
+    notes = found.notes
     if bad:
         text = f"{len(bad)} of {len(found.names)} images cannot be read and are left out"
-        notes = (f"{text}: {listed_bad(found.names, bad)}",)
+        notes = (*notes, f"{text}: {listed_bad(found.names, bad)}")
     return Dataset(source.spec, stored, labels=labels, classes=found.classes, notes=notes)
 
 

@@ -20,7 +20,8 @@ FREE = frozenset(
     {"steps", "out", "log_every", "checkpoint_every", "keep", "sample_every", "samples", "sampler", "track"}
     | {"accumulate", "device", "compile", "channels_last", "fsdp", "workers", "cache", "strict"}
 )
-"""What may change when a run goes on: how long, how it is shown, where it runs. None of it changes what is drawn."""
+"""What may change when a run goes on: how long, how it is shown, where it runs. None of it changes what is drawn, but
+that `accumulate` and the number of processes change a network's own dropout, which is drawn a part at a time."""
 
 
 @dataclass(kw_only=True)
