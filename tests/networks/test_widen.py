@@ -323,6 +323,20 @@ def test_a_network_that_is_not_the_same_twice_is_named_as_such() -> None:
         widen(Random(), 5)
 
 
+class Logarithmic(Plain):
+    """Is told a noise level, as EDM's networks are."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x * (1 + t.log() / 4).view(-1, 1, 1, 1), t)
+
+
+def test_a_network_that_is_told_a_noise_level_is_looked_at_where_it_has_one() -> None:
+    wide = widen(Logarithmic(), 5)
+    assert wide.last.out_channels == 5
+    with pytest.raises(InputError, match=r"this Logarithmic gives NaN .* and t = \[0\].*example="):
+        widen(Logarithmic(), 5, example=(torch.randn(1, 2, 8, 8), torch.tensor([0])))
+
+
 class Folded(nn.Module):
     """Ends with a rearrangement: of patches whose channels run fastest, as DiT's, or slowest, as a pixel shuffle's."""
 

@@ -192,7 +192,8 @@ def guess(network: nn.Module) -> Example:
     shape = (1, channels, *[32] * (weight.ndim - 2))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-    return x, torch.zeros(1, dtype=torch.long, device=weight.device)
+    # not t = 0: networks that are told a noise level may take its logarithm
+    return x, torch.ones(1, dtype=torch.long, device=weight.device)
 
 
 @torch.no_grad()
@@ -200,7 +201,7 @@ def call(network: nn.Module, example: Example) -> Tensor:
     """The network's output for an example, in the network's precision, with dropout and the like off.
 
     Raises:
-        InputError: when it cannot be called so, or gives something else than a tensor.
+        InputError: when it cannot be called so, or gives something else than a tensor, or NaN.
     """
     x_t, t, *rest = example
     dtype = next((p.dtype for p in network.parameters() if p.dtype in _COMPUTED), x_t.dtype)
@@ -217,7 +218,13 @@ def call(network: nn.Module, example: Example) -> Tensor:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return tensor_of(output)
+    tensor = tensor_of(output)
+    if tensor.device.type != "meta" and tensor.isnan().any():
+        raise InputError(
+            f"this {type(network).__name__} gives NaN for x_t of shape {tuple(x_t.shape)} and t = {t.tolist()}, where "
+            "nothing can be seen; say example=(x_t, t) with others"
+        )
+    return tensor
 
 
 @contextmanager
