@@ -137,8 +137,8 @@ def _outside(tops: list[str]) -> tuple[str, ...]:
         return ()
     some = ", ".join(shown(top) for top in sorted(outside)[:5]) + (" …" if len(outside) > 5 else "")
     return (
-        f"{sum(outside.values())} images lie outside train and test ({some}) and are left out: a sub-folder train makes "
-        "a split. Where it is a class, give it another name",
+        f"{sum(outside.values())} images lie outside train and test ({some}) and are left out: a sub-folder train "
+        "makes a split. Where it is a class, give it another name",
     )
 
 
