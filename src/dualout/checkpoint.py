@@ -24,6 +24,8 @@ from dualout.files import atomically, explained, read_json, write_json, write_te
 from dualout.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+INDEX = "model_index.json"
+"""Of a pipeline of diffusers."""
 FORMAT = 1
 
 
@@ -186,18 +188,30 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.exists():
         present = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
-        pipeline = (directory / "model_index.json").is_file()
-        hint = "; a pipeline of diffusers is read by DualOutputPipeline.from_pretrained(…).denoiser" if pipeline else ""
-        raise InputError(f"{directory} is no checkpoint: {CONFIG} is missing (it holds {present}){hint}")
+        raise InputError(
+            f"{directory} is no checkpoint: {CONFIG} is missing (it holds {present}){_hint(directory / INDEX)}"
+        )
     config = read_json(path, object)
     missing = [
         k for k in ("schedule", "parameterization", "network") if not isinstance(config, dict) or k not in config
     ]
     if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}: it is not a dualout checkpoint, or it is damaged")
+        raise InputError(
+            f"{path} lacks {', '.join(missing)}: it is not a dualout checkpoint, or it is damaged{_hint(path)}"
+        )
     if not isinstance(config.get("format", FORMAT), int) or config.get("format", FORMAT) > FORMAT:
         raise InputError(f"{path} has format {config['format']}, this version reads up to {FORMAT}; update dualout")
     return config
+
+
+def _hint(path: Path) -> str:
+    """What to do with models of diffusers, which say their class in this file."""
+    config = read_json(path, object) if path.is_file() else None
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name == "DualOutputPipeline":
+        return "; this pipeline of diffusers is read by DualOutputPipeline.from_pretrained(…).denoiser"
+    made = "dualout export --format dualout makes a checkpoint of it, dualout upgrade one with a second output"
+    return "" if name is None else f"; it is diffusers' {name}: {made}"
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

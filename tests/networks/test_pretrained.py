@@ -211,6 +211,16 @@ def test_paths_that_lead_nowhere(path: str, tmp_path: Path, monkeypatch: pytest.
         dualout.Denoiser.from_pretrained(path)
 
 
+@pytest.mark.parametrize("where", ["", "unet"])
+def test_a_model_of_diffusers_is_told_what_makes_a_checkpoint_of_it(where: str, tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    DDPMPipeline(build("tiny", 1, 8, 1), DDPMScheduler()).save_pretrained(tmp_path)
+    name = "UNet2DModel" if where else "DDPMPipeline"
+    with pytest.raises(InputError, match=f"it is diffusers' {name}: dualout export --format dualout makes"):
+        dualout.Denoiser.from_pretrained(tmp_path / where)
+
+
 def test_networks_that_could_not_be_read_back_are_not_written(tmp_path: Path) -> None:
     class Own(nn.Module):
         pass

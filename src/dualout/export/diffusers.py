@@ -31,7 +31,7 @@ from dualout.samplers.diffusers import asked, reads_variance
 from dualout.schedules import Schedule
 from dualout.version import __version__
 
-INDEX = "model_index.json"
+INDEX = checkpoint.INDEX
 _IGNORED = (
     "this network learned a variance, which {} does not use; DDPMScheduler with variance_type='learned_range' does"
 )

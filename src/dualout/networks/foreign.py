@@ -61,7 +61,7 @@ def load(
     if not path.is_dir() and not hub.is_name(str(source)):
         raise InputError(f"there is no file or directory {str(source)!r}")
     directory = path if path.is_dir() else hub.download(str(source), ["*.json", "*.safetensors"])
-    if (directory / "model_index.json").is_file():
+    if (directory / checkpoint.INDEX).is_file():
         _untold(source, parameterization=parameterization, schedule=schedule)
         return _from_pipeline(directory)
     if "_class_name" in _json(directory / checkpoint.CONFIG):
@@ -88,7 +88,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _from_pipeline(directory: Path) -> Denoiser:
     """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
-    index = _json(directory / "model_index.json")
+    index = _json(directory / checkpoint.INDEX)
     parts = {k: v for k, v in index.items() if not k.startswith("_")}
     name = next((k for k in ("unet", "transformer", "model") if k in parts), None)
     if name is None or "scheduler" not in parts:

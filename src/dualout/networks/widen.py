@@ -251,8 +251,9 @@ def _verify(
         after = call(network, example)
     except InputError as error:
         raise InputError(
-            f"what comes after that layer, {layer!r}, depends on its number of rows, as a norm or a sum with the input "
-            f"does: widen the part of the network that ends with it, and do the rest around that; {error}"
+            f"what comes after that layer, {layer!r}, depends on its number of rows, as a norm, a sum with the "
+            "input or a fixed count of channels does: widen the part of the network that ends with it, and do the rest "
+            f"around that; {error}"
         ) from error
     shape, exact = (*before.shape[:1], channels, *before.shape[2:]), before.device.type == "cpu"
     if after.shape != shape or not _same(after[:, places], before, exact):
