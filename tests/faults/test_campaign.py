@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import dualout
 from dualout import data
 from dualout.bounded import no_larger_than
-from dualout.checkpoint import write_text
 from dualout.cli.main import main
 from dualout.errors import InputError
+from dualout.files import atomically
 from dualout.schedules import Linear
 from dualout.training.checkpoint import RunDirectory, read_run, states
 
@@ -269,15 +269,16 @@ def test_a_training_killed_as_it_writes_what_it_is_begins_again(tmp_path, monkey
 
     done = []
 
-    def killing(path, text):
+    def killing(path):
         if len(done) == writes:
             raise Killed
         done.append(path)
-        write_text(path, text)
+        return atomically(path)
 
     directory = RunDirectory(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("dualout.training.checkpoint.write_text", killing)
+        # what every file is written by
+        patched.setattr("dualout.files.atomically", killing)
         with pytest.raises(Killed):
             directory.describe(WHAT, "steps: 1\n")
     directory.close()
