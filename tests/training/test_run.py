@@ -273,7 +273,7 @@ def test_loss_that_is_no_number_saves_nothing(tmp_path, monkeypatch):
 
     def poisoned(self, x):
         y = real(self, x)
-        if self.out_channels == 3:
+        if self.out_channels == 3 and self.training:
             calls["left"] -= 1
             if calls["left"] == 0:
                 y = y * float("nan")
@@ -319,6 +319,20 @@ def test_classes_are_asked_of_data_that_have_none(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((20, 8, 8), np.uint8))
     with pytest.raises(InputError, match="--conditional needs classes"):
         trained(tmp_path / "run", data=f"arrays:{tmp_path / 'x.npy'}", conditional=True)
+
+
+def test_a_network_that_does_not_bear_the_size_is_refused(tmp_path):
+    # 9 is halved to 5, which is doubled to 10
+    network = {
+        "class": "diffusers.UNet2DModel",
+        "arguments": {
+            "sample_size": 9, "in_channels": 1, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 4,
+            "block_out_channels": [8, 8], "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+        },
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"this UNet2DModel cannot be called .* of shape \(1, 1, 9, 9\)"):
+        trained(tmp_path / "run", network=network, size=9)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_denoiser_built_elsewhere_goes_on_too(tmp_path):

@@ -19,7 +19,9 @@ from dualout.networks.adapter import config_of
 from dualout.networks.build import build
 from dualout.networks.device import device, layout
 from dualout.networks.precision import Precision, choose
+from dualout.networks.trace import call
 from dualout.parameterizations import Parameterization
+from dualout.randomness import noise
 from dualout.schedules import Schedule
 from dualout.training.config import TrainConfig
 
@@ -88,6 +90,7 @@ def assemble(
     # FSDP divides contiguous weights only; convolutions follow the layout of the images
     weights = torch.channels_last if last and not config.fsdp else torch.contiguous_format
     denoiser.network.to(memory_format=weights)  # type: ignore[union-attr]
+    try_out(config, denoiser, dataset)
     precision = choose(config.precision, place)
     if config.fsdp and precision.name == "fp16":
         raise InputError("--fsdp does not go with fp16, which is what --precision auto takes here; take fp32")
@@ -247,3 +250,13 @@ def check_fit(config: TrainConfig, denoiser: Denoiser, dataset: Dataset) -> None
         )
     if not config.conditional and told:
         raise InputError(f"this network is told {told} classes: train it with --conditional")
+
+
+def try_out(config: TrainConfig, denoiser: Denoiser, dataset: Dataset) -> None:
+    """Refuse a network that fails at an image of this size: most halve it several times, which not every size bears."""
+    network, times = denoiser.network, denoiser.times
+    assert isinstance(network, nn.Module)
+    # not t = 0: networks that are told a noise level may take its logarithm
+    t = times[len(times) // 2].expand(1)
+    told = {"class_labels": torch.zeros_like(t)} if config.conditional else {}
+    call(network, (noise([0], dataset.shape, device=t.device), t, told))
