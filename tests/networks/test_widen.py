@@ -213,6 +213,37 @@ def test_compiled_and_adapted_networks(tiny: nn.Module) -> None:
     assert traced.network.last.out_channels == 5
 
 
+@pytest.mark.parametrize("layer", [None, "last", "last._orig_mod"])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_compiled_part_of_a_network(layer: str | None, inplace: bool) -> None:
+    network, x, t = Plain().eval(), torch.randn(2, 2, 8, 8), torch.tensor([1, 700])
+    parts: Any = copy.deepcopy(network)
+    parts.last, parts.first = torch.compile(parts.last), torch.compile(parts.first)
+    wide = widen(parts, 5, layer=layer, inplace=inplace)
+    same_first(wide, network, 5, x, t)
+    assert wide.state_dict().keys() == network.state_dict().keys()
+    assert hasattr(parts.last, "_orig_mod") is not inplace
+
+
+def test_networks_without_numbers_yet() -> None:
+    with torch.device("meta"):
+        assert widen(Plain(), 5).last.out_channels == 5
+        with pytest.raises(InputError, match="no layer of this Plain makes just its 2"):
+            widen(Plain(tail=nn.Tanh()), 5)
+    network = Plain()
+    network.first = nn.LazyConv2d(12, 3, padding=1)  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"'first.weight' of this Plain is lazy.*call the network once"):
+        widen(network, 5)
+    network(torch.randn(1, 2, 8, 8), torch.zeros(1))
+    assert widen(network, 5).last.out_channels == 5
+
+
+@pytest.mark.parametrize("example", [(torch.randn(1, 2, 8, 8),), torch.randn(2, 2, 8, 8), (*[torch.ones(1)] * 3,)])
+def test_an_example_that_is_none(example: Any) -> None:
+    with pytest.raises(InputError, match=r"an example is \(x_t, t\) or"):
+        widen(Plain(), 5, example=example)
+
+
 def test_transformers_interleave_channels_in_patches() -> None:
     from diffusers import DiTTransformer2DModel
 

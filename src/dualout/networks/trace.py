@@ -63,7 +63,8 @@ def trace(network: nn.Module, inner: nn.Module, example: Example) -> Output:
     once = [name for name, ys in calls.items() if len(ys) == 1]
     fitting = [name for name in once if rows_of(layers[name]) == channels]
     found = [name for name in fitting if calls[name][0] is output]
-    found = found or [name for name in fitting if _leads(network, inner, name, example, output)]
+    shown = output.device.type != "meta"
+    found = found or [name for name in fitting if shown and _leads(network, inner, name, example, output)]
     if len(found) == 1:
         return Plain(layer=found[0])
     if found:
@@ -71,7 +72,7 @@ def trace(network: nn.Module, inner: nn.Module, example: Example) -> Output:
             f"more than one layer of this {type(inner).__name__} could make its {channels} output channels: "
             f"{listed(inner, found)}. Say which: layer=NAME"
         )
-    for name in once[: -_LAST - 1 : -1]:
+    for name in once[: -_LAST - 1 : -1] if shown else ():
         if (made := folded(network, inner, name, example, output)) is not None:
             return made
     last = _last(network, inner, example)
@@ -203,6 +204,12 @@ def call(network: nn.Module, example: Example) -> Tensor:
     Raises:
         InputError: when it cannot be called so, or gives something else than a tensor, or NaN.
     """
+    if (
+        isinstance(example, Tensor)
+        or len(example) not in (2, 3)
+        or not all(isinstance(c, Mapping) for c in example[2:])
+    ):
+        raise InputError("an example is (x_t, t) or (x_t, t, {name: condition})")
     x_t, t, *rest = example
     dtype = next((p.dtype for p in network.parameters() if p.dtype in _COMPUTED), x_t.dtype)
     if x_t.is_floating_point() and x_t.dtype != dtype:

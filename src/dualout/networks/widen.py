@@ -39,7 +39,7 @@ def widen(
     ``Denoiser(widen(network, 2 * C + 1), Dual(), schedule).route("eps")`` samples exactly as the eps-network did.
 
     Args:
-        network: a module; one that torch.compile made is taken out of its wrapping, an adapter of
+        network: a module; one that torch.compile made, or parts of it, are taken out of the wrapping, an adapter of
             `dualout.networks` has the network in it widened.
         channels: how many output channels it will have.
         layer: the layer that makes them, by name; None looks its architecture up in `dualout.networks.output`, or
@@ -61,6 +61,9 @@ def widen(
     if not inplace:
         network = _copied(network)
     inner = _innermost(network)
+    _uncompile(inner)
+    # as its name is without
+    layer = layer and ".".join(part for part in layer.split(".") if part != "_orig_mod")
     output = output_of(inner)
     if layer is not None and (output is None or output.layer != layer):
         _check_present(inner, layer)
@@ -85,7 +88,7 @@ def widen(
     fills = {name: init if name == output.layer else nn.init.zeros_ for name in old}
     wide = {name: _wider(inner, output, name, channels, places, fill) for name, fill in fills.items()}
     _replace(inner, output, wide, channels)
-    if example is not None and before is not None:
+    if example is not None and before is not None and before.device.type != "meta":
         try:
             _verify(network, example, before, channels, places, output.layer, empty=init is nn.init.zeros_)
         except InputError:
@@ -113,6 +116,9 @@ def _plain(network: nn.Module) -> nn.Module:
         raise InputError(f"the layers of a {kind} cannot be exchanged: widen the module that it was compiled from")
     if {c.__name__ for c in type(network).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}:
         raise InputError(f"this {kind} is sharded: widen the network first, and shard it then")
+    lazy = next((n for n, p in network.named_parameters() if isinstance(p, nn.UninitializedParameter)), None)
+    if lazy is not None:
+        raise InputError(f"{lazy!r} of this {kind} is lazy, and has no shape yet: call the network once before")
     hooked = next((name for name, m in network.named_modules() if hasattr(m, "_diffusers_hook")), None)
     if hooked is not None:
         raise InputError(
@@ -154,6 +160,12 @@ def _innermost(network: nn.Module) -> nn.Module:
         network.network = _plain(network.network)  # type: ignore[arg-type]
         network = network.network
     return network
+
+
+def _uncompile(network: nn.Module) -> None:
+    """Take parts of a network out of torch.compile's wrapping, which would go on calling the layers that it was given."""
+    while name := next((n for n, m in network.named_modules() if n and hasattr(m, "_orig_mod")), None):
+        network.set_submodule(name, network.get_submodule(f"{name}._orig_mod"), strict=True)
 
 
 def _check_present(network: nn.Module, layer: str) -> None:
