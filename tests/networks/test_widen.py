@@ -345,6 +345,24 @@ def test_a_named_layer_is_held_to_the_promise_too(example: Any) -> None:
     assert type(network.last) is nn.Conv2d
 
 
+def test_a_network_derived_from_a_known_one_is_held_to_the_promise_too() -> None:
+    from diffusers import UNet2DModel
+
+    class Added(UNet2DModel):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+            return x + super().forward(x, t).sample  # type: ignore[union-attr]
+
+    class Same(UNet2DModel):
+        pass
+
+    few = {"sample_size": 8, "in_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    with pytest.raises(InputError, match="after layer 'conv_out' is added to the new channels too"):
+        widen(Added(out_channels=1, **few, **blocks), 3)
+    same = Same(out_channels=1, **few, **blocks).eval()
+    same_first(widen(same, 3), same, 3, torch.randn(2, 1, 8, 8), torch.tensor([1, 700]))
+
+
 def test_a_network_that_is_not_the_same_twice_is_named_as_such() -> None:
     class Random(Plain):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:

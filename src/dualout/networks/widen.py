@@ -74,6 +74,9 @@ def widen(
     elif output is None:
         example = guess(inner) if example is None else example
         output = trace(network, inner, example)
+    elif example is None and named(type(inner)) not in output.classes:
+        # one derived from the class may do more than that
+        example = _callable(network, inner)
     output.check(inner)
     _check_present(inner, output.layer)
     before = None if example is None else call(network, example)
@@ -163,7 +166,7 @@ def _innermost(network: nn.Module) -> nn.Module:
 
 
 def _uncompile(network: nn.Module) -> None:
-    """Take parts of a network out of torch.compile's wrapping, which would go on calling the layers that it was given."""
+    """Take parts of a network out of torch.compile's wrapping, which would go on calling the layers it was given."""
     while name := next((n for n, m in network.named_modules() if n and hasattr(m, "_orig_mod")), None):
         network.set_submodule(name, network.get_submodule(f"{name}._orig_mod"), strict=True)
 
