@@ -75,6 +75,11 @@ def _rebuilt(description: dict[str, Any]) -> nn.Module:
 def _described(network: Any) -> dict[str, Any]:
     network = getattr(network, "_orig_mod", network)
     cls = type(network)
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError(
+            f"a network in {cls.__name__} cannot be saved: save a denoiser around the one inside, "
+            "Denoiser(network.module, …)"
+        )
     name = (
         f"{cls.__module__.split('.')[0]}.{cls.__name__}" if _is_diffusers(cls) else f"{cls.__module__}.{cls.__name__}"
     )

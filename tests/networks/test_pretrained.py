@@ -229,6 +229,7 @@ def test_networks_that_could_not_be_read_back_are_not_written(tmp_path: Path) ->
     changed.conv_out = nn.Conv2d(24, 3, 3, padding=1)
     for network, message in [
         (Own(), "class .*Own cannot be saved"),
+        (nn.DataParallel(build("tiny", 1, 8, 1)), r"in DataParallel cannot be saved.*network\.module"),
         (ScaledTime(Own(), 1.0), "class .*Own cannot be saved"),
         (lambda x, t: x, "cannot be saved"),
         (changed, r"changed after it was made.*conv_out.weight \(3, 24, 3, 3\) for \(1, 24, 3, 3\)"),

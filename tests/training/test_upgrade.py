@@ -16,7 +16,17 @@ from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks import build
-from dualout.parameterizations import CleanImage, Dual, Epsilon, LearnedVariance, Parameterization, Upgraded, Velocity
+from dualout.parameterizations import (
+    CleanImage,
+    Dual,
+    Epsilon,
+    Flow,
+    Karras,
+    LearnedVariance,
+    Parameterization,
+    Upgraded,
+    Velocity,
+)
 from dualout.samplers import DDIM, DDPM, DPMSolver
 from dualout.training import opening, readout
 from dualout.training.upgrade import (
@@ -34,7 +44,7 @@ from dualout.training.upgrade_config import UpgradeConfig
 from dualout.training.upgrade_run import Upgrade
 
 SCHEDULE = dualout.schedules.Linear(200, 5e-4, 0.08)
-SOURCES = [Epsilon(), CleanImage(), Velocity(), LearnedVariance(), LearnedVariance(Velocity())]
+SOURCES = [Epsilon(), CleanImage(), Velocity(), Flow(), Karras(), LearnedVariance(), LearnedVariance(Velocity())]
 SOURCE = pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.spec)
 
 
@@ -103,6 +113,33 @@ def test_two_outputs_are_not_upgraded_again(source) -> None:
         upgrade(trained(source))
     with pytest.raises(InputError, match="two outputs already"):
         upgrade(upgrade(trained(Epsilon())))
+
+
+class Told(nn.Module):
+    """Is told something that nobody can guess."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.out(x) + 0 * text.sum()
+
+
+def test_a_network_that_is_told_more_needs_an_example() -> None:
+    before = Denoiser(Told(), Epsilon(), SCHEDULE).eval()
+    with pytest.raises(InputError, match=r"cannot be called as.*text.*say example=\(x_t, t, \{…\}\)"):
+        upgrade(before)
+    text, x = torch.ones(3), noises()
+    after = upgrade(before, example=(x, torch.tensor([1, 2, 3]), {"text": text}))
+    assert torch.equal(DDIM(3).sample(after, x, text=text), DDIM(3).sample(before, x, text=text))
+
+
+def test_a_network_in_half_precision_takes_an_example_in_float32() -> None:
+    before = trained(Epsilon()).to(torch.bfloat16)
+    after = upgrade(before, example=(noises(), torch.tensor([1, 2, 3])))
+    for sampler in (DDIM(3), DPMSolver(4)):
+        assert torch.equal(sampler.sample(after, noises()), sampler.sample(before, noises()))
 
 
 def test_a_function_is_refused() -> None:

@@ -197,5 +197,9 @@ def _channels(network: nn.Module, example: Example | None) -> int:
     output = output_of(inner)
     if output is not None:
         return output.channels(inner)
-    found = call(network, guess(inner) if example is None else example)
-    return found.shape[1]
+    if example is not None:
+        return call(network, example).shape[1]
+    try:
+        return call(network, guess(inner)).shape[1]
+    except InputError as error:
+        raise InputError(f"{error}. How many channels it gives cannot be seen: say example=(x_t, t, {{…}})") from error
