@@ -515,6 +515,8 @@ def test_half_precision_networks_are_sampled_in_float32() -> None:
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"eta": 1.5}, "eta is from 0"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents are \(B, 1, H, W\)"),
+        ({"latents": torch.zeros(2, 1)}, r"latents are \(B, 1, H, W\)"),
+        ({"latents": torch.zeros(2, 1, 8, 8, 8), "output_type": "np"}, "'np' is for images"),
         ({"batch_size": 2}, "batch_size 2"),
         ({"batch_size": 0, "generator": None}, "1 or more"),
     ],
@@ -530,6 +532,20 @@ def test_eta_is_for_schedulers_that_take_it() -> None:
     torch.testing.assert_close(got, samplers.DDIM(5, eta=0.7).sample(denoiser, start(1), drawn(2)), **CLOSE)
     with pytest.raises(InputError, match="UniPCMultistepScheduler takes no eta"):
         out(pipe(denoiser, samplers.UniPC(5)), eta=0.5)
+
+
+def test_signals_are_made_from_their_noise() -> None:
+    network = diffusers.UNet1DModel(
+        sample_size=16, in_channels=2, out_channels=5, block_out_channels=(32, 32), extra_in_channels=32,
+        time_embedding_type="positional", norm_num_groups=4, down_block_types=("DownBlock1DNoSkip", "AttnDownBlock1D"),
+        up_block_types=("AttnUpBlock1D", "UpBlock1DNoSkip"),
+    ).eval()  # fmt: skip
+    denoiser = dualout.Denoiser(network, dualout.Dual(), dualout.schedules.Linear())
+    noise = dualout.noise(range(2), (2, 16))
+    got = out(pipe(denoiser), latents=noise, batch_size=2)
+    torch.testing.assert_close(got, samplers.DDIM(5).sample(denoiser, noise), **CLOSE)
+    with pytest.raises(InputError, match="a UNet1DModel makes no images: give latents"):
+        out(pipe(denoiser), latents=None)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ class DualOutputPipeline(DiffusionPipeline):
             eta: DDIM's, from 0 (deterministic) to 1; for schedulers that take it.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both from 0 to 1; or "latent", as they are.
             return_dict: an `ImagePipelineOutput` instead of a tuple.
-            latents: the first noise itself, standard normal, (B, C, H, W).
+            latents: the first noise itself, standard normal, (B, C, H, W); signals and videos are made from it only.
             class_labels: one an image, or one for all, for networks that are told.
             guidance_scale: of classifier-free guidance away from "no class", the last of the network's; 1 is none.
             conditions: further arguments of the network, by name.
@@ -215,6 +215,8 @@ class DualOutputPipeline(DiffusionPipeline):
         device = self._execution_device
         self._set_steps(num_inference_steps, calibrated, device)
         noise = first_noise(self.unet, batch_size, generator, latents, (height, width), device)
+        if noise.ndim != 4 and output_type in ("pil", "np"):
+            raise InputError(f'output_type {output_type!r} is for images; signals and videos are "pt" or "latent"')
         told = self._told(class_labels, conditions, len(noise), device)
         denoiser = self._denoiser(route, calibrated, guidance_scale, told)
         extra = self._arguments(eta, generator)

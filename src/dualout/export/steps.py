@@ -25,6 +25,8 @@ _OWN_SIGMAS = (
 )  # fmt: skip
 # of the samplers of this package
 _COUNTERPARTS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+# in the names of diffusers' networks of signals and videos
+_NO_IMAGES = ("1D", "3D", "Motion", "Temporal", "Video")
 # whose step goes T // K on
 _STRIDES = ("DDIMScheduler", "DDIMParallelScheduler")
 _ANCESTRAL = ("DDPMScheduler", "DDPMParallelScheduler")
@@ -78,12 +80,14 @@ def first_noise(
 
     channels, own = unet.config.in_channels, unet.config.sample_size
     if latents is not None:
-        if batch_size not in (1, len(latents)) or latents.ndim != 4 or latents.shape[1] != channels:
+        if batch_size not in (1, len(latents)) or latents.ndim < 3 or latents.shape[1] != channels:
             raise InputError(
-                f"latents are (B, {channels}, H, W), with B the batch_size; got {tuple(latents.shape)} and batch_size "
-                f"{batch_size}"
+                f"latents are (B, {channels}, H, W), of signals (B, {channels}, L) and of videos (B, {channels}, F, H, "
+                f"W), with B the batch_size; got {tuple(latents.shape)} and batch_size {batch_size}"
             )
         return latents.to(device, torch.float32)
+    if any(part in type(unet).__name__ for part in _NO_IMAGES):
+        raise InputError(f"a {type(unet).__name__} makes no images: give latents, the first noise, in its shape")
     height, width = (g or o for g, o in zip(size, own if isinstance(own, list | tuple) else (own, own), strict=True))
     if height is None or width is None:
         raise InputError("the network does not say how large its images are: give height and width")
