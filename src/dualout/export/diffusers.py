@@ -36,7 +36,10 @@ _IGNORED = (
     "this network learned a variance, which {} does not use; DDPMScheduler with variance_type='learned_range' does"
 )
 OUTPUTS = ("pil", "np", "pt", "latent")
-_MODULE = '''"""Lets diffusers find the pipeline: DiffusionPipeline.from_pretrained(HERE, custom_pipeline=HERE)."""
+_MODULE = '''"""Lets diffusers find the pipeline, which HERE is the directory of:
+
+DiffusionPipeline.from_pretrained(HERE, custom_pipeline=HERE, trust_remote_code=True)
+"""
 
 from dualout.export import DualOutputPipeline
 
