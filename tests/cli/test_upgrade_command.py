@@ -355,6 +355,13 @@ def test_weights_that_do_not_fit_are_listed(unet, tmp_path, capsys) -> None:
     assert "unexpected keys: conv_extra.weight" in said
 
 
+@pytest.mark.parametrize("before", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_that_were_saved_out_of_a_wrapping(unet, tmp_path, before) -> None:
+    torch.save({f"{before}{k}": v for k, v in unet.state_dict().items()}, tmp_path / "weights.pt")
+    read = foreign.load(tmp_path / "weights.pt", f"plain:network=({NETWORK}):size=8")
+    assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
+
+
 @pytest.mark.parametrize("wrapped", [None, "state_dict", "ema"])
 def test_a_file_of_weights(unet, tmp_path, wrapped) -> None:
     state = {f"module.{k}": v for k, v in unet.state_dict().items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ LATENTS = "latents of"
 """The entry of a denoiser's card that says which part of its pipeline makes its images of pictures."""
 _CODERS = ("vae", "vqvae", "movq", "vqgan")
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_WRAPPINGS = re.compile(r"^(module\.|_orig_mod\.)+")
 _NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net", "unet")
 
 
@@ -260,8 +262,8 @@ class Layout(Registered, ABC):
                 listed = ", ".join(map(str, list(content)[:8])) or "nothing"
                 raise InputError(f"{source} holds no weights at its top: it holds {listed}; say which by entry=NAME")
             content = content[inner[0]]
-        # nn.DataParallel puts its name before each
-        return {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+        # nn.DataParallel and torch.compile put their names before each
+        return {_WRAPPINGS.sub("", str(k)): v for k, v in content.items() if isinstance(v, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True)
