@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +245,29 @@ def test_a_network_of_latents_is_not_taught_pictures(unet, tmp_path, capsys) -> 
     np.save(tmp_path / "latents.npy", np.random.default_rng(0).normal(size=(160, 1, 8, 8)).astype("float32"))
     latents = f"arrays:{tmp_path / 'latents.npy'}:latents=true"
     assert upgraded(tmp_path / "p", "--data", latents, "--held_out", 32, out=tmp_path / "out") == 0
+
+
+def test_of_a_pipeline_on_the_hub_the_network_alone_is_downloaded(unet, tmp_path, monkeypatch) -> None:
+    from diffusers import LDMPipeline, VQModel
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    coder = VQModel(latent_channels=1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
+    LDMPipeline(coder, unet, scheduler()).save_pretrained(tmp_path / "there")
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "some/pipeline"
+        for file in (f for f in (tmp_path / "there").rglob("*") if f.is_file()):
+            where = file.relative_to(tmp_path / "there")
+            if any(fnmatch(str(where), pattern) for pattern in allow_patterns):
+                (tmp_path / "here" / where).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / "here" / where)
+        return str(tmp_path / "here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    read = foreign.load("some/pipeline")
+    assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
+    assert read.card == {"latents of": "vqvae"}
+    assert [file.parent.name for file in (tmp_path / "here").rglob("*.safetensors")] == ["unet"]
 
 
 def dit():

@@ -62,7 +62,7 @@ def load(
         raise InputError(f"--adapter is for files of weights; {str(source)!r} is no file")
     if not path.is_dir() and not hub.is_name(str(source)):
         raise InputError(f"there is no file or directory {str(source)!r}")
-    directory = path if path.is_dir() else hub.download(str(source), ["*.json", "*.safetensors"])
+    directory = path if path.is_dir() else _downloaded(str(source))
     if (directory / checkpoint.INDEX).is_file():
         _untold(source, parameterization=parameterization, schedule=schedule)
         return _from_pipeline(directory)
@@ -70,6 +70,13 @@ def load(
         return _from_model(directory, parameterization, schedule)
     _untold(source, parameterization=parameterization, schedule=schedule)
     return Denoiser.from_pretrained(directory)
+
+
+def _downloaded(source: str) -> Path:
+    """A repository of the Hub; of a pipeline the network alone, not what encodes texts and images."""
+    directory = hub.download(source, ["*.json"])
+    name = _parts(directory)[1] if (directory / checkpoint.INDEX).is_file() else None
+    return hub.download(source, ["*.json", "*.safetensors" if name is None else f"{name}/*.safetensors"])
 
 
 def _untold(source: str | Path, **told: str | None) -> None:
@@ -88,15 +95,20 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _from_pipeline(directory: Path) -> Denoiser:
-    """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
-    index = _json(directory / checkpoint.INDEX)
-    parts = {k: v for k, v in index.items() if not k.startswith("_")}
+def _parts(directory: Path) -> tuple[list[str], str]:
+    """What a pipeline of diffusers is made of, and which of it is the network."""
+    parts = [k for k in _json(directory / checkpoint.INDEX) if not k.startswith("_")]
     name = next((k for k in ("unet", "transformer", "model") if k in parts), None)
     if name is None or "scheduler" not in parts:
         raise InputError(
             f"the pipeline {directory} has no network and scheduler to upgrade; it has {', '.join(parts) or 'nothing'}"
         )
+    return parts, name
+
+
+def _from_pipeline(directory: Path) -> Denoiser:
+    """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
+    parts, name = _parts(directory)
     network = _diffusers_model(directory / name)
     parameterization, schedule = trained_by(_json(directory / "scheduler" / "scheduler_config.json"))
     denoiser = Denoiser(network, _with_variance(network, parameterization), schedule).eval()
