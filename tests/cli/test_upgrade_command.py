@@ -307,6 +307,11 @@ def test_a_pipeline_with_a_learned_variance(tmp_path) -> None:
     network = build(NETWORK, 1, 8, 2)
     DDPMPipeline(network, scheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "p")
     assert foreign.load(tmp_path / "p").parameterization == LearnedVariance(Velocity())
+    # and of the model alone, which is told what it predicts
+    for told in ("velocity", "learned:base=velocity"):
+        assert foreign.load(tmp_path / "p" / "unet", None, told, "linear").parameterization.spec == (
+            "learned:base=velocity"
+        )
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def _from_model(directory: Path, parameterization: str | None, schedule: str | N
             "--parameterization eps (or x0, velocity) and --schedule linear (or scaledlinear, cosine, …)"
         )
     network = _diffusers_model(directory)
-    return Denoiser(network, Parameterization.parse(parameterization), Schedule.parse(schedule)).eval()
+    read = _with_variance(network, Parameterization.parse(parameterization))
+    return Denoiser(network, read, Schedule.parse(schedule)).eval()
 
 
 def _diffusers_model(directory: Path) -> Any:
@@ -203,7 +204,8 @@ def _check_betas(config: Mapping[str, Any]) -> None:
 def _with_variance(network: Any, parameterization: Parameterization) -> Parameterization:
     """A network with twice as many channels out as in learned its variance too (IDDPM)."""
     takes, gives = network.config.get("in_channels"), network.config.get("out_channels")
-    return LearnedVariance(parameterization) if takes and gives == 2 * takes else parameterization
+    single = parameterization.channels(3) == 3
+    return LearnedVariance(parameterization) if single and takes and gives == 2 * takes else parameterization
 
 
 def _from_file(path: Path, adapter: str | None) -> Denoiser:
