@@ -105,7 +105,7 @@ def browser(address, downloads=None):
         driver.quit()
 
 
-def wait(driver, condition, seconds=60):
+def wait(driver, condition, seconds=120):
     from selenium.webdriver.support.ui import WebDriverWait
 
     return WebDriverWait(driver, seconds).until(lambda _: condition())
@@ -213,15 +213,17 @@ def test_a_mistake_is_told_and_work_can_be_cancelled(address, studio, look, monk
         steps = driver.find_element("css selector", "#steps-A input[type=number]")
         steps.clear()
         steps.send_keys("100\t")
-        # in the queue, before the first step, between steps and in the middle of one; the mistake told of steps too
+        start = driver.find_element("id", "start")
+        # before the first step, between steps and in the middle of one; the mistake told of steps too
         for after in (0.0, 0.1, 0.5, 0.7):
             looked.clear()
             press(driver, "#start")
+            wait(driver, lambda: not start.is_enabled())
             if after:
                 wait(driver, lambda: "Working" in status(driver) or "of 100" in status(driver))
                 time.sleep(after)
             press(driver, "#cancel")
-            wait(driver, driver.find_element("id", "start").is_enabled)
+            wait(driver, start.is_enabled)
             done = len(looked)
             time.sleep(0.5)
             assert status(driver) == "Stopped."
