@@ -22,6 +22,8 @@ except ImportError:  # on Windows, where nothing is held, and nothing swept
 
 ASIDE = ".writing-"
 """How directories begin whose files take their places together."""
+_ASIDE_FILE = r"\..+\.[a-z0-9_]{8}\.tmp"
+"""How files are called that take the place of another: as `tempfile` names them, so that nobody else's are swept."""
 _KINDS = {dict: "object", list: "list"}
 
 
@@ -59,14 +61,15 @@ def write_text(path: Path, text: str) -> None:
 def held(directory: Path) -> list[str]:
     """The names in a directory, sorted, but for locks and what a process is writing there; none where there is none."""
     there = (p.name for p in directory.iterdir()) if directory.is_dir() else iter(())
-    passing = re.compile(rf"\..*\.(tmp|lock)|{re.escape(ASIDE)}.*")
+    passing = re.compile(rf"{_ASIDE_FILE}|\..*\.lock|{re.escape(ASIDE)}.*")
     return sorted(name for name in there if not passing.fullmatch(name))
 
 
 def sweep(directory: Path) -> None:
     """Remove, at any depth, what killed processes were writing; what a living one writes is held, and stays."""
     with suppress(OSError):
-        for left in [*directory.rglob(".*.tmp"), *directory.rglob(f"{ASIDE}*")]:
+        files = [p for p in directory.rglob(".*.tmp") if re.fullmatch(_ASIDE_FILE, p.name)]
+        for left in [*files, *directory.rglob(f"{ASIDE}*")]:
             with suppress(OSError), holding(left, wait=False) as ours:
                 if ours and left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)

@@ -170,7 +170,7 @@ def test_a_value_that_was_forgotten_in_a_file_is_told(tmp_path, capsys):
 
 
 def test_what_a_killed_process_was_writing_is_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / ".results.json.abc.tmp").write_text("half")
+    (tmp_path / ".results.json.a1b2c3_4.tmp").write_text("half")
     (tmp_path / ".results.lock").touch()
     (tmp_path / ".writing-abc").mkdir()
     assert out_directory(tmp_path, holds="scores", marker="results.json") == tmp_path

@@ -157,7 +157,7 @@ def test_only_the_new_rows_are_trained_and_a_longer_one_goes_on(source, tmp_path
 
 
 def test_what_a_killed_upgrade_was_writing_is_removed_and_two_at_once_are_refused(source, tmp_path) -> None:
-    torn = tmp_path / "out" / ".model.safetensors.abc.tmp"
+    torn = tmp_path / "out" / ".model.safetensors.a1b2c3_4.tmp"
     torn.parent.mkdir()
     torn.write_bytes(b"half")
     config = UpgradeConfig(
@@ -552,7 +552,7 @@ def test_one_that_is_killed_while_its_first_checkpoint_is_written_goes_on(source
     from dualout.training.upgrade_run import Upgrade
 
     def killed(*_: object) -> None:
-        (tmp_path / "out" / ".model.safetensors.x.tmp").write_text("half")
+        (tmp_path / "out" / ".model.safetensors.a1b2c3_4.tmp").write_text("half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -37,9 +37,10 @@ def test_what_a_killed_process_was_writing_is_swept_and_what_a_living_one_writes
     assert aside.exists()
     (tmp_path / f"{ASIDE}abc").mkdir()
     (tmp_path / f"{ASIDE}abc" / "weights").write_text("half")
-    (tmp_path / ".mine").write_text("whole")
+    for name in (".mine", ".mine.tmp", "mine.abcdefgh.tmp"):
+        (tmp_path / name).write_text("whole")
     sweep(tmp_path)
-    assert [p.name for p in tmp_path.rglob("*") if p != place] == [".mine"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p != place) == [".mine", ".mine.tmp", "mine.abcdefgh.tmp"]
 
 
 def test_a_file_takes_its_place_also_where_another_was_swept(tmp_path: Path) -> None:
