@@ -282,10 +282,10 @@ def test_a_training_killed_as_it_writes_what_it_is_begins_again(tmp_path, monkey
         with pytest.raises(Killed):
             directory.describe(WHAT, "steps: 1\n")
     directory.close()
-    for torn in (tmp_path / ".train.yaml.x.tmp", tmp_path / "state" / ".run.json.x.tmp"):
+    for torn in (tmp_path / ".train.yaml.a1b2c3_4.tmp", tmp_path / "state" / ".run.json.a1b2c3_4.tmp"):
         torn.write_text("st")
     if not writes:
-        (tmp_path / ".train.yaml.x.tmp").unlink()
+        (tmp_path / ".train.yaml.a1b2c3_4.tmp").unlink()
     again = RunDirectory(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
     again.describe(WHAT, "steps: 1\n")

@@ -19,19 +19,20 @@ from dualout.samplers.spacing import space
 from dualout.schedules import Level, Schedule
 
 _OWN = ("model_output", "timestep", "sample")
-# what puts a scheduler's time steps at places of its own
 _OWN_SIGMAS = (
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"
 )  # fmt: skip
-# of the samplers of this package
+"""Options with which a scheduler puts its time steps at places of its own."""
 _COUNTERPARTS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-# in the names of diffusers' networks of signals and videos
+"""Schedulers that have a sampler of this package beside them."""
 _NO_IMAGES = ("1D", "3D", "Motion", "Temporal", "Video")
-# whose step goes T // K on
+"""What is in the names of diffusers' networks of signals and videos."""
 _STRIDES = ("DDIMScheduler", "DDIMParallelScheduler")
+"""Schedulers whose step goes T // K on."""
 _ANCESTRAL = ("DDPMScheduler", "DDPMParallelScheduler")
-# which have a table of noise levels beside the time steps, and nothing else
+"""Schedulers that add noise to the last step, where that does not begin at t = 0."""
 _TABLES = ("UniPCMultistepScheduler", "DEISMultistepScheduler")
+"""Schedulers that have a table of noise levels beside the time steps, and take neither."""
 
 
 def check_scheduler(scheduler: Any, schedule: Schedule) -> None:

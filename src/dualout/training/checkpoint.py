@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dualout.checkpoint import read_tensors, write_tensors
 from dualout.errors import InputError
-from dualout.files import explained, flush, read_json, write_json, write_text
+from dualout.files import explained, flush, held, read_json, sweep, write_json, write_text
 
 STATE, RUN, LOCK, METRICS, YAML = "state", "run.json", "lock", "metrics.jsonl", "train.yaml"
 _FILES = ("weights", "average", "optimizer")
@@ -126,10 +126,7 @@ class RunDirectory:
                 ) from None
             for left in (self.path / STATE).glob(".step-*"):
                 shutil.rmtree(left)
-            # and the files that a killed process was writing
-            for place in (self.path, self.path / STATE, self.path / "samples"):
-                for left in place.glob(".*.tmp"):
-                    left.unlink(missing_ok=True)
+        sweep(self.path)
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -137,8 +134,8 @@ class RunDirectory:
         if not self.path.is_dir() or read_run(self.path) is not None:
             return
         # a run that was killed as it began has its lock, and at most files that were being written
-        others = sorted(p.name for p in self.path.iterdir() if p.name != STATE)
-        others += sorted(p.name for p in (self.path / STATE).glob("*") if p.name != LOCK and p.suffix != ".tmp")
+        others = [name for name in held(self.path) if name != STATE]
+        others += [name for name in held(self.path / STATE) if name != LOCK]
         if others:
             some = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
             raise InputError(

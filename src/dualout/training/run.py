@@ -118,9 +118,6 @@ class Run:
             if failed is not None:
                 self._directory.withdraw()
             self._directory.close()
-        if self._group is not None:
-            # threads of a group that is left to the interpreter's end may abort the process there
-            self._group.end_training()
 
     def __iter__(self) -> Iterator[Step]:
         """Train to the end, or until `stop`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -115,7 +116,15 @@ def several_processes(config: TrainConfig) -> Accelerator | None:
             f"--batch_size {config.batch_size} cannot be shared equally by {accelerator.num_processes} processes with "
             f"--accumulate {config.accumulate}; it counts the images of all processes together"
         )
+    # not after a run, as another may follow in the same group
+    atexit.register(_leave_group)
     return accelerator
+
+
+def _leave_group() -> None:
+    """End the group of processes: its threads, left to the end of the interpreter, may abort the process there."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def first_weights(config: TrainConfig, dataset: Dataset) -> Denoiser:
