@@ -35,6 +35,8 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
+    # trained on a processor: once this process has asked for a GPU, its forks cannot
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     warm_up()
     with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as work:
