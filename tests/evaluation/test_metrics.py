@@ -129,7 +129,9 @@ def test_kid_takes_sets_of_two_sizes_and_does_it_in_blocks(monkeypatch):
     assert kid(a, b) == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_precision_and_recall_by_definition():
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_precision_and_recall_by_definition(rows, monkeypatch):
+    monkeypatch.setattr("dualout.evaluation.metrics._ROWS", rows)
     generated, real = (torch.from_numpy(normal(n, 5, seed)) for n, seed in ((60, 0), (80, 1)))
 
     def share(points, others, k=3):

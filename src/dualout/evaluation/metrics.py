@@ -14,6 +14,7 @@ and recall: Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ TOLERANCE = 1e-6
 ROUNDING = 1e-7
 """How far apart, in units of the longest feature vector, two images are taken for the same one."""
 _ROWS = 1024
+"""Of the matrix of all pairs, at a time: 80 MB where the other set has 10,000 images."""
 
 
 class Alone(NamedTuple):
@@ -42,27 +44,31 @@ class Alone(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor, k: int = NEIGHBOURS) -> Alone:
-        """Look at the features of a set, (N, D).
+        """Look at the features of a set, (N, D), where they are.
 
         Raises:
             InputError: when there are not more than k.
         """
-        return cls(torch.from_numpy(_reach(features, k)), torch.tensor(_kernel_within(features), dtype=torch.float64))
+        return cls(_reach(features, k).cpu(), torch.tensor(_kernel_within(features), dtype=torch.float64))
 
 
-def scores(generated: Statistics, real: Statistics, alone: Alone | None = None) -> dict[str, float]:
+def scores(
+    generated: Statistics, real: Statistics, alone: Alone | None = None, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """`fd`, `kid`, `precision` and `recall` of generated images against real ones.
 
     Args:
         generated: of the generated images.
         real: of the real ones.
         alone: what is known of the real ones' features; None finds it out.
+        device: where images are compared one by one, which is all pairs of them; it has float64.
     """
-    alone = Alone.of(real.features) if alone is None else alone
-    precision, recall = precision_recall(generated.features, real.features, reach=alone.reach)
+    made, given = generated.features.to(device), real.features.to(device)
+    alone = Alone.of(given) if alone is None else alone
+    precision, recall = precision_recall(made, given, reach=alone.reach)
     return {
         "fd": frechet(generated, real),
-        "kid": kid(generated.features, real.features, float(alone.kernel)),
+        "kid": kid(made, given, float(alone.kernel)),
         "precision": precision,
         "recall": recall,
     }
@@ -174,31 +180,36 @@ def precision_recall(
         k: how many neighbours an image's surroundings reach to.
         reach: of the real ones, (M,), where it is known.
     """
-    from sklearn.metrics import pairwise_distances_chunked
-
-    reach_g, reach_r = _reach(generated, k), _reach(real, k) if reach is None else reach.numpy()
+    reach_g, reach_r = _reach(generated, k), _reach(real, k) if reach is None else reach.to(real.device)
     # among images that are there more than k times the reach is 0, and what rounding leaves of a distance of 0 is not
     near = ROUNDING * max(float(x.double().norm(dim=1).max()) for x in (generated, real))
-    reach_g, reach_r = reach_g + near, reach_r + near
-    among_real, among_generated = np.zeros(len(generated), dtype=bool), np.zeros(len(real), dtype=bool)
-    start = 0
-    # at most 128 MiB of distances at a time
-    for block in pairwise_distances_chunked(generated.double().numpy(), real.double().numpy(), working_memory=128):
-        rows = slice(start, start := start + len(block))
-        among_real[rows] = (block <= reach_r).any(1)
-        among_generated |= (block <= reach_g[rows, None]).any(0)
-    return float(among_real.mean()), float(among_generated.mean())
+    among_real, among_generated = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for distances, own in zip(_distances(generated, real), (reach_g + near).split(_ROWS), strict=True):
+        among_real.append((distances <= reach_r + near).any(1))
+        among_generated |= (distances <= own[:, None]).any(0)
+    return _share(torch.cat(among_real)), _share(among_generated)
 
 
-def _reach(features: Tensor, k: int) -> np.ndarray:
-    """The distance of each image to its k-th neighbour among the others."""
-    from sklearn.neighbors import NearestNeighbors
+def _share(of: Tensor) -> float:
+    return float(of.double().mean())
 
+
+def _reach(features: Tensor, k: int) -> Tensor:
+    """The distance of each image to its k-th neighbour among the others, float64 (N,)."""
     if len(features) <= k:
         raise InputError(
             f"precision and recall look at {k} neighbours of every image, so there must be more than {k} on each side; "
             f"got {len(features)}"
         )
-    distances, _ = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(features.double().numpy()).kneighbors()
-    # a copy, since the column alone would keep all of them
-    return distances[:, -1].copy()
+    reach = []
+    for i, distances in enumerate(_distances(features, features)):
+        distances.diagonal(i * _ROWS).fill_(math.inf)
+        reach.append(distances.topk(k, largest=False).values[:, -1])
+    return torch.cat(reach)
+
+
+def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """The distances of x (N, D) to y (M, D), float64, in blocks of rows."""
+    y = y.double()
+    for rows in x.split(_ROWS):
+        yield torch.cdist(rows.double(), y, compute_mode="use_mm_for_euclid_dist")

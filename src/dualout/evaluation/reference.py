@@ -37,6 +37,8 @@ class Reference:
     """Which images: name, split, count, fingerprint."""
     kept_at: Path | None = None
     """Where the statistics are kept; what is found out later goes beside them."""
+    device: torch.device | str = "cpu"
+    """Where images are compared one by one."""
 
     @classmethod
     def of(
@@ -59,7 +61,7 @@ class Reference:
             features: how to look at them.
             name: what the data are called in the protocol; None takes the dataset's name.
             split: what part of the data they are, for the protocol.
-            device: where to compute features.
+            device: where to compute features, and to compare them.
             batch_size: how many at a time.
             progress: told how it goes.
 
@@ -83,7 +85,9 @@ class Reference:
             "fingerprint": dataset.fingerprint,
             "variance": float(statistics.moments[1].trace()),
         }
-        return cls(features, statistics, known, path)
+        # Apple's GPUs have no float64
+        place = torch.device(device)
+        return cls(features, statistics, known, path, "cpu" if place.type == "mps" else place)
 
     @cached_property
     def alone(self) -> Alone:
@@ -92,14 +96,14 @@ class Reference:
         known = _read(path, Alone._fields) if path else None
         if known is not None:
             return Alone(**known)
-        found = Alone.of(self.statistics.features)
+        found = Alone.of(self.statistics.features.to(self.device))
         if path:
             _keep(path, found._asdict())
         return found
 
     def scores(self, generated: Statistics) -> dict[str, float]:
         """`fd`, `kid`, `precision` and `recall` of generated images."""
-        return scores(generated, self.statistics, self.alone)
+        return scores(generated, self.statistics, self.alone, self.device)
 
     def protocol(self) -> dict[str, Any]:
         """What the scores depend on besides the generated images."""
