@@ -90,45 +90,71 @@ def _measure_step(section: Section, case: Case, peers: list[ModuleType], peak: f
     }
     if GPU:
         cases["ours, contiguous, default"] = ours(network, case.batch, channels_last=False)
-    compiled = _compiled(case, {"": network, "dual output, ": second})
-    cases |= compiled
     found: dict[str, Times] = {}
     launched: Times = {}
-    for kind, wrapped in (("default", network), ("bf16", InBf16(network))):
-        theirs = {f"{n}, {kind}": step for peer in peers for n, step in peer.trainers(wrapped, images).items()}
-        # a processor without units for bf16 takes three times as long, and no round says more than another
-        slow = kind == "bf16" and not (processor_units() or GPU)
-        both = {k: _clean(step, network) for k, step in (cases | theirs).items()}
-        with told(f"{name}, {kind}"):
-            found[kind] = interleaved(
+    theirs: dict[str, Callable[[], Any]] = {}
+
+    def timed(what: str, cases: dict[str, Callable[[], Any]], slow: bool = False) -> None:
+        both = {k: _clean(step, network) for k, step in cases.items()}
+        with told(f"{name}, {what}"):
+            found[what] = interleaved(
                 both, 2 if slow else case.rounds, warmup=0 if slow else 1, calls=case.calls, launching=launched
             )
-        section.times[f"{name}, {kind}, seconds a step"] = found[kind]
+        section.times[f"{name}, {what}, seconds a step"] = found[what]
+
+    def shown() -> str:
+        return _shown(case, found, launched, reference, {"": network, "dual output, ": second}, peak)
+
+    for kind, wrapped in (("default", network), ("bf16", InBf16(network))):
+        own = {f"{n}, {kind}": step for peer in peers for n, step in peer.trainers(wrapped, images).items()}
+        theirs |= own
+        # a processor without units for bf16 takes three times as long, and no round says more than another
+        timed(kind, cases | own, slow=kind == "bf16" and not (processor_units() or GPU))
         # with the peers in bf16 only what it is compared with is timed again
-        cases = {k: step for k, step in cases.items() if k == "ours, default" or (GPU and k in compiled)}
-    times = found["default"]
-    default, half = (
+        cases = {"ours, default": cases["ours, default"]}
+    fastest_of = [
         fastest(found[kind], [n for n in found[kind] if n.endswith(kind) and not n.startswith("ours")])
         for kind in ("default", "bf16")
-    )
-    if default and half:
-        _add_goals(section, name, found, default, half)
-    reference = statistics.median(times[default]) if default else None
-    shown = found["bf16"] | times
+    ]
+    rivals = [peer for peer in fastest_of if peer]
+    reference = statistics.median(found["default"][fastest_of[0]]) if fastest_of[0] else None
+    # compiling takes longest, and a machine that is borrowed may be gone before it is done
+    print(shown(), flush=True)
+    compiled = _compiled(case, {"": network, "dual output, ": second})
+    if compiled:
+        timed("compiled", compiled | cases | {peer: theirs[peer] for peer in rivals})
+        print(shown(), flush=True)
+    if len(rivals) == 2:
+        _add_goals(section, name, found, *rivals)
+    section.tables.append(shown())
+    if GPU:
+        for key, step in (cases | compiled).items():
+            section.tables.append(_profiled(f"{name}, {key}", step))
+            print(section.tables[-1], flush=True)
+
+
+def _shown(
+    case: Case,
+    found: dict[str, Times],
+    launched: Times,
+    reference: float | None,
+    networks: dict[str, nn.Module],
+    peak: float | None,
+) -> str:
+    """The table of all cases that were timed."""
+    times = {k: v for kind in ("compiled", "bf16", "default") for k, v in found.get(kind, {}).items()}
+    image = subjects.images(1)
     rows = []
-    for key in sorted(shown, key=lambda c: (not c.startswith("ours"), statistics.median(shown[c]))):
-        median = statistics.median(shown[key])
-        row = [key, Spread.of(shown[key]).text(1e-3), f"{reference / median:.2f}" if reference else ""]
+    for key in sorted(times, key=lambda c: (not c.startswith("ours"), statistics.median(times[c]))):
+        median = statistics.median(times[key])
+        row = [key, Spread.of(times[key]).text(1e-3), f"{reference / median:.2f}" if reference else ""]
         if peak:
-            share = (
-                3 * case.batch * subjects.operations(second if "dual" in key else network, images[:1]) / median / peak
-            )
-            row += [digits(1e3 * statistics.median(launched[key])), digits(case.batch / median), f"{share:.1%}"]
+            done = 3 * case.batch * subjects.operations(networks["dual output, " if "dual" in key else ""], image)
+            row += [digits(1e3 * statistics.median(launched[key])), digits(case.batch / median)]
+            row += [f"{done / median / peak:.1%}"]
         rows.append(row)
-    header = [f"{name}: ms a step", "median [min..max]", "× fastest peer, default"]
-    section.tables.append(table(header + (["ms, launched", "images/s", "of the bf16 peak"] if peak else []), rows))
-    # a machine that is borrowed may be gone before the rest is measured
-    print(section.tables[-1], flush=True)
+    header = [f"{case.name}: ms a step", "median [min..max]", "× fastest peer, default"]
+    return table(header + (["ms, launched", "images/s", "of the bf16 peak"] if peak else []), rows)
 
 
 def _compiled(case: Case, networks: dict[str, nn.Module]) -> dict[str, Callable[[], Any]]:
@@ -151,17 +177,17 @@ def _compiled(case: Case, networks: dict[str, nn.Module]) -> dict[str, Callable[
 
 def _add_goals(section: Section, name: str, found: dict[str, Times], default: str, half: str) -> None:
     """Args: default, half: the fastest peer at its default, and in bf16."""
-    times, small = found["default"], name.startswith("S")
-    compiled = [f"ours, {which}compiled, default" for which in PARAMETERIZATIONS]
+    times, small, both = found["default"], name.startswith("S"), found.get("compiled", {})
+    compiled = [k for k in both if "compiled" in k]
     if GPU:
         # the peers' networks have a single output: dual output has a little more to do
-        for own in ("ours, default", *(c for c in compiled if c in times)):
-            section.goals += [_goal(found[k], name, peer, own, 1) for k, peer in (("default", default), ("bf16", half))]
+        for kind, peer in (("default", default), ("bf16", half)):
+            section.goals.append(_goal(found[kind], name, peer, "ours, default", 1))
+            section.goals += [_goal(both, name, peer, own, 1) for own in compiled]
         section.goals.append(_goal(times, name, default, "ours, fp32", 1))
         return
     section.goals.append(_goal(times, name, default, "ours, default", 1.7 if small else 2.5))
-    if compiled[0] in times:
-        section.goals.append(_goal(times, name, default, compiled[0], 2.2))
+    section.goals += [_goal(both, name, default, own, 2.2) for own in compiled]
     if not small:
         section.goals.append(_goal(found["bf16"], name, half, "ours, default", 1.2))
         section.goals.append(_goal(times, name, default, "ours, fp32", 1.2))
@@ -169,6 +195,41 @@ def _add_goals(section: Section, name: str, found: dict[str, Times], default: st
 
 def _goal(times: Times, name: str, peer: str, own: str, least: float) -> Goal:
     return Goal(f"{name}: {peer} / {own}", ratio(times, peer, own), least, least=True)
+
+
+KERNELS = {
+    "compiled: normalizations, activations, dropout": ("triton",),
+    "convolutions": ("fprop", "dgrad", "wgrad", "conv"),
+    "attention": ("sdpa", "flash", "fmha", "attention"),
+    "copies to another layout": ("direct_copy", "copy_kernel", "nchwtonhwc", "nhwctonchw"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
+    "optimizer, average and clipping": ("multi_tensor", "adam"),
+}
+"""What kernels are for, by parts of their names; the first that fits: the compiler's bear those of all they replace."""
+
+
+def _purpose(kernel: str) -> str:
+    low = kernel.lower()
+    return next((kind for kind, parts in KERNELS.items() if any(part in low for part in parts)), "everything else")
+
+
+def _profiled(name: str, step: Callable[[], Any], calls: int = 3) -> str:
+    """Where the GPU's time of a step goes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for _ in range(calls):
+            step()
+        torch.cuda.synchronize()
+    spent: dict[str, float] = {}
+    for event in recorded.events() or []:
+        # annotations span the kernels that they are of
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False):
+            kind = _purpose(event.name)
+            spent[kind] = spent.get(kind, 0.0) + event.self_device_time_total / 1e3 / calls
+    whole = sum(spent.values())
+    rows = [[kind, digits(ms), f"{ms / whole:.0%}"] for kind, ms in sorted(spent.items(), key=lambda item: -item[1])]
+    return table([f"{name}: ms of the GPU a step, {digits(whole)} in all", "ms", "share"], rows)
 
 
 def bf16_peak() -> float:
