@@ -128,9 +128,9 @@ class Denoiser(nn.Module):
             x0 = _widened(x0)
         if isinstance(t, Tensor):
             _check_times(t, x0)
-            alpha, sigma, _ = self.schedule.level_for(x0, t)
+            alpha, sigma = self.schedule.level_for(x0, t)
         else:
-            alpha, sigma, _ = self.schedule.scalars(t)
+            alpha, sigma = self.schedule.scalars(t)
         prediction = self(alpha * x0 + sigma * noise, t, **conditions)
         parts = self.parameterization.losses(prediction, x0, noise)
         weights = self.parameterization.weights(self.schedule)

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,16 +68,24 @@ class Posterior(NamedTuple, Generic[Number]):
     """β̃_t = β_t·(1−ᾱ_{t−1})/(1−ᾱ_t): its variance; at t = 0, where there is none, that of t = 1."""
 
 
-class Level(NamedTuple, Generic[Number]):
-    """A noise level: ``x_t = alpha · x0 + sigma · eps``.
+class _Scales(NamedTuple, Generic[Number]):
+    alpha: Number
+    sigma: Number
+
+
+class Level(_Scales[Number], Generic[Number]):
+    """A noise level: ``x_t = alpha · x0 + sigma · eps``; ``alpha, sigma = level``.
 
     Each entry is one number for the whole batch (a float or a 0-d tensor) or a tensor with one number an image.
     """
 
-    alpha: Number
-    sigma: Number
-    posterior: Posterior[Number] | None = None
+    posterior: Posterior[Number] | None
     """The step to the level before; levels that are none of a schedule's know of none."""
+
+    def __new__(cls, alpha: Number, sigma: Number, posterior: Posterior[Number] | None = None) -> Self:
+        level = super().__new__(cls, alpha, sigma)
+        level.posterior = posterior
+        return level
 
     @property
     def gain(self) -> Number | None:
@@ -181,7 +189,7 @@ class Schedule(Registered, ABC):
     @property
     def log_snr(self) -> Tensor:
         """log(alpha² / sigma²) at every t, of shape (T,), float64."""
-        alpha, sigma, _ = self._levels
+        alpha, sigma = self._levels
         return 2 * (alpha.log() - sigma.log())
 
     def _index(self, t: Any) -> int:
@@ -209,11 +217,11 @@ class Schedule(Registered, ABC):
         """A level's numbers at every t: (T, 5)."""
         found = self._on_device.get(device)
         if found is None:
-            alpha, sigma, posterior = self._levels
-            assert posterior is not None
+            level = self._levels
+            assert level.posterior is not None
             # Apple's GPUs have no float64; elsewhere the tables keep it until they are used
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            found = torch.stack([alpha, sigma, *posterior], 1).to(device, dtype)
+            found = torch.stack([*level, *level.posterior], 1).to(device, dtype)
             if type(found) is Tensor:  # and not a tracer's
                 self._on_device[device] = found
         return found

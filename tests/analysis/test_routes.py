@@ -72,7 +72,7 @@ def test_standard_errors_are_the_spread_over_noises():
 def test_errors_are_the_known_ones_in_every_scale():
     sd_eps, sd_x0, r = 0.1, 0.15, 0.3
     for row, *_ in measured(Injected(sd_eps, sd_x0, 0.0, r), [20, 300, 800]):
-        alpha, sigma, _ = SCHEDULE.scalars(row["t"])
+        alpha, sigma = SCHEDULE.scalars(row["t"])
         floor = VARIANCE * sigma**2 / (alpha**2 * VARIANCE + sigma**2)
         gain = sigma / alpha
         x0_error = floor + (r * sd_x0) ** 2 + ((1 - r) * gain * sd_eps) ** 2
@@ -136,7 +136,7 @@ def test_single_outputs_have_the_errors_and_nothing_else():
         return level.sigma / (level.alpha**2 * VARIANCE + level.sigma**2) * x_t
 
     for row, reliability, ratio_map in measured(exact_eps, [100, 600], dualout.Epsilon()):
-        alpha, sigma, _ = SCHEDULE.scalars(row["t"])
+        alpha, sigma = SCHEDULE.scalars(row["t"])
         floor = VARIANCE * sigma**2 / (alpha**2 * VARIANCE + sigma**2)
         assert row["x0_error"] == pytest.approx(floor, rel=0.02)
         assert not any(name.startswith(("ratio", "slope", "direct", "subtractive", "best")) for name in row)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -148,3 +150,12 @@ def test_what_is_no_schedule_is_refused(make, says: str) -> None:
     with pytest.raises(InputError) as error:
         make()
     assert says in str(error.value)
+
+
+def test_a_level_is_its_two_scales_and_keeps_its_step() -> None:
+    level = Linear().level(torch.tensor([0, 500, 999]))
+    alpha, sigma = level
+    assert torch.equal(alpha, level.alpha) and torch.equal(sigma, level.sigma)
+    for same in (copy.deepcopy(level), pickle.loads(pickle.dumps(level)), level.map(lambda v: v)):
+        assert all(map(torch.equal, same, level))
+        assert all(map(torch.equal, same.posterior, level.posterior))

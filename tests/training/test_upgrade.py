@@ -420,7 +420,7 @@ def test_the_new_output_is_taught_where_it_would_be_asked(base) -> None:
     new = "eps" if own.trained == "x0" else "x0"
     x0, noise, t = noises(4), dualout.noise(range(50, 54), (1, 8, 8)), torch.tensor([0, 40, 120, 199])
     found = denoiser.loss(x0, t, noise)
-    alpha, sigma, _ = SCHEDULE.level(t)
+    alpha, sigma = SCHEDULE.level(t)
     ratio = (sigma**2 / (alpha**2 + sigma**2)).float()
     p = denoiser(alpha.view(-1, 1, 1, 1).float() * x0 + sigma.view(-1, 1, 1, 1).float() * noise, t)
     error = ((x0 if new == "x0" else noise) - p.parts[new]).square().flatten(1).mean(1)

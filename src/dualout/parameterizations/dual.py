@@ -159,7 +159,7 @@ class Dual(Parameterization):
             losses["mu"] = self._gate_loss(prediction, x0)
         if self.blend_weight:
             # v_mix is affine in x0_mix at fixed x_t
-            alpha, sigma, _ = prediction.level
+            alpha, sigma = prediction.level
             gain = (alpha**2 + sigma**2) / sigma
             losses["blend"] = mean_square(gain * (x0 - prediction.x0))
         return losses
@@ -203,7 +203,7 @@ def check_ratio(ratio: str | float, names: Sequence[str]) -> None:
 
 def untaught(ratio: str | float, level: Level) -> Scalar:
     """A ratio that is not learned: "velocity", "flow" or a number."""
-    alpha, sigma, _ = level
+    alpha, sigma = level
     if ratio == "velocity":
         return sigma**2 / (alpha**2 + sigma**2)
     return sigma / (alpha + sigma) if ratio == "flow" else float(ratio)

@@ -46,7 +46,7 @@ class Karras(SingleOutput):
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         """F* = (x0 − c_skip·x_t) / c_out."""
-        alpha, sigma, _ = level
+        alpha, sigma = level
         c_in = self._coefficients(level)[2]
         # with x_t = alpha·x0 + sigma·eps put in: no difference of nearly equal numbers is divided by c_out
         return c_in * (sigma / self.sigma_data * x0 - alpha * self.sigma_data * eps)

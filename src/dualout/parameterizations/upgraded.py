@@ -110,7 +110,7 @@ class Upgraded(Parameterization):
     def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """That of `base`, the new output's share of its own, and where the gate is open the gate's."""
         losses = self.base.losses(prediction, x0, eps)
-        alpha, sigma, _ = prediction.level
+        alpha, sigma = prediction.level
         if self.trained == "x0":
             losses["eps"] = _share(alpha, sigma) ** 2 * mean_square(eps - prediction.parts["eps"])
         else:

@@ -41,9 +41,7 @@ class Denoises(Protocol):
         ...
 
 
-class Moment(NamedTuple):
-    """One step of a trajectory."""
-
+class _Look(NamedTuple):
     k: int
     """Which step: 0 … K−1."""
     t: int
@@ -52,8 +50,18 @@ class Moment(NamedTuple):
     """The noisy images before the step, (B, C, H, W)."""
     prediction: Prediction
     """What the denoiser made of them."""
+
+
+class Moment(_Look):
+    """One step of a trajectory; ``k, t, x_t, prediction = moment``."""
+
     x_next: Tensor
     """The images after the step; after the last one, the result."""
+
+    def __new__(cls, k: int, t: int, x_t: Tensor, prediction: Prediction, x_next: Tensor) -> Self:
+        moment = super().__new__(cls, k, t, x_t, prediction)
+        moment.x_next = x_next
+        return moment
 
 
 @dataclass(frozen=True)

@@ -258,13 +258,13 @@ def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
             f'{name} has timestep_type "continuous", which tells networks ln(σ) / 4 in the place of the time step t: '
             'give it timestep_type="discrete"'
         )
-    alpha, sigma, _ = schedule.level(torch.arange(schedule.steps))
+    alpha, sigma = schedule.level(torch.arange(schedule.steps))
     if not torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-6):
         raise InputError(
             f"diffusers' schedulers with a table of alphas_cumprod need alpha² + sigma² = 1, which the denoiser's "
             f"schedule ({schedule.spec}) does not keep"
         )
-    if len(table) != schedule.steps or not torch.allclose(table.double().cpu().sqrt(), alpha, atol=1e-4):
+    if len(table) != schedule.steps or not torch.allclose(table.cpu().double().sqrt(), alpha, atol=1e-4):
         raise InputError(
             f"{name} has another noise schedule than the denoiser ({schedule.spec}); build it with trained_betas, or "
             "give its class name and it is built for you"

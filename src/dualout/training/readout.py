@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
+from dualout.networks.device import double
 from dualout.networks.wide import rows_of
 
 
@@ -138,7 +139,7 @@ def collect(
     moments = found = None
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        alpha, sigma, _ = denoiser.schedule.level(batch.t).like(batch.x0)
+        alpha, sigma = denoiser.schedule.level(batch.t).like(batch.x0)
         x_t = alpha * batch.x0 + sigma * batch.noise
         if found is None:
             found = _placed(denoiser, module, outputs, x_t, batch)
@@ -151,12 +152,12 @@ def collect(
         if pixels is not None and pixels < features.shape[1]:
             some = torch.randperm(features.shape[1], generator=generator)[:pixels].to(features.device)
             features, aimed = features[:, some], aimed[:, some]
-        phi = features.flatten(0, 1).double()
+        phi = double(features.flatten(0, 1))
         if module.bias is not None:
             phi = torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
         if moments is None:
             moments = Moments.none(bins, phi.shape[1], len(rows), phi.device)
-        moments.add(batch.bin, phi, aimed.flatten(0, 1).double())
+        moments.add(batch.bin, phi, double(aimed.flatten(0, 1)))
     if moments is None or found is None:
         raise InputError("there are no images to solve the new rows with")
     return moments, found[0]

@@ -134,6 +134,8 @@ def _tensors(value: Any, like: Tensor) -> Any:
     """The numbers of a level or a plan as tensors without dimensions; 0 stays, and is not computed."""
     if isinstance(value, float):
         return torch.tensor(value, dtype=like.dtype, device=like.device) if value else 0.0
+    if isinstance(value, Level):
+        return value.map(lambda number: _tensors(number, like))
     if isinstance(value, tuple):
         made = [_tensors(v, like) for v in value]
         return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
