@@ -83,6 +83,7 @@ class Level(_Scales[Number], Generic[Number]):
     """The step to the level before; levels that are none of a schedule's know of none."""
 
     def __new__(cls, alpha: Number, sigma: Number, posterior: Posterior[Number] | None = None) -> Self:
+        """A level of three entries, of which two are unpacked."""
         level = super().__new__(cls, alpha, sigma)
         level.posterior = posterior
         return level

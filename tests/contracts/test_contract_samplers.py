@@ -82,7 +82,9 @@ def test_moments_tell_what_happened(sampler: Sampler) -> None:
         assert following.x_t is m.x_next
     for m in moments:
         k, t, x_t, prediction = m
-        assert (k, t) == (m.k, m.t) and x_t is m.x_t and prediction is m.prediction
+        assert (k, t) == (m.k, m.t)
+        assert x_t is m.x_t
+        assert prediction is m.prediction
         assert m.prediction.x_t is m.x_t
         torch.testing.assert_close(denoiser(m.x_t, m.t).x0, m.prediction.x0, rtol=1e-12, atol=1e-12)
     assert torch.equal(sampler.sample(denoiser, start(2), fresh(2)), moments[-1].x_next)

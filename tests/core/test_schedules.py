@@ -155,7 +155,8 @@ def test_what_is_no_schedule_is_refused(make, says: str) -> None:
 def test_a_level_is_its_two_scales_and_keeps_its_step() -> None:
     level = Linear().level(torch.tensor([0, 500, 999]))
     alpha, sigma = level
-    assert torch.equal(alpha, level.alpha) and torch.equal(sigma, level.sigma)
+    assert torch.equal(alpha, level.alpha)
+    assert torch.equal(sigma, level.sigma)
     for same in (copy.deepcopy(level), pickle.loads(pickle.dumps(level)), level.map(lambda v: v)):
         assert all(map(torch.equal, same, level))
         assert all(map(torch.equal, same.posterior, level.posterior))

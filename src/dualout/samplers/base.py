@@ -59,6 +59,7 @@ class Moment(_Look):
     """The images after the step; after the last one, the result."""
 
     def __new__(cls, k: int, t: int, x_t: Tensor, prediction: Prediction, x_next: Tensor) -> Self:
+        """A moment of five entries, of which four are unpacked."""
         moment = super().__new__(cls, k, t, x_t, prediction)
         moment.x_next = x_next
         return moment
