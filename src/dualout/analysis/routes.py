@@ -33,6 +33,7 @@ from torch import Tensor
 
 from dualout.analysis.tables import Row
 from dualout.errors import InputError
+from dualout.networks.device import double
 from dualout.parameterizations.base import subtract
 from dualout.parameterizations.dual import optimal_ratio
 from dualout.prediction import Prediction
@@ -120,7 +121,7 @@ def _at(
             if "ratio" in prediction.parts:
                 ratio = prediction.parts["ratio"]
                 ratios.append(ratio.flatten()[::thin].float().cpu().numpy())
-                total = ratio.double().sum(0).cpu() / (repeats * len(images))
+                total = double(ratio).sum(0).cpu() / (repeats * len(images))
                 ratio_map = total if ratio_map is None else ratio_map + total
                 bins += _binned(prediction, x0, level)
     per_image = {name: torch.cat(values).cpu() for name, values in sums.items()}
@@ -133,24 +134,25 @@ def _at(
 
 def _squares(p: Prediction, x0: Tensor, eps: Tensor, level: Level[float]) -> dict[str, Tensor]:
     """Means of products over the pixels of each image, (B,), float64."""
-    x0, eps = x0.double(), eps.double()
-    found = {"blend": _dot(x0 - p.x0.double(), x0 - p.x0.double())}
+    x0, eps = double(x0), double(eps)
+    blend = x0 - double(p.x0)
+    found = {"blend": _dot(blend, blend)}
     if not {"eps", "x0"} <= p.parts.keys():
         return found
     d, g = _routes(p, x0, level)
-    a, e = p.parts["x0"].double() - x0, p.parts["eps"].double() - eps
+    a, e = double(p.parts["x0"]) - x0, double(p.parts["eps"]) - eps
     found |= {"dd": _dot(d, d), "dg": _dot(d, g), "gg": _dot(g, g)}
     found |= {"aa": _dot(a, a), "ee": _dot(e, e), "ae": _dot(a, e)}
     if "ratio" in p.parts:
-        rg = p.parts["ratio"].double() * g
+        rg = double(p.parts["ratio"]) * g
         found |= {"d_rg": _dot(d, rg), "rg_rg": _dot(rg, rg)}
     return found
 
 
 def _routes(p: Prediction, x0: Tensor, level: Level[float]) -> tuple[Tensor, Tensor]:
     """d = x0 − x0_eps and g = x0_θ − x0_eps."""
-    x0_eps = subtract(p.parts["eps"].double(), p.x_t.double(), level)
-    return x0 - x0_eps, p.parts["x0"].double() - x0_eps
+    x0_eps = subtract(double(p.parts["eps"]), double(p.x_t), level)
+    return x0 - x0_eps, double(p.parts["x0"]) - x0_eps
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -214,8 +216,8 @@ def _ratio(r: np.ndarray, best: float) -> Row:
 
 def _binned(p: Prediction, x0: Tensor, level: Level[float]) -> np.ndarray:
     """Per bin of r: how many pixels, the sums of r, ⟨d, g⟩ and |g|²; (4, BINS)."""
-    d, g = (v.flatten().cpu().numpy() for v in _routes(p, x0.double(), level))
-    r = p.parts["ratio"].double().expand_as(x0).flatten().cpu().numpy()
+    d, g = (v.flatten().cpu().numpy() for v in _routes(p, double(x0), level))
+    r = double(p.parts["ratio"]).expand_as(x0).flatten().cpu().numpy()
     index = np.clip((r * BINS).astype(int), 0, BINS - 1)
     return np.stack([np.bincount(index, weights, BINS) for weights in (np.ones_like(r), r, d * g, g * g)])
 

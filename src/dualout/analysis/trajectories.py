@@ -120,14 +120,14 @@ class Gaussian:
     @classmethod
     def of(cls, images: Tensor) -> Gaussian:
         """Of images (N, C, H, W); at most N − 1 of the eigenvalues are not 0."""
-        flat = images.double().flatten(1).cpu()
+        flat = images.cpu().double().flatten(1)
         centred = flat - flat.mean(0)
         n, d = centred.shape
         small = centred.T @ centred if d <= n else centred @ centred.T
         eigenvalues = torch.linalg.eigvalsh(small).clamp(min=0) / max(n - 1, 1)
         spectrum = torch.zeros(d, dtype=torch.float64)
         spectrum[: len(eigenvalues)] = eigenvalues
-        return cls(images.double().mean((0, 2, 3)).cpu(), spectrum)
+        return cls(images.cpu().double().mean((0, 2, 3)), spectrum)
 
     @property
     def variance(self) -> float:
@@ -229,7 +229,7 @@ class _Sums:
         self.ratio: float | None = None
 
     def add(self, m: Moment, clip: tuple[float, float] | None) -> None:
-        x = m.x_next.double().cpu()
+        x = m.x_next.cpu().double()
         self.t, self.count = m.t, self.count + len(x)
         self.total = x.sum(0) + (0 if self.total is None else self.total)
         self.squares = x.square().sum(0) + (0 if self.squares is None else self.squares)
@@ -238,7 +238,7 @@ class _Sums:
         low, high = clip or (-1.0, 1.0)
         self.clipped += float(((x0 < low) | (x0 > high)).sum())
         if "ratio" in m.prediction.parts:
-            self.ratio = (self.ratio or 0.0) + float(m.prediction.parts["ratio"].double().mean((1, 2, 3)).sum())
+            self.ratio = (self.ratio or 0.0) + float(m.prediction.parts["ratio"].cpu().double().mean((1, 2, 3)).sum())
 
     def channel_means(self) -> Tensor:
         assert self.total is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualout.errors import InputError
+from dualout.networks.device import double
 
 KEPT = 10_000
 """How many images' features are kept for the metrics that compare images one by one (KID, precision, recall)."""
@@ -35,9 +36,7 @@ class Statistics:
         Raises:
             InputError: when one is not finite.
         """
-        x = features.detach()
-        # Apple's GPUs have no float64
-        x = (x.cpu() if x.device.type == "mps" else x).double()
+        x = double(features.detach())
         if not torch.isfinite(x).all():
             raise InputError(f"the features of images {self.count} to {self.count + len(x) - 1} hold NaN or infinity")
         if self._sums is None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from dualout.errors import InputError
 
@@ -50,6 +51,11 @@ def layout(place: torch.device) -> torch.memory_format:
     larger one (docs/results/performance.md).
     """
     return torch.channels_last if place.type == "cuda" else torch.contiguous_format
+
+
+def double(x: Tensor) -> Tensor:
+    """In float64, where it is; what is on Apple's GPUs, which have none, comes to the processor."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def seconds(work: Callable[[], object], place: torch.device) -> float:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.adapter import Adapter
+from dualout.networks.device import double
 from dualout.networks.output import Output, Plain, named, output_of
 from dualout.networks.trace import Example, call, folded, guess, listed, trace
 from dualout.networks.wide import KINDS, Wide, layers_of, rows_of, wider
@@ -247,8 +248,8 @@ def _replace(network: nn.Module, output: Output, layers: dict[str, nn.Module], c
 def _same(after: Tensor, before: Tensor, exact: bool) -> bool:
     if exact:
         return torch.equal(after, before)
-    difference = (after - before).double().square().mean().sqrt()
-    return bool(difference <= ROUNDING * before.double().square().mean().sqrt())
+    difference = double(after - before).square().mean().sqrt()
+    return bool(difference <= ROUNDING * double(before).square().mean().sqrt())
 
 
 def _verify(

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.special import log_ndtr
 
 from dualout.errors import InputError
 from dualout.parameterizations.base import Parameterization, Route, check_channels, log
@@ -142,6 +141,12 @@ def log_likelihood(x0: Tensor, mean: Tensor, log_sigma2: Tensor) -> Tensor:
     above, below = (x0 + 1 / 255 - mean) * precision, (x0 - 1 / 255 - mean) * precision
     # Φ(above) − Φ(below), taken in the left tail, where neither is near 1
     right = above + below > 0
-    high, low = log_ndtr(torch.where(right, -below, above)), log_ndtr(torch.where(right, -above, below))
+    high, low = _log_ndtr(torch.where(right, -below, above)), _log_ndtr(torch.where(right, -above, below))
     between = high + (-torch.expm1((low - high).clamp(max=-torch.finfo(x0.dtype).eps))).log()
-    return torch.where(x0 < -0.999, log_ndtr(above), torch.where(x0 > 0.999, log_ndtr(-below), between))
+    return torch.where(x0 < -0.999, _log_ndtr(above), torch.where(x0 > 0.999, _log_ndtr(-below), between))
+
+
+def _log_ndtr(x: Tensor) -> Tensor:
+    """log Φ(x)."""
+    # torch has none for Apple's GPUs
+    return torch.special.log_ndtr(x.cpu()).to(x.device) if x.device.type == "mps" else torch.special.log_ndtr(x)

@@ -43,7 +43,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """On a device."""
-        return self.map(lambda v: v.to(device, non_blocking=True))
+        # Apple's GPUs would still be reading when the processor has made something else of that memory
+        ahead = device.type != "mps"
+        return self.map(lambda v: v.to(device, non_blocking=ahead))
 
     def pinned(self) -> Batch:
         """In memory that a GPU copies from without waiting."""

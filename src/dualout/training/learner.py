@@ -107,14 +107,16 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        norm = total = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None], foreach=True)
+        # torch refuses it on Apple's GPUs
+        foreach = weights[0].device.type != "mps"
+        norm = total = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None], foreach=foreach)
         if self.sharded:
             from dualout.training import shards
 
             total = shards.one(norm)
         # on a processor it costs nothing to look whether there is anything to clip
         if self.config.grad_clip and not (total.device.type == "cpu" and total <= self.config.grad_clip):
-            nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip, norm, foreach=True)
+            nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip, norm, foreach=foreach)
         if self.scaler.is_enabled():
             # what overflowed only by its scale is no fault: the scaler leaves this step out and halves the scale
             scale = self.scaler.scale(torch.ones_like(total))

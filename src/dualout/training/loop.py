@@ -145,8 +145,7 @@ class Part:
             learner.denoiser.network.compile()  # type: ignore[union-attr]
             self.compiled = _compiled
         self.layout = torch.channels_last if learner.config.channels_last else torch.contiguous_format
-        cuda = self.device.type == "cuda"
-        self.generator = torch.cuda.default_generators[self.device.index or 0] if cuda else torch.default_generator
+        self.seed = _seeding(self.device)
 
     def __call__(self, batch: Batch, last: bool) -> Loss:
         """Add to the gradient; the last part of a batch also averages it over the processes."""
@@ -154,12 +153,21 @@ class Part:
         batch = batch.to(self.device)
         x0 = pixels.to_model(batch.images).contiguous(memory_format=self.layout)
         # dropout draws from torch's own generator
-        self.generator.manual_seed(draws.dropout(config.seed, int(batch.samples[0])))
+        self.seed(draws.dropout(config.seed, int(batch.samples[0])))
         with self.compiled(), nullcontext() if last else self.apart():
             with self.precision.autocast():
                 loss = self.objective(x0, batch.t, batch.noise, batch.conditions)
             self.learner.backward(loss.total / config.accumulate)
         return loss
+
+
+def _seeding(device: torch.device) -> Callable[[int], object]:
+    """Seeds the generator that a device's own random numbers come from."""
+    if device.type == "cpu":
+        return torch.default_generator.manual_seed
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0].manual_seed
+    return torch.get_device_module(device).manual_seed
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from dualout.data import pixels
 from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
+from dualout.networks.device import double
 from dualout.parameterizations.upgraded import SHUT
 from dualout.randomness import mix, noise
 from dualout.training.readout import Noised
@@ -120,8 +121,8 @@ def measure(denoiser: Denoiser, batches: Iterable[Noised], bins: int) -> Errors:
         x_t = level.alpha * batch.x0 + level.sigma * batch.noise
         raw = denoiser.raw(x_t, batch.t, level, **batch.conditions)
         # float64: at high noise these are small differences of large numbers
-        eps, x0 = (reading.read(raw, x_t, level).x0.double() for reading in readings)
-        error, step = batch.x0.double() - eps, x0 - eps
+        eps, x0 = (double(reading.read(raw, x_t, level).x0) for reading in readings)
+        error, step = double(batch.x0) - eps, x0 - eps
         values = (error.square(), error * step, step.square())
         found[batch.bin].append(tuple(v.flatten(1).mean(1).cpu() for v in values))
     return Errors(*(torch.stack([torch.cat([row[k] for row in rows]) for rows in found]) for k in range(3)))
