@@ -55,6 +55,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert f"dualout {name}" in out
     assert "options" in out
+    assert "``" not in out
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
@@ -161,6 +162,32 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
         err = process.stderr.read().decode()
     assert process.returncode == 0, err
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--steps", "five"], "--steps is a whole number; got five"),
+        (["train", "--size", "big"], "--size is a whole number or null; got big"),
+        (["train", "--lr", "nan"], "--lr is a number; got nan"),
+        (["train", "--betas", "0.9"], "--betas is a list of numbers, written [a, b]; got 0.9"),
+        (["train", "--flip=maybe"], "--flip is true or false; got maybe"),
+        (["compare", "--steps", "5,10"], "--steps is a list, written [a, b]; got 5,10"),
+        (["compare", "--methods", "eps"], "--methods is a mapping, written {name: value}; got eps"),
+        (["train", "--config", "none.yaml"], "--config: File does not exist"),
+        (["train", "--config", "text"], "--config is a YAML file of lines such as seed: 0, one an option; got words"),
+        (["train", "--config", "typo"], "unknown option of dualout train: 'stepz'; did you mean 'steps'?"),
+        (["evaluate", "runs/a", "runs/b"], "unrecognized arguments: runs/b; several runs are written with commas"),
+    ],
+)
+def test_what_cannot_be_read_is_told_by_the_flag(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("words")
+    Path("typo").write_text("stepz: 5")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"dualout {arguments[0]}: {says}")
+    assert "class '" not in said
 
 
 def test_a_value_that_was_forgotten_in_a_file_is_told(tmp_path, capsys):

@@ -37,7 +37,7 @@ class Options:
     sampler: str = "ddim"
     """ddim, ddpm, dpmsolver, unipc, ipndm, heun; with options as in dpmsolver:order=3"""
     steps: int = 5
-    """K"""
+    """Of the sampler, K: the numbers hold for this many"""
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
     data: str | None = None

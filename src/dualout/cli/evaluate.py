@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Options:
     """The options of ``dualout evaluate``."""
 
-    runs: str = field(metadata={"positional": True})
+    runs: str = field(metadata={"positional": True, "commas": True})
     """Directories of runs or checkpoints, or names of Hugging Face Hub repositories; several with commas between"""
     data: str | None = None
     """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's; by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -23,8 +24,9 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
     """Read a command's arguments.
 
     Args:
-        options: a dataclass. Fields are flags (``--batch_size 64``) unless their metadata says ``positional=True``;
-            each has a docstring beneath it, which is its help.
+        options: a dataclass. Fields are flags (``--batch_size 64``) unless their metadata says ``positional=True``, or
+            ``positional=True, commas=True`` where several are one text; each has a docstring beneath it, which is its
+            help.
         command: its name.
         arguments: what was typed after it.
         description: what --help says above the options.
@@ -34,7 +36,8 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
     Raises:
         InputError: for anything that cannot be read.
     """
-    parser = _Parser(prog=f"dualout {command}", description=description, exit_on_error=False)
+    text = description and _unmarked(description)
+    parser = _Parser(prog=f"dualout {command}", description=text, exit_on_error=False)
     positional = [f for f in dataclasses.fields(options) if f.metadata.get("positional")]  # type: ignore[arg-type]
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
     helps = attribute_help(options)
@@ -47,12 +50,16 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
             optional["nargs"] = "+" if f.default is dataclasses.MISSING else "*"
         parser.add_argument(f.name, type=kind, help=helps.get(f.name), **optional)
     parser.add_class_arguments(options, None, skip={f.name for f in positional})
+    for group in parser._action_groups:
+        group.title = group.title and _unmarked(group.title)
     _check_flags(parser, command, arguments)
     arguments = _spell_switches(options, arguments)
     try:
         namespace = parser.parse_args(arguments)
         instantiated: Any = parser.instantiate(namespace)
         values = instantiated.as_dict()
+    except _Unread as error:
+        raise _told(str(error), options, command) from error.__cause__
     except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
         raise InputError(f"{_first(str(error))}\nSee dualout {command} --help") from error
     values.pop("config", None)
@@ -92,9 +99,39 @@ def attribute_help(options: type) -> dict[str, str]:
     return {p.arg_name: " ".join((p.description or "").split()) for one in parsed for p in one.params}
 
 
+class _Unread(InputError):
+    """What jsonargparse says of arguments that it cannot read."""
+
+
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise InputError(_first(message)) from ex
+        raise _Unread(message) from ex
+
+
+_FORMS = {list: ", written [a, b]", tuple: ", written [a, b]", dict: ", written {name: value}"}
+
+
+def _told(message: str, options: type, command: str) -> InputError:
+    """jsonargparse's message in the words of the flags, where it speaks of Python's types."""
+    key, value = re.match(r'Parser key "(\w+)":\s*(.*)', message), re.search(r"(?:Got|Given) value: (.*)", message)
+    if key and key[1] == "config":
+        return InputError(f"--config: {key[2]}")
+    if key and value and (kind := types(options).get(key[1])):
+        form = _FORMS.get(get_origin(kind), "")
+        return InputError(f"--{key[1]} is {described(kind)}{form}; got {value[1]}")
+    if text := re.match(r"Unexpected config: (.*)", message):
+        return InputError(f"--config is a YAML file of lines such as seed: 0, one an option; got {text[1]}")
+    if name := re.match(r"Option '(.*)' is not accepted", message):
+        return unknown(f"option of dualout {command}:", name[1], types(options))
+    commas = [f.name for f in dataclasses.fields(options) if f.metadata.get("commas")]
+    if commas and re.match(r"unrecognized arguments: [^-]", message):
+        return InputError(f"{_first(message)}; several {commas[0]} are written with commas between, and no space")
+    return InputError(_first(message))
+
+
+def _unmarked(text: str) -> str:
+    """A docstring's Markdown as it is read in a terminal."""
+    return text.replace("``", "")
 
 
 def _check_flags(parser: jsonargparse.ArgumentParser, command: str, arguments: Sequence[str]) -> None:
