@@ -26,6 +26,8 @@ from dualout.training.upgrade_run import Upgrade
 
 NETWORK = "tiny:width=8"
 FEW = [
+    "--data",
+    "digits",
     "--bins",
     "4",
     "--held_out",
@@ -538,6 +540,26 @@ def test_what_is_told_of_a_source_is_told_where_it_is_read(source, tmp_path, arg
     assert main(["export", str(source), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_it_learns_from_what_the_source_was_trained_on(source, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    config = json.loads((other / "config.json").read_text())
+    config["data"]["name"] = f"arrays:path={tmp_path / 'mine.npy'}"
+    (other / "config.json").write_text(json.dumps(config))
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8))
+    with Upgrade(UpgradeConfig(source=str(other), out=str(tmp_path / "out"), device="cpu")) as work:
+        assert (work.config.data, len(work.dataset)) == (config["data"]["name"], 80)
+    with Upgrade(UpgradeConfig(source=str(other), data="digits", out=str(tmp_path / "out"), device="cpu")) as work:
+        assert work.dataset.name == "digits"
+    del config["data"]
+    (other / "config.json").write_text(json.dumps(config))
+    with (
+        pytest.raises(InputError, match="does not say what it was trained on: give --data"),
+        Upgrade(UpgradeConfig(source=str(other), out=str(tmp_path / "out"), device="cpu")),
+    ):
+        pass
 
 
 def test_a_dry_run_tells_and_writes_nothing(source, tmp_path, capsys) -> None:

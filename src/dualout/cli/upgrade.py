@@ -77,7 +77,7 @@ def _dry_run(options: Options, work: Upgrade) -> None:
         f"{len(work.held)} images held out",
         "time": f"about {console.duration(found.seconds)}",
     }
-    console.dry_run(options.asdict() | {"out": str(options.path)}, rows)
+    console.dry_run(work.config.asdict() | {"out": str(options.path)}, rows)
 
 
 def _line(check: Check) -> str:

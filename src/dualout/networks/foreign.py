@@ -72,6 +72,14 @@ def load(
     return Denoiser.from_pretrained(directory)
 
 
+def trained_on(source: str | Path) -> str | None:
+    """The images that a checkpoint of dualout in a directory was trained on, as --data names them; else None."""
+    path = Path(source).expanduser() / checkpoint.CONFIG
+    data = _json(path).get("data") if path.is_file() else None
+    name = data.get("name") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def _downloaded(source: str) -> Path:
     """A repository of the Hub; of a pipeline the network alone, not what encodes texts and images."""
     directory = hub.download(source, ["*.json"])

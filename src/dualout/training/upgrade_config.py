@@ -26,8 +26,9 @@ class UpgradeConfig:
     source: str = field(metadata={"positional": True})
     """What to upgrade: a checkpoint or run of dualout, a directory of diffusers (pipeline or model), a Hub repository
     of either, or a file of weights (.pt, .pth, .safetensors), for which --adapter names the layout. It is only read"""
-    data: str = "digits"
-    """Images to learn the second output from: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER or hub:NAME"""
+    data: str | None = None
+    """Images to learn the second output from: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER or hub:NAME; by
+    default what a checkpoint of dualout was trained on"""
     size: int | None = None
     """Height and width to crop and resize the images to; by default they are taken as they are"""
     grey: bool | None = None
@@ -101,7 +102,7 @@ class UpgradeConfig:
     def training(self, *, conditional: bool = False) -> TrainConfig:
         """The fine-tuning."""
         return TrainConfig(
-            data=self.data,
+            data=self.data or TrainConfig.data,
             size=self.size,
             grey=self.grey,
             cache=self.cache,

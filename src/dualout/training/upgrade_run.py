@@ -11,7 +11,7 @@ import copy
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -114,12 +114,15 @@ class Upgrade:
             self.run.stop()
 
     def __enter__(self) -> Self:
-        config = self.config
+        data_of = self.config.data or foreign.trained_on(self.config.source)
+        config = self.config = replace(self.config, data=data_of)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("an upgrade is made by one process: start it without torchrun or accelerate launch")
         self._known = read_record(self.path)
         refuse_changes(self.path, self._known, config)
         source = foreign.load(config.source, config.adapter, config.parameterization, config.schedule)
+        if config.data is None:
+            raise InputError(f"{config.source} does not say what it was trained on: give --data, such as digits")
         self.conditional = bool(config_of(source.network).get("num_class_embeds"))
         training = config.training(conditional=self.conditional)
         self.dataset = data.load(
