@@ -122,7 +122,9 @@ class Registered:
     @property
     def spec(self) -> str:
         """The short written form, which `parse` reads back."""
-        changed = [f"{k}={_text(v)}" for k, v in self.fields().items() if v != self._default(k)]
+        # what has no default is what it is made of: folder:path=pictures:size=8
+        fields = sorted(self.fields().items(), key=lambda item: self._default(item[0]) is not dataclasses.MISSING)
+        changed = [f"{k}={_text(v)}" for k, v in fields if v != self._default(k)]
         return ":".join([self.name, *changed])
 
     def fields(self) -> dict[str, Any]:

@@ -37,7 +37,12 @@ def test_tells_what_a_run_is(tmp_path, capsys):
     assert found["configuration"]["lr"] == 0.002
     assert [row["step"] for row in found["metrics"]] == [1, 2, 3]
     assert main(["info", str(out)]) == 0
-    assert "step 3 of 3, finished" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 3 of 3, finished" in said
+    lines = said.splitlines()
+    files = lines[lines.index("files") + 1 :]
+    assert len({line.index(found["files"][line.split()[0]], 12) for line in files}) == 1  # a column
+    assert all(lines[lines.index(title) - 1] == "" for title in ("training", "metrics", "files"))
     # a checkpoint without the run's state is a checkpoint
     for file in sorted((out / "state").rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()

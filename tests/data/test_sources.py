@@ -42,6 +42,12 @@ def test_a_spec_wins_over_the_keywords():
     assert open_source(Digits(), split="all", grey=None) == Digits(split="all")
 
 
+def test_a_spec_begins_with_the_place():
+    source = Folder("/my/images", size=(4, 6), holdout=0.2)
+    assert source.spec == "folder:path=/my/images:size=[4+6]:holdout=0.2"
+    assert open_source(source.spec) == source
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

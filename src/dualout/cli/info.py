@@ -51,14 +51,16 @@ def run(arguments: list[str]) -> int | None:
     for title, rows in found.items():
         if isinstance(rows, list):
             if rows:
+                console.out.print()
                 console.table(rows, list(dict.fromkeys(k for row in rows for k in row)), title)
             continue
         if not isinstance(rows, dict):
             rows, title = {title: rows}, ""
         if title:
             console.out.print(f"\n{title}", markup=False, style="bold")
+        width = max([16, *map(len, rows)])
         for name, value in rows.items():
-            console.out.print(f"  {name:<16} {_text(value)}", markup=False)
+            console.out.print(f"  {name:<{width}} {_text(value)}", markup=False)
     return None
 
 

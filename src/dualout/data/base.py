@@ -224,8 +224,8 @@ def check_split(split: str, holdout: float) -> None:
     """Refuse a test split where there is none."""
     if split == "test" and not holdout:
         raise InputError(
-            "there is no test split: all images are the training split. Keep some back by holdout=0.1 (in training "
-            "too), or take split=all"
+            "there is no test split: all images are the training split. Keep some back by :holdout=0.1 after the data "
+            "(in training too), or take the split all"
         )
 
 
