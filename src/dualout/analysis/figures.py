@@ -74,7 +74,7 @@ def training(rows: Sequence[Row], title: str = "") -> Figure:
                 canvas.styles([part])[0] if part in ("eps", "x0") else _PARTS.get(part, {"color": COLOURS["purple"]})
             )
             value = _smoothed(value, max(1, len(value) // 50))
-            axes.plot(step, value, label=part or "sum", **_line(style, {"marker": ""}))
+            axes.plot(step, value, label=part or "loss", **_line(style, {"marker": ""}))
         canvas.plain_log(axes)
         axes.set_xlabel("training step")
         axes.set_ylabel("loss")
