@@ -206,7 +206,7 @@ def _protocols(material: Material, scores: Sequence[Row]) -> list[str]:
     if scores:
         columns = [c for c in ("method", *reading.CELL, *METRICS, "images", "seed") if any(c in r for r in scores)]
         names = {c: METRICS.get(c, c) for c in columns}
-        blocks.append(page.details(f"All {len(scores)} scores", page.table(scores, names)))
+        blocks.append(page.details(f"All scores ({len(scores)})", page.table(scores, names)))
         unlike = {json.dumps(r["protocol"], sort_keys=True): r for r in scores if r.get("protocol")}
         for k, row in enumerate(list(unlike.values())[:1]):
             blocks.append(
