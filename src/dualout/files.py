@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,11 @@ ASIDE = ".writing-"
 _ASIDE_FILE = r"\..+\.[a-z0-9_]{8}\.tmp"
 """How files are called that take the place of another: as `tempfile` names them, so that nobody else's are swept."""
 _KINDS = {dict: "object", list: "list"}
+_FOUND = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+"""What systems put into directories that somebody looked at."""
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
+_PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Seconds between attempts to take the place of a file that another process reads, which Windows does not let."""
 
 
 def read_json(path: Path, kind: type = dict, then: str = "") -> Any:
@@ -55,14 +61,20 @@ def write_json(path: Path, value: Any, indent: int = 2) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomically(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", newline="\n")
+
+
+def portable(name: str) -> str:
+    """A name for a file of any system, from words that may hold what Windows forbids in one."""
+    return _FORBIDDEN.sub("-", name)
 
 
 def held(directory: Path) -> list[str]:
-    """The names in a directory, sorted, but for locks and what a process is writing there; none where there is none."""
+    """The names in a directory, sorted, but for locks, what a process is writing there and what systems put there;
+    none where there is none."""
     there = (p.name for p in directory.iterdir()) if directory.is_dir() else iter(())
     passing = re.compile(rf"{_ASIDE_FILE}|\..*\.lock|{re.escape(ASIDE)}.*")
-    return sorted(name for name in there if not passing.fullmatch(name))
+    return sorted(name for name in there if name not in _FOUND and not passing.fullmatch(name))
 
 
 def sweep(directory: Path) -> None:
@@ -118,6 +130,9 @@ def holding(path: Path, *, wait: bool = True) -> Iterator[bool | None]:
     Yields:
         whether it is held: False when another process does, None where the file system knows no locks.
     """
+    if fcntl is None:  # no directory can be opened there either
+        yield None
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         yield _hold(handle, wait=wait)
@@ -154,17 +169,35 @@ def atomically(path: Path, *, durable: bool = True) -> Iterator[Path]:
             if durable:
                 flush(aside)
             aside.chmod(0o666 & ~_umask())
-            aside.replace(path)
+            take_place(aside, path)
             if durable:
                 flush(path.parent)
         finally:
             aside.unlink(missing_ok=True)
 
 
+def take_place(aside: Path, path: Path) -> None:
+    """Rename a file or a directory; a file that is there is replaced.
+
+    Raises:
+        OSError: when the file system refuses.
+    """
+    for pause in _PAUSES if fcntl is None else ():
+        with suppress(PermissionError):
+            aside.replace(path)
+            return
+        time.sleep(pause)
+    aside.replace(path)
+
+
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        if fcntl is None:  # what is open is not renamed there
+            os.close(handle)
+            yield Path(name)
+            return
         try:
             _hold(handle, wait=True)
             # another process may have swept it before it was held
@@ -177,8 +210,15 @@ def _aside(path: Path) -> Iterator[Path]:
 
 def flush(path: Path) -> None:
     """See that a file, or the list of a directory's files, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if fcntl is None and path.is_dir():  # Windows opens no directory, and keeps a journal of such changes
+        return
+    handle = os.open(path, os.O_RDONLY if fcntl else os.O_RDWR)
     try:
+        # a Mac's fsync leaves it to the drive when
+        if (whole := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+            with suppress(OSError):  # of drives that cannot
+                fcntl.fcntl(handle, whole)  # type: ignore[union-attr]
+                return
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -28,7 +28,7 @@ def check(repo_id: str) -> None:
 
 def is_name(text: str) -> bool:
     """Whether it may be a repository's name, rather than a path."""
-    return not text.startswith((".", "/", "~")) and text.count("/") == 1
+    return not text.startswith((".", "/", "~")) and text.count("/") == 1 and not {":", "\\"} & set(text)
 
 
 def download(repo_id: str, patterns: list[str]) -> Path:

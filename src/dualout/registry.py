@@ -98,8 +98,8 @@ class Registered:
         """
         if not isinstance(spec, str):
             raise InputError(f"a {cls.kind} is written name:option=value, got {spec!r}")
-        # what is in parentheses is another spec
-        name, *options = re.split(r":(?![^()]*\))", spec.strip())
+        # what is in parentheses is another spec, and in path=C:\file the : is not between options
+        name, *options = re.split(r":(?![^()]*\))(?<!=[A-Za-z]:(?=[/\\]))", spec.strip())
         fields: dict[str, Any] = {}
         for option in options:
             key, equals, value = option.partition("=")

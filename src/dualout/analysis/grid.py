@@ -14,6 +14,7 @@ from dualout.errors import InputError, unknown
 from dualout.evaluation.features import Features
 from dualout.evaluation.sampling import build_sampler, parse_route
 from dualout.evaluation.scoring import check_count
+from dualout.files import portable
 from dualout.networks import backends
 from dualout.networks.device import device as find_device
 from dualout.networks.precision import choose
@@ -194,7 +195,10 @@ class Training(NamedTuple):
         usual = {f.name: f.default for f in fields(TrainConfig)}
         own = {k: v for k, v in vars(self.config).items() if k not in _ELSEWHERE and v != usual[k]}
         content = hashlib.blake2b(json.dumps(own, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
-        return out / "models" / f"{self.method}-{content}-seed{self.seed}"
+        name = f"{self.method}-{content}-seed{self.seed}"
+        # one that was trained before names were made for every system keeps its own
+        before = out / "models" / name
+        return before if before.is_dir() else out / "models" / portable(name)
 
 
 _ELSEWHERE = (

@@ -38,13 +38,15 @@ class Worker:
     def start(self) -> None:
         """Begin."""
         count = str(self.threads)
-        environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8",
+        }  # fmt: skip
         self._output = self.log.open("ab")
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CHILD, json.dumps([list(c) for c in self.commands])],
             stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT, env=environment,
             # Ctrl-C comes to this process alone, which passes it on
-            start_new_session=True,
+            start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )  # fmt: skip
 
     @property
@@ -121,4 +123,8 @@ def _end_with_parent() -> None:
     # not through sys.stdin, whose lock a thread must not hold when Python ends
     while os.read(0, 1024):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    if sys.platform == "win32":
+        # os.kill would end it there at once, without a checkpoint
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)

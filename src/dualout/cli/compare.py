@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from dualout.analysis.grid import Grid
 from dualout.cli import console
 from dualout.cli.options import out_directory, parse
-from dualout.files import atomically, explained, write_text
+from dualout.files import atomically, explained, portable, write_text
 
 if TYPE_CHECKING:
     from dualout.analysis.tables import Row
@@ -121,7 +121,7 @@ def _write(rows: list[Row], options: Options, out: Path) -> None:
                 for row in of
             ]
             title = f"{sampler}, {'best spacing' if spacing == 'best' else spacing}, {features}"
-            name = f"{features}-{sampler}-{spacing}".replace(":", "-").replace("/", "-")
+            name = portable(f"{features}-{sampler}-{spacing}")
             with atomically(out / "figures" / f"{name}.png") as aside:
                 aside.write_bytes(png(scores(lines, title=title)))
     shown = summary(best, options.baseline or "")

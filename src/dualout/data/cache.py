@@ -30,7 +30,7 @@ import numpy as np
 from dualout.data.base import Progress
 from dualout.data.decode import Unreadable
 from dualout.errors import InputError
-from dualout.files import explained, write_text
+from dualout.files import explained, take_place, write_text
 from dualout.machine import cores
 
 IN_MEMORY = 2**31
@@ -174,7 +174,7 @@ def _make(job: Job, pixels: Path, notes: Path) -> State:
         _save(file, saved, state)
     _check(job, state)
     write_text(notes, state.text())
-    part.replace(pixels)
+    take_place(part, pixels)
     saved.unlink(missing_ok=True)
     return state
 

@@ -6,6 +6,7 @@ pictures teach textures and edges, not the world: enough to see a colour model l
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,8 @@ class Photos(Source):
                 windows = sliding_window_view(part, (height, width), (0, 1))[::STRIDE, ::STRIDE]
                 crops.append(windows.transpose(0, 1, 3, 4, 2).reshape(-1, height, width, 3))
                 labels.append(np.full(len(crops[-1]), label))
-        classes = tuple(name.rpartition("/")[2].partition(".")[0] for name in found.filenames)
+        # of paths, which scikit-learn writes as the system does
+        classes = tuple(re.split(r"[/\\]", name)[-1].partition(".")[0] for name in found.filenames)
         return Dataset("photos", np.concatenate(crops), "nhwc", None, torch.from_numpy(np.concatenate(labels)), classes)
 
     def _parts(self, photo: np.ndarray) -> list[np.ndarray]:

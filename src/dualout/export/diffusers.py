@@ -320,8 +320,8 @@ class DualOutputPipeline(DiffusionPipeline):
     def _write(self, directory: str | Path, card: dict[str, Any], options: dict[str, Any]) -> None:
         with whole(directory, last=INDEX) as aside:
             super().save_pretrained(str(aside), **options)
-            (aside / "pipeline.py").write_text(_MODULE, encoding="utf-8")
-            (aside / "README.md").write_text(self._card(card), encoding="utf-8")
+            (aside / "pipeline.py").write_text(_MODULE, encoding="utf-8", newline="\n")
+            (aside / "README.md").write_text(self._card(card), encoding="utf-8", newline="\n")
 
     def _card(self, card: dict[str, Any]) -> str:
         calibration, more = self.calibration, {"scheduler": type(self.scheduler).__name__}

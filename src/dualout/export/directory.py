@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dualout.files import ASIDE, explained, holding, sweep, writable
+from dualout.files import ASIDE, explained, holding, sweep, take_place, writable
 
 
 @contextmanager
@@ -37,6 +37,6 @@ def whole(directory: str | Path, *, last: str) -> Iterator[Path]:
             for file in files:
                 place = directory / file.relative_to(aside)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
+                take_place(file, place)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -111,7 +111,7 @@ def write_onnx(
     with whole(directory, last=MODEL) as aside:
         program.save(str(aside / MODEL), external_data=bytes_of_weights > LARGEST if beside is None else beside)
         checked = _check(aside / MODEL, graph, inputs, expected, tolerance)
-        (aside / "README.md").write_text(_card(denoiser, record), encoding="utf-8")
+        (aside / "README.md").write_text(_card(denoiser, record), encoding="utf-8", newline="\n")
     return {"difference": checked, "tolerance": tolerance}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dualout.checkpoint import read_tensors, write_tensors
 from dualout.errors import InputError
-from dualout.files import explained, flush, held, read_json, sweep, write_json, write_text
+from dualout.files import explained, flush, held, read_json, sweep, take_place, write_json, write_text
 
 STATE, RUN, LOCK, METRICS, YAML = "state", "run.json", "lock", "metrics.jsonl", "train.yaml"
 _FILES = ("weights", "average", "optimizer")
@@ -153,7 +153,11 @@ class RunDirectory:
         if any(p.is_file() and p not in own for p in self.path.rglob("*")):
             return
         for file in own:
-            file.unlink(missing_ok=True)
+            try:
+                file.unlink(missing_ok=True)
+            except PermissionError:  # Windows removes nothing that is open, as the lock is
+                self.close()
+                file.unlink(missing_ok=True)
         for empty in [self.path / STATE, *([self.path] if self._new else [])]:
             if empty.is_dir() and not any(empty.iterdir()):
                 empty.rmdir()
@@ -183,7 +187,7 @@ class RunDirectory:
                 digests = {f"{name}.safetensors": _digest(aside / f"{name}.safetensors") for name in _FILES}
             write_json(aside / "state.json", numbers | {"sha256": digests})
             with explained(place):
-                aside.rename(place)
+                take_place(aside, place)
                 flush(place.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -191,7 +195,7 @@ class RunDirectory:
             # renamed first: what is half removed is no state
             doomed = old.with_name(f".{old.name}")
             with explained(old):
-                old.rename(doomed)
+                take_place(old, doomed)
                 shutil.rmtree(doomed)
         return place
 

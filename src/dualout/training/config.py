@@ -175,7 +175,8 @@ class TrainConfig:
 
     def default_out(self) -> str:
         """runs/DATA-PARAMETERIZATION."""
-        parts = (self.data.replace(":", "-").rstrip("/").rsplit("/", 1)[-1], self.parameterization or "dual")
+        data = re.split(r"[/\\]", self.data.replace(":", "-").rstrip("/\\"))[-1]
+        parts = (data, self.parameterization or "dual")
         return "runs/" + re.sub(r"[^\w.=-]+", "-", "-".join(parts)).strip("-")
 
 
