@@ -36,6 +36,8 @@ def test_the_processor_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     assert device() == device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match=r"--device 'gpu' cannot be used here: it is cpu, cuda, cuda:1, mps or auto;"):
+        device("gpu")
     with pytest.raises(InputError, match=r"--device 'cuda:77' cannot be used here.*; this machine has cpu"):
         device("cuda:77")
 

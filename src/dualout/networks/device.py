@@ -31,8 +31,11 @@ def device(name: str = "auto") -> torch.device:
         torch.empty(0, device=asked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = torch.accelerator.current_accelerator(check_available=True)
+        said = str(error).splitlines()[0]
+        # torch lists some twenty kinds that hardly anyone has
+        why = "it is cpu, cuda, cuda:1, mps or auto" if said.startswith("Expected one of") else said
         raise InputError(
-            f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}; this machine has cpu"
+            f"--device {name!r} cannot be used here: {why}; this machine has cpu"
             + (f" and {here.type}" if here else "")
         ) from error
     return _current(asked)
