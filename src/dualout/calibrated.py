@@ -17,6 +17,7 @@ corrected alike.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +161,10 @@ class Calibrated(nn.Module):
         Raises:
             InputError: at another time step than the calibrated ones.
         """
-        k = self.step_of.get(t) if isinstance(t, int) else None
+        try:
+            k = self.step_of.get(operator.index(t))  # also of numpy's integers, and of a tensor of one
+        except TypeError:
+            k = None
         if k is None:
             raise InputError(f"this calibration is for the time steps {list(self.step_of)}, got {t}")
         value = {name: values[k] for name, values in self.values.items()}

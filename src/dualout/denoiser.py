@@ -109,13 +109,13 @@ class Denoiser(nn.Module):
             raw = self.head(raw, time)
         return raw
 
-    def loss(self, x0: Tensor, t: Tensor, noise: Tensor, **conditions: Any) -> Loss:
+    def loss(self, x0: Tensor, t: int | Tensor, noise: Tensor, **conditions: Any) -> Loss:
         """The training loss for clean images with given noise.
 
         Args:
             x0: clean images, (B, C, H, W); those in half precision are noised in float32, of which the noise that
                 was added is a small part at low t.
-            t: a LongTensor (B,).
+            t: their time step, 0 … T−1: a LongTensor (B,), or one int for all.
             noise: standard normal, (B, C, H, W).
             conditions: passed on to the network.
 
@@ -146,7 +146,9 @@ class Denoiser(nn.Module):
         view = Denoiser(self.network, self.parameterization.route(route), self.schedule)
         view.head = self.head if view.head is not None else None
         view.card, view.times = self.card, self.times
-        return view.train(self.training)
+        # and not view.train(…): the mode of what is shared is its owner's
+        view.training = self.training
+        return view
 
     def save_pretrained(self, path: str | Path, **extra: Any) -> None:
         """Write a checkpoint directory: config.json, model.safetensors and README.md, whole or not at all.

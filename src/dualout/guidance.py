@@ -38,12 +38,16 @@ class ClassifierFree(nn.Module):
         self.null = null
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
-        """Look at noisy images under `conditions`, guided away from the unconditional belief."""
+        """Look at noisy images under `conditions`, guided away from the unconditional belief.
+
+        Raises:
+            InputError: where a condition that there is a null of is missing, or no tensor with a row an image.
+        """
         missing = self.null.keys() - conditions.keys()
         if missing:
             raise InputError(f"guidance needs the condition {', '.join(sorted(missing))}; pass it to sample()")
         both = {name: self._beside(name, value) for name, value in conditions.items()}
-        twice = t if isinstance(t, int) or t.ndim == 0 else torch.cat([t, t])
+        twice = torch.cat([t, t]) if isinstance(t, Tensor) and t.numel() > 1 else t
         doubled = torch.cat([x_t, x_t])
         p = self.denoiser(doubled, twice, **both)
         b = len(x_t)
@@ -56,7 +60,9 @@ class ClassifierFree(nn.Module):
         return torch.lerp(none, given, self.scale)
 
     def _beside(self, name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if name in self.null and not (isinstance(value, Tensor) and value.ndim):
+            raise InputError(f"guidance doubles the batch, so {name} is a tensor with a row an image; got {value!r}")
+        if not isinstance(value, Tensor) or not value.ndim:
             return value
         null = self.null.get(name, value)
         # a number is filled in where the others are: nothing is copied to the device

@@ -66,12 +66,14 @@ def noise(
         noise of shape (B, C, H, W).
 
     Raises:
-        InputError: for seeds that are not a list of integers.
+        InputError: for seeds that are not a list of integers, or a shape that is one.
     """
     try:
         seeds = [operator.index(seed) for seed in seeds]
     except TypeError as error:
         raise InputError(f"seeds are whole numbers, one an image, say range(16); got {seeds!r}") from error
+    if isinstance(shape, int):
+        raise InputError(f"shape is that of one image, (C, H, W); got {shape!r}")
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty((len(seeds), *shape), dtype=drawn)
     generator = torch.Generator()

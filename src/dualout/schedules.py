@@ -164,6 +164,8 @@ class Schedule(Registered, ABC):
     def level(self, t: int | Tensor) -> Level[Tensor]:
         """The noise level at step `t`: an int gives 0-d tensors, a LongTensor (B,) gives tensors (B,), float64.
 
+        Of times on Apple's GPUs, which have no float64, they are float32.
+
         Raises:
             InputError: when `t` is outside 0 … T−1 (of a tensor on the CPU), or not of integers.
         """

@@ -204,6 +204,16 @@ def test_other_time_steps_are_refused():
         denoiser(torch.zeros(1, 1, 2, 2), 5)
 
 
+def test_a_time_step_is_known_however_it_is_held():
+    denoiser = Calibrated(Denoiser(exact, CleanImage(), schedules.Cosine(50)), [10], {"x0_scale": [1.5]})
+    x = torch.ones(2, 1, 2, 2)
+    for t in (np.int64(10), torch.tensor(10), torch.tensor([10])):
+        assert torch.equal(denoiser(x, t).x0, denoiser(x, 10).x0)
+    for t in (torch.tensor([10, 10]), torch.tensor(10.0), 10.0):
+        with pytest.raises(InputError, match="this calibration is for the time steps"):
+            denoiser(x, t)
+
+
 def test_the_fit_restores_the_variance_that_few_steps_lose():
     """Five DDIM steps with the exact denoiser shrink Gaussian data; no better denoiser repairs that."""
     denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)

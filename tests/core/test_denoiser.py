@@ -119,6 +119,14 @@ def test_routes_share_weights() -> None:
     assert denoiser.parameterization == Dual()  # itself unchanged
 
 
+def test_a_route_leaves_the_mode_of_the_shared_network_to_its_owner() -> None:
+    network = nn.Sequential(Net(5), nn.Dropout(0.5)).eval()
+    denoiser = Denoiser(network, Dual(), Linear())
+    view = denoiser.route("eps")
+    assert view.training is denoiser.training
+    assert not any(module.training for module in network.modules())
+
+
 def test_routes_are_fixed_ratios() -> None:
     x, net = images(), Net()
     denoiser = Denoiser(net, Dual(), Cosine(T))

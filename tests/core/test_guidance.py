@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -119,3 +120,21 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(InputError, match="wraps a denoiser, which has a schedule; got Conv2d"):
         ClassifierFree(torch.nn.Conv2d(1, 1, 1), 2.0, label=NULL)
     assert dualout.ClassifierFree is ClassifierFree
+
+
+def test_a_condition_that_cannot_be_left_out_is_not_taken_for_guided() -> None:
+    denoiser, x, label = both()
+    guided = ClassifierFree(denoiser, 3.0, label=NULL)
+    for one in (4, torch.tensor(4), [0, 4, 7]):
+        with pytest.raises(InputError, match="label is a tensor with a row an image"):
+            guided(x, 7, label=one)
+    # what there is no null of is the same on both sides, a number too
+    p = guided(x, 7, label=label, strength=torch.tensor(0.5))
+    torch.testing.assert_close(p.x0, guided(x, 7, label=label, strength=0.5).x0)
+
+
+def test_one_time_step_for_all_may_be_a_tensor_of_one() -> None:
+    denoiser, x, label = both()
+    guided = ClassifierFree(denoiser, 3.0, label=NULL)
+    for t in (np.int64(7), torch.tensor(7), torch.tensor([7])):
+        torch.testing.assert_close(guided(x, t, label=label).x0, guided(x, 7, label=label).x0)  # type: ignore[arg-type]

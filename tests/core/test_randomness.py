@@ -52,6 +52,14 @@ def test_what_are_no_seeds_is_refused(seeds: object) -> None:
         noise(seeds, (1, 2, 2))  # type: ignore[arg-type]
 
 
+def test_a_shape_or_noise_that_is_none_is_refused() -> None:
+    with pytest.raises(InputError, match=r"shape is that of one image, \(C, H, W\); got 8"):
+        noise([0], 8)  # type: ignore[arg-type]
+    denoiser = dualout.Denoiser(lambda x, t: x, dualout.Epsilon(), dualout.schedules.Linear())
+    with pytest.raises(InputError, match=r"noise is a tensor \(B, C, H, W\).*got \(4, 1, 8, 8\)"):
+        dualout.samplers.DDIM(2).sample(denoiser, (4, 1, 8, 8))  # type: ignore[arg-type]
+
+
 def test_noise_is_standard_normal() -> None:
     x = noise(range(2000), (1, 8, 8))
     assert abs(x.mean()) < 0.01

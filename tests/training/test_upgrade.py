@@ -404,6 +404,15 @@ def test_what_the_original_kept_fixed_stays_so() -> None:
     assert denoiser.network.conv_in.bias.requires_grad
 
 
+def test_an_upgrade_leaves_the_mode_of_the_network_as_it_is() -> None:
+    source = trained(Epsilon())
+    source.training = True  # as of a denoiser that was just made around a network in evaluation mode
+    source.network.eval()  # type: ignore[union-attr]
+    opened = open_gate(upgrade(source), [0.5, 0.5])
+    assert opened.training
+    assert not any(module.training for module in opened.network.modules())  # type: ignore[union-attr]
+
+
 def test_a_fresh_open_gate_starts_as_velocity() -> None:
     p = Upgraded(ratio="pixel")
     raw, x = torch.randn(2, 3, 4, 4), torch.randn(2, 1, 4, 4)

@@ -272,6 +272,8 @@ def visited(schedule: Schedule, times: Sequence[int]) -> list[Level[float]]:
 
 def begun(noise: Tensor, level: Level[float]) -> Tensor:
     """x_T ~ N(0, alpha² + sigma²): what images of unit variance look like at the first level."""
+    if not isinstance(noise, Tensor):
+        raise InputError(f"noise is a tensor (B, C, H, W), say dualout.noise(range(4), (3, 32, 32)); got {noise!r}")
     x = noise.float() if noise.dtype in HALF else noise
     power = level.alpha**2 + level.sigma**2
     return x if abs(power - 1) < 1e-9 else x * power**0.5

@@ -65,8 +65,8 @@ def upgrade(denoiser: Denoiser, *, layer: str | None = None, example: Example | 
         upgraded = replace(parameterization, base=upgraded)
     wide = widen(network, upgraded.channels(c), layer=layer, places=places, example=example)
     found = Denoiser(wide, upgraded, denoiser.schedule).to(denoiser.times.device)
-    found.card = copy.deepcopy(denoiser.card)
-    return found.train(denoiser.training)
+    found.card, found.training = copy.deepcopy(denoiser.card), denoiser.training
+    return found
 
 
 def upgraded_of(denoiser: Denoiser) -> Upgraded:
@@ -91,8 +91,8 @@ def open_gate(denoiser: Denoiser, ratios: Sequence[float]) -> Denoiser:
         opened = replace(denoiser.parameterization, base=opened)
     found = Denoiser(denoiser.network, opened, denoiser.schedule).to(denoiser.times.device)
     gate_logits(found).copy_(table(ratios, denoiser.schedule.steps, own.closed))
-    found.card = denoiser.card
-    return found.train(denoiser.training)
+    found.card, found.training = denoiser.card, denoiser.training
+    return found
 
 
 @torch.no_grad()
