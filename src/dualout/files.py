@@ -29,6 +29,8 @@ _KINDS = {dict: "object", list: "list"}
 _FOUND = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """What systems put into directories that somebody looked at."""
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
+_FULL_DISK = (39, 112)
+"""Windows' own numbers for it, which Rust's libraries tell."""
 _PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Seconds between attempts to take the place of a file that another process reads, which Windows does not let."""
 
@@ -239,6 +241,8 @@ def explained(path: Path) -> Iterator[None]:
         if code is None and "No space left" not in str(error):
             raise
         number = int(code[1]) if code else errno.ENOSPC
+        if fcntl is None and number in _FULL_DISK:
+            number = errno.ENOSPC
         raise InputError(_explain(path, OSError(number, os.strerror(number)))) from error
 
 

@@ -223,6 +223,14 @@ def test_a_worker_whose_parent_ends_is_told_by_a_signal_that_it_can_handle(
     assert told == [(expected, signal.SIGTERM)]
 
 
+def test_a_full_disk_is_told_also_by_the_number_that_windows_has_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    with pytest.raises(InputError, match="the disk is full"), files.explained(tmp_path / "model.safetensors"):
+        raise RuntimeError("Error while serializing: I/O error: There is not enough space on the disk. (os error 112)")
+
+
 def test_names_are_made_for_every_system() -> None:
     assert files.portable('lite0:resolution=96/a\\b*c?"<d>|') == "lite0-resolution=96-a-b-c-d-"
     assert not re.search(r'[<>:"/\\|?*]', files.portable("classifier:path=C:\\x/y.safetensors"))
