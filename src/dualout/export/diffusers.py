@@ -23,6 +23,7 @@ from dualout.errors import InputError, unknown
 from dualout.export.directory import whole
 from dualout.export.schedulers import asked_of, build, schedule_of, scheduler_for
 from dualout.export.steps import check_scheduler, first_noise, look, set_times, stepped, times_of
+from dualout.files import read_json
 from dualout.guidance import ClassifierFree
 from dualout.parameterizations import Parameterization
 from dualout.parameterizations.base import Route
@@ -303,8 +304,15 @@ class DualOutputPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options: Any) -> DualOutputPipeline:
         """Read a pipeline directory, or one of the Hugging Face Hub; options are those of diffusers.
 
-        Weights are safetensors, unless ``use_safetensors`` says otherwise.
+        Weights are safetensors, unless ``use_safetensors`` says otherwise. Code that lies in a directory is not run,
+        unless ``trust_remote_code`` says so.
+
+        Raises:
+            InputError: for a directory with parts that need such code.
         """
+        index = Path(pretrained_model_name_or_path) / INDEX
+        if index.is_file() and not options.get("trust_remote_code"):
+            _check_parts(index)
         return super().from_pretrained(str(pretrained_model_name_or_path), **{"use_safetensors": True, **options})
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
@@ -351,6 +359,18 @@ def _read(family: Any, value: Any) -> Any:
     if isinstance(value, str):
         return family.parse(value)
     return family.from_config(value) if isinstance(value, dict) else value
+
+
+def _check_parts(index: Path) -> None:
+    """Refuse parts that are not diffusers' own: its older versions run the code that lies beside them."""
+    for name, part in read_json(index).items():
+        if not isinstance(part, list) or not part or not isinstance(part[0], str):
+            continue
+        if part[0] != "diffusers" or (index.parent / name / "diffusers.py").exists():
+            raise InputError(
+                f"{index} names {name} {part}, which is not of diffusers and may bring code to be run; where you trust "
+                "it, say trust_remote_code=True"
+            )
 
 
 def _model(network: Any) -> ModelMixin:
