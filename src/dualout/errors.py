@@ -7,6 +7,7 @@ came, and what to do. The command line prints it without a traceback and exits w
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -23,3 +24,15 @@ def unknown(kind: str, name: object, known: Iterable[object]) -> InputError:
     near.sort(key=lambda n: sorted(n) != sorted(typed))
     hint = next((f"; did you mean {n!r}?" for n in names if near and n.lower() == near[0]), ".")
     return InputError(f"unknown {kind} {str(name)!r}{hint} Known: {', '.join(names)}")
+
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""What moves the cursor, changes a terminal's settings or turns the direction of writing."""
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: names of files and entries of checkpoints may hold sequences that a terminal obeys.
+
+    They are written as JSON and Python write them, ``\\u001b``, so that JSON stays JSON.
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

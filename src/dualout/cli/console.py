@@ -17,10 +17,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=True)
+from dualout.errors import printable
+
+
+class _Plain(Console):
+    """A console that prints texts as they are: neither rich's markup in them is read, nor does a terminal obey them."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text, made printable."""
+        return super().render_str(printable(text), **options)
+
+
+out = _Plain(highlight=False, markup=False, emoji=False, soft_wrap=True)
 """Results. rich drops colour where the output is no terminal, or NO_COLOR is set."""
-log = Console(stderr=True, highlight=False, soft_wrap=True)
+log = _Plain(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 """What is going on."""
 
 

@@ -136,7 +136,7 @@ def about(run: str) -> dict[str, Any]:
             "directory": str(path),
             "parameterization": _spec("parameterization", config),
             "schedule": _spec("schedule", config),
-            "network": network.get("class"),
+            "network": network.get("class") if isinstance(network, dict) else network,
             "parameters": _parameters(path / checkpoint.WEIGHTS),
             "images": _images(config.get("image", {})),
             "made with": f"dualout {config.get('dualout', '')}",

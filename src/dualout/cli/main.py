@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from dualout.errors import InputError, unknown
+from dualout.errors import InputError, printable, unknown
 from dualout.version import __version__
 
 _ORDER = (
@@ -78,13 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
             # a reader that has gone (… | head) is noticed here at the latest
             sys.stdout.flush()
     except InputError as error:
-        print(f"dualout {arguments[0]}: {error}", file=sys.stderr)
+        print(printable(f"dualout {arguments[0]}: {error}"), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError, ValueError) as error:
         if not out_of_memory(error):
             raise
         advice = "take smaller images, a smaller network, or a smaller --batch_size"
-        print(f"dualout {arguments[0]}: there is not enough memory ({_first_line(error)}); {advice}", file=sys.stderr)
+        why = printable(_first_line(error))
+        print(f"dualout {arguments[0]}: there is not enough memory ({why}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\ndualout {arguments[0]}: stopped", file=sys.stderr)
