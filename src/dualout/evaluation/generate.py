@@ -335,9 +335,10 @@ def _read_png(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        # of Pillow's other formats one starts a program
+        with Image.open(path, formats=("PNG",)) as image:
             return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is damaged: {error}; remove it, and give the same command again") from error
 
 
