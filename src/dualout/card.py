@@ -49,7 +49,7 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
     sections = [
         f"---\nlibrary_name: {library}\npipeline_tag: unconditional-image-generation\n"
         "tags: [diffusion, dual-output, dualout]\n---",
-        f"# {card.get('title', 'A ' + parameterization['name'] + ' diffusion model')}",
+        f"# {_cell(card.get('title', 'A ' + parameterization['name'] + ' diffusion model'))}",
         f"Made with dualout {config.get('dualout', '')}.",
         _table(
             "Model",
@@ -76,11 +76,16 @@ def _short(config: dict[str, Any]) -> str:
 
 
 def _table(title: str, rows: dict[str, Any]) -> str:
-    lines = [f"| {k} | {str(v).replace('|', '/')} |" for k, v in rows.items()]
+    lines = [f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items()]
     return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
 
 
 def _metrics(rows: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(k for row in rows for k in row))
-    head = ["## Metrics", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return "\n".join(head + [f"| {' | '.join(str(row.get(c, '')) for c in columns)} |" for row in rows])
+    head = ["## Metrics", "", f"| {' | '.join(map(_cell, columns))} |", f"|{'---|' * len(columns)}"]
+    return "\n".join(head + [f"| {' | '.join(_cell(row.get(c, '')) for c in columns)} |" for row in rows])
+
+
+def _cell(value: Any) -> str:
+    """What stands in a table: one line, in one column."""
+    return " ".join(str(value).replace("|", "/").split())
