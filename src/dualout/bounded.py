@@ -26,7 +26,23 @@ def no_larger_than(path: Path) -> Iterator[None]:
         InputError: when there are more, or the file cannot be read.
     """
     sizes = [prod(shape) for shape in shapes(path)]
-    left = {"tensors": 2 * len(sizes) + 64, "numbers": 2 * sum(sizes) + 2**20}
+    with no_more_than(sum(sizes), str(path), tensors=len(sizes)):
+        yield
+
+
+@contextmanager
+def no_more_than(numbers: int, source: str, tensors: int = 10**6) -> Iterator[None]:
+    """Stop building a network that has more than twice as many weights, and a few.
+
+    Args:
+        numbers: how many there are.
+        source: where, for the message.
+        tensors: in how many tensors.
+
+    Raises:
+        InputError: when there are more.
+    """
+    left = {"tensors": 2 * tensors + 64, "numbers": 2 * numbers + 2**20}
     builder = threading.get_ident()
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -36,7 +52,7 @@ def no_larger_than(path: Path) -> Iterator[None]:
         left["tensors"] -= 1
         left["numbers"] -= parameter.numel()
         if min(left.values()) < 0:
-            raise InputError(f"{path} does not fit this architecture, nothing was loaded; it holds far fewer weights")
+            raise InputError(f"{source} does not fit this architecture, nothing was loaded; it holds far fewer weights")
 
     counting = register_module_parameter_registration_hook(count)
     try:

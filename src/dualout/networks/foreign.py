@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dualout import checkpoint, hub
+from dualout import bounded, checkpoint, hub
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.files import read_json
@@ -140,11 +140,16 @@ def _from_model(directory: Path, parameterization: str | None, schedule: str | N
 def _diffusers_model(directory: Path) -> Any:
     config = _json(directory / checkpoint.CONFIG)
     cls: Any = checkpoint.allowed(f"diffusers.{config.get('_class_name')}")
+    weights = [p for p in directory.iterdir() if p.suffix in FILES]
     try:
-        network, told = cls.from_pretrained(
-            str(directory), output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        # a number takes a byte or more
+        with bounded.no_more_than(sum(p.stat().st_size for p in weights), str(directory)):
+            network, told = cls.from_pretrained(
+                str(directory), output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+            )
+    except InputError:
+        raise
+    except Exception as error:  # constructors and parsers raise whatever damaged files lead them to
         raise InputError(f"{directory} cannot be loaded as a {cls.__name__}: {str(error).strip()[:600]}") from error
     wrong = {k.replace("_", " "): v for k, v in told.items() if k.endswith("_keys") and v}
     if wrong:
@@ -164,9 +169,10 @@ def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
     _check_betas(config)
     kinds = {"epsilon": Epsilon, "sample": CleanImage, "v_prediction": Velocity}
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in kinds:
+    if str(prediction) not in kinds:
         raise unknown("prediction_type of the scheduler", prediction, kinds)
-    steps = int(config.get("num_train_timesteps", 1000))
+    steps: Any = config.get("num_train_timesteps", 1000)
+    steps = int(steps) if isinstance(steps, float) and steps.is_integer() else steps
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 2e-2)
     if config.get("rescale_betas_zero_snr"):
         raise InputError("the scheduler has rescale_betas_zero_snr: its last step holds no image, and alpha is 0 there")
@@ -178,7 +184,7 @@ def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
         "squaredcos_cap_v2": lambda: Cosine(steps),
     }
     kind = config.get("beta_schedule", "linear")
-    if kind not in known:
+    if str(kind) not in known:
         raise unknown("beta_schedule of the scheduler", kind, known)
     return kinds[prediction](), known[kind]()
 
@@ -278,8 +284,11 @@ class Layout(Registered, ABC):
                         f"{source} has no entry {self.entry!r}; it has {', '.join(map(str, content))[:300]}"
                     )
                 content = content[name]
+        seen: list[int] = []
         while not any(isinstance(v, Tensor) for v in content.values()):
-            inner = [k for k in _NESTS if isinstance(content.get(k), Mapping)]
+            seen.append(id(content))
+            # a pickle may hold itself
+            inner = [k for k in _NESTS if isinstance(content.get(k), Mapping) and id(content[k]) not in seen]
             if not inner:
                 listed = ", ".join(map(str, list(content)[:8])) or "nothing"
                 raise InputError(f"{source} holds no weights at its top: it holds {listed}; say which by entry=NAME")
