@@ -95,9 +95,11 @@ class Calibration:
             )
         try:
             content = read_json(path)
+            if not all(isinstance(content.get(k, {}), dict) for k in ("sampler", "values", "protocol")):
+                raise ValueError("sampler, values and protocol are objects")
             values = {k: [float(x) for x in v] for k, v in content["values"].items()}
             found = cls(content["sampler"], [int(t) for t in content["times"]], values, content.get("protocol", {}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{path} is damaged: {error}; calibrate again") from error
         if not all(abs(x) < 1e3 for v in found.values.values() for x in v):
             raise InputError(f"{path} holds numbers that no calibration has; calibrate again")

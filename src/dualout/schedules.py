@@ -311,7 +311,7 @@ class FromBetas(_Betas):
         try:
             values = self.betas.tolist() if isinstance(self.betas, Tensor) else self.betas
             betas = tuple(float(b) for b in values)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"betas are a list of numbers between 0 and 1, got {self.betas!r}") from error
         if not betas or not all(0 < b < 1 for b in betas):
             raise InputError(f"betas are one or more numbers between 0 and 1, got {len(betas)}: {betas[:4]} …")
