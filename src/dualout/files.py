@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ ASIDE = ".writing-"
 """How directories begin whose files take their places together."""
 _ASIDE_FILE = r"\..+\.[a-z0-9_]{8}\.tmp"
 """How files are called that take the place of another: as `tempfile` names them, so that nobody else's are swept."""
+_LARGEST = 2**28
+"""Bytes of a JSON file, of which each may take ten in memory."""
 _KINDS = {dict: "object", list: "list"}
 _FOUND = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """What systems put into directories that somebody looked at."""
@@ -47,7 +50,16 @@ def read_json(path: Path, kind: type = dict, then: str = "") -> Any:
         InputError: when it cannot be read, or holds something else.
     """
     try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for, a device be read for ever
+            raise InputError(f"{path} is no regular file{then}")
+        if state.st_size > _LARGEST:
+            raise InputError(
+                f"{path} has {state.st_size >> 20} MiB, more than the {_LARGEST >> 20} that are read{then}"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}{then}") from error
     if not isinstance(value, kind):
@@ -84,6 +96,9 @@ def sweep(directory: Path) -> None:
     with suppress(OSError):
         files = [p for p in directory.rglob(".*.tmp") if re.fullmatch(_ASIDE_FILE, p.name)]
         for left in [*files, *directory.rglob(f"{ASIDE}*")]:
+            # neither a link, which leads elsewhere, nor a pipe, which would be waited for, was being written
+            if left.is_symlink() or not (left.is_file() or left.is_dir()):
+                continue
             with suppress(OSError), holding(left, wait=False) as ours:
                 if ours and left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
@@ -258,6 +273,7 @@ def _explain(path: Path, error: OSError) -> str:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    # it is told only where it is set: what other threads write meanwhile is for nobody else
+    mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from dualout.analysis import canvas
 from dualout.analysis.study import Study, together
 from dualout.analysis.tables import csv_text, json_text
+from dualout.data.npfiles import npz_array, npz_arrays
 from dualout.errors import InputError
 from dualout.files import atomically, explained, read_json, write_text
 
@@ -60,10 +60,10 @@ def read(directory: Path) -> Study | None:
         return None
     try:
         document = read_json(file)
-        with np.load(directory / ARRAYS, allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
+        stored = npz_arrays(directory / ARRAYS)
+        arrays = {name: npz_array(directory / ARRAYS, info) for name, info in stored.items()}
         return Study.of(document, arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, InputError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"the analysis in {directory} is damaged ({error}); make it again with dualout analyze"
         ) from error

@@ -20,7 +20,10 @@ import torch
 from dualout.data.base import Reading, Source, class_labels
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
+from dualout.machine import memory
 
+_DEFLATED = 1032
+"""At most so many bytes come of one."""
 _TRAIN, _TEST = ("train",), ("t10k", "test")
 
 
@@ -106,6 +109,12 @@ def _values(file: Path) -> np.ndarray:
             count = prod(shape)
             if not packed and count and file.stat().st_size - stream.tell() == count:
                 return np.memmap(file, np.uint8, "r", stream.tell(), shape)
+            # what a header tells of beyond what deflate can hold in a file is damage, and said below
+            if (most := memory()) and most < count <= _DEFLATED * file.stat().st_size:
+                raise InputError(
+                    f"{file} tells of {count / 2**30:.1f} GiB of values {shape}, this machine has {most / 2**30:.1f}"
+                    + ("; unpack it, then it is mapped from the file" if packed else "")
+                )
             # no more is read than the header tells of, in pieces: neither may be trusted
             data = bytearray()
             while len(data) <= count and (piece := stream.read(min(2**24, count + 1 - len(data)))):
