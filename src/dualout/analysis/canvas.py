@@ -90,6 +90,7 @@ _RC: Any = {
     "legend.fontsize": 9,
     "legend.frameon": False,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # names may hold a $
     "svg.fonttype": "none",
     "svg.hashsalt": "dualout",
     "image.interpolation": "none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,7 +131,7 @@ def comparison(rows: Sequence[Row], features: str) -> str:
 def _score_figures(rows: Sequence[Row], judge: str) -> list[str]:
     if len({r["steps"] for r in rows}) < 2:
         return []
-    known = [r["fd"] for r in rows if r.get("fd")]
+    known = [r["fd"] for r in rows if r.get("fd") and math.isfinite(r["fd"])]
     limits = (0.8 * min(known), 1.25 * max(known)) if known else None
     found = []
     for k, ((sampler, spacing), own) in enumerate(

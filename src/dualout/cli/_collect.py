@@ -18,6 +18,8 @@ from dualout.training.checkpoint import METRICS, read_metrics
 from dualout.training.config import FREE
 
 RESULTS, TABLE, GRIDS, ANALYSIS = "results.json", "table.json", "samples", "analysis"
+_NUMBERS = ("seed", "fd", "kid", "precision", "recall", "images", "nfe", "seconds")
+_WORDS = ("method", "run", "parameterization", "route", "sampler", "spacing")
 _LARGEST = 8 * 2**20
 _FREE = FREE | {"seed", "step", "dualout"}
 
@@ -113,7 +115,19 @@ def _rows(file: Path) -> list[Row]:
         raise InputError(f"{file} is damaged: it holds no JSON list")
     if not all(isinstance(row, dict) for row in found):
         raise InputError(f"{file} holds something else than rows of scores")
+    for row in found:
+        if wrong := [k for k, v in row.items() if not _fits(k, v)]:
+            raise InputError(f"{file} is damaged: {wrong[0]} is {str(row[wrong[0]])[:40]!r} in a row of scores")
     return found
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether an entry of a row may be what it is."""
+    if key == "steps":
+        return type(value) is int and 0 < value < 2**31
+    if key in _NUMBERS:
+        return value is None or type(value) is float or (type(value) is int and abs(value) < 2**64)
+    return key not in _WORDS or not isinstance(value, list | dict)
 
 
 def _with_methods(rows: list[Row], names: Mapping[Path, str]) -> list[Row]:

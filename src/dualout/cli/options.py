@@ -60,7 +60,7 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
         values = instantiated.as_dict()
     except _Unread as error:
         raise _told(str(error), options, command) from error.__cause__
-    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
+    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError, RecursionError) as error:
         raise InputError(f"{_first(str(error))}\nSee dualout {command} --help") from error
     values.pop("config", None)
     values.pop("print_config", None)
