@@ -15,6 +15,8 @@ import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -316,6 +318,18 @@ def test_nothing_is_left_in_the_temporary_directory(studio, runs, tmp_path, monk
             served += zipfile.ZipFile(path).namelist()
     assert "A/000001.png" in served
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_visitor_can_neither_upload_nor_use_this_machines_token(address):
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nfull\r\n--x--\r\n'
+    sent = {"Content-Type": "multipart/form-data; boundary=x"}
+    asked = (Request(f"{address}gradio_api/upload", form, sent), f"{address}gradio_api/run-history/buckets")
+    answers = []
+    for one in asked:
+        with pytest.raises(HTTPError) as refused:
+            urlopen(one)
+        answers.append(refused.value.code)
+    assert answers == [413, 404]
 
 
 def test_a_taken_port_is_told(runs):

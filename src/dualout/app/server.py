@@ -46,6 +46,8 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
     # read when gradio is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # it would keep what visitors made, and on this machine lend them whoever's token for the Hub is here
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
     try:
         from gradio import themes
         from starlette.middleware import Middleware
@@ -60,7 +62,9 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None) -> t
         _, address, _ = page.launch(
             server_name=f"[{host}]" if ":" in host else host, server_port=port,
             share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
-            ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, footer_links=[], css=CSS,
+            ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, footer_links=[],
+            max_file_size=0,  # a visitor has nothing to upload
+            css=CSS,
             theme=themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
             app_kwargs={"middleware": [Middleware(Policy)]},
         )  # fmt: skip
