@@ -220,6 +220,8 @@ def value_of(text: str) -> Any:
     if text.startswith("[") and text.endswith("]"):
         # the + of an exponent separates nothing
         return tuple(value_of(item) for item in re.split(r"(?<![eE])\+|,", text[1:-1]) if item)
+    if "&" in text or "*" in text:  # YAML's aliases, of which a line may stand for gigabytes
+        return text
     try:
         value = yaml.safe_load(text)
         # YAML 1.1 takes 1e-05 for a word

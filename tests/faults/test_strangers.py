@@ -194,6 +194,19 @@ def test_archives_that_fill_the_memory_are_refused(tmp_path: Path, monkeypatch: 
         dualout.data.load(f"idx:{tmp_path}")
 
 
+def test_aliases_of_yaml_do_not_multiply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["network:", "  a0: &a0 [x]", *(f"  a{k}: &a{k} [{', '.join(9 * [f'*a{k - 1}'])}]" for k in range(1, 9))]
+    (tmp_path / "train.yaml").write_text("\n".join(lines))
+    for config in (["--config", str(tmp_path / "train.yaml")], [f"--config={tmp_path / 'train.yaml'}"]):
+        assert main(["train", *config, "--dry_run"]) == 2
+        assert "values, more than" in capsys.readouterr().err
+    (tmp_path / "deep.yaml").write_text(f"network: {'[' * 2000}{']' * 2000}")
+    assert main(["train", "--config", str(tmp_path / "deep.yaml")]) == 2
+    with pytest.raises(InputError) as error:
+        dualout.Parameterization.parse("karras:sigma_data=[[&a [1], *a]]")
+    assert "&a" in str(error.value)
+
+
 ROW = {"parameterization": "eps", "sampler": "ddim", "spacing": "trailing", "steps": 5, "fd": 1.0, "images": 9}
 
 

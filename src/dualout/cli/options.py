@@ -54,6 +54,9 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
         group.title = group.title and _unmarked(group.title)
     _check_flags(parser, command, arguments)
     arguments = _spell_switches(options, arguments)
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag.partition("=")[0] == "--config":
+            _check_aliases(Path(flag.partition("=")[2] or value))
     try:
         namespace = parser.parse_args(arguments)
         instantiated: Any = parser.instantiate(namespace)
@@ -143,6 +146,29 @@ def _check_flags(parser: jsonargparse.ArgumentParser, command: str, arguments: S
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag not in known and not flag.startswith("--print_config"):
             raise unknown(f"option of dualout {command}:", flag, known)
+
+
+_MOST = 100_000
+"""Values in a file of options."""
+
+
+def _check_aliases(file: Path) -> None:
+    """Refuse YAML whose aliases stand for far more than is written: each may hold several of the one before."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # also of one that holds itself
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            sizes[id(node)] += sum(size(n) for part in inner for n in (part if isinstance(part, tuple) else (part,)))
+        return sizes[id(node)]
+
+    try:
+        written = size(yaml.compose(file.expanduser().read_text(encoding="utf-8"), yaml.SafeLoader))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return  # which is told where it is read
+    if written > _MOST:
+        raise InputError(f"--config: {file} stands for {written} values, more than the {_MOST} that are read")
 
 
 def _first(text: str) -> str:
