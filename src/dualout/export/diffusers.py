@@ -362,14 +362,14 @@ def _read(family: Any, value: Any) -> Any:
 
 
 def _check_parts(index: Path) -> None:
-    """Refuse parts that are not diffusers' own: its older versions run the code that lies beside them."""
+    """Refuse parts of libraries that are not known: older versions of diffusers run code that lies beside them."""
     for name, part in read_json(index).items():
         if not isinstance(part, list) or not part or not isinstance(part[0], str):
             continue
-        if part[0] != "diffusers" or (index.parent / name / "diffusers.py").exists():
+        if part[0] not in ("diffusers", "transformers") or (index.parent / name / f"{part[0]}.py").exists():
             raise InputError(
-                f"{index} names {name} {part}, which is not of diffusers and may bring code to be run; where you trust "
-                "it, say trust_remote_code=True"
+                f"{index} names {name} {part}, which is of neither diffusers nor transformers and may bring code to be "
+                "run; where you trust it, say trust_remote_code=True"
             )
 
 
