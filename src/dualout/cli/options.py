@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -54,7 +55,7 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
         group.title = group.title and _unmarked(group.title)
     _check_flags(parser, command, arguments)
     arguments = _spell_switches(options, arguments)
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in pairwise([*arguments, ""]):
         if flag.partition("=")[0] == "--config":
             _check_aliases(Path(flag.partition("=")[2] or value))
     try:
