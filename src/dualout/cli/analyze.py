@@ -210,4 +210,4 @@ def _tell(study: Any) -> None:
     short = {"subtractive_x0_error": "subtractive", "direct_x0_error": "direct", "ratio_mean": "r", "ratio_best": "r*"}
     console.table([{short.get(k, k): row.get(k) for k in columns} for row in rows], [short.get(k, k) for k in columns])
     for sentence in [*reading.ratio(study), *reading.paths({"the model": study})]:
-        console.out.print(sentence.replace("**", "").replace("`", ""), markup=False)
+        console.out.print(sentence.replace("**", "").replace("`", ""))

@@ -38,7 +38,7 @@ log = _Plain(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=
 
 def say(text: str) -> None:
     """Log a line."""
-    log.print(text, markup=False)
+    log.print(text)
 
 
 def dry_run(options: dict[str, Any], rows: dict[str, str]) -> None:
@@ -46,9 +46,9 @@ def dry_run(options: dict[str, Any], rows: dict[str, str]) -> None:
     import yaml
 
     resolved = {name: value for name, value in options.items() if name != "dry_run"}
-    out.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), markup=False)
+    out.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip())
     for name, value in rows.items():
-        out.print(f"# {name:<10} {value}", markup=False)
+        out.print(f"# {name:<10} {value}")
 
 
 def rate(images: float) -> str:
@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 
 def wrote(path: Any, what: str = "") -> None:
     """Tell where something was written."""
-    out.print(f"wrote {path}{f'  ({what})' if what else ''}", markup=False)
+    out.print(f"wrote {path}{f'  ({what})' if what else ''}")
 
 
 @contextmanager

@@ -282,4 +282,4 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     columns = [*reading.CELL, *MODELS, ratio]
     console.table(table, columns, "Fréchet distance in the features of a digit classifier (lower is better)")
     for sentence in reading.compare(rows):
-        console.out.print(sentence.replace("**", ""), markup=False)
+        console.out.print(sentence.replace("**", ""))

@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int | None:
     options = parse(Options, "info", arguments, __doc__)
     found = here() if options.run is None else about(options.run)
     if options.json:
-        console.out.print(json.dumps(found, indent=2, ensure_ascii=False), markup=False)
+        console.out.print(json.dumps(found, indent=2, ensure_ascii=False))
         return None
     for title, rows in found.items():
         if isinstance(rows, list):
@@ -57,10 +57,10 @@ def run(arguments: list[str]) -> int | None:
         if not isinstance(rows, dict):
             rows, title = {title: rows}, ""
         if title:
-            console.out.print(f"\n{title}", markup=False, style="bold")
+            console.out.print(f"\n{title}", style="bold")
         width = max([16, *map(len, rows)])
         for name, value in rows.items():
-            console.out.print(f"  {name:<{width}} {_text(value)}", markup=False)
+            console.out.print(f"  {name:<{width}} {_text(value)}")
     return None
 
 
