@@ -21,6 +21,7 @@ from dualout.evaluation.features.base import Features, cache_directory
 from dualout.evaluation.metrics import NEIGHBOURS, Alone, scores
 from dualout.evaluation.statistics import KEPT, Statistics
 from dualout.files import explained
+from dualout.networks.device import exact
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, how many are done, how many there are)."""
@@ -85,9 +86,7 @@ class Reference:
             "fingerprint": dataset.fingerprint,
             "variance": float(statistics.moments[1].trace()),
         }
-        # Apple's GPUs have no float64
-        place = torch.device(device)
-        return cls(features, statistics, known, path, "cpu" if place.type == "mps" else place)
+        return cls(features, statistics, known, path, exact(device))
 
     @cached_property
     def alone(self) -> Alone:

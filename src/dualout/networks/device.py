@@ -56,9 +56,15 @@ def layout(place: torch.device) -> torch.memory_format:
     return torch.channels_last if place.type == "cuda" else torch.contiguous_format
 
 
+def exact(place: torch.device | str) -> torch.device:
+    """Where float64 is computed of what is at a place: there, or on the processor for Apple's GPUs, which have none."""
+    place = torch.device(place)
+    return torch.device("cpu") if place.type == "mps" else place
+
+
 def double(x: Tensor) -> Tensor:
-    """In float64, where it is; what is on Apple's GPUs, which have none, comes to the processor."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    """In float64, where that is (`exact`)."""
+    return x.to(exact(x.device)).double()
 
 
 def seconds(work: Callable[[], object], place: torch.device) -> float:
