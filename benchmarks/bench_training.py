@@ -37,7 +37,8 @@ our number format, by autocast around its network; `default` is as its example d
 ON_GPU = """## Training on a GPU: what a step costs
 
 As on a processor, but for the batch of M, which is 128, its dropout, which is 0.1 as in recipes/cifar10.yaml, and the
-layout: ours has its weights in channels_last, as `dualout train` does there, unless `contiguous` is said. Ten steps
+layout: ours has its weights in channels_last, as `dualout train` does there, unless `contiguous` is said. `recorded` is
+`--graph true`: forward and backward passes are replayed as a CUDA graph. Ten steps
 are timed together, so that the host runs ahead of the GPU as it does over a whole training; `ms, launched` is what the
 host alone takes. In fp32 TF32 is as torch has it by default: on in convolutions, off in matrix products. The share of
 the peak is of 3 forward passes' operations; that of rows in fp32 is of bf16's peak too."""
@@ -90,6 +91,8 @@ def _measure_step(section: Section, case: Case, peers: list[ModuleType], peak: f
     }
     if GPU:
         cases["ours, contiguous, default"] = ours(network, case.batch, channels_last=False)
+        cases["ours, recorded, default"] = ours(network, case.batch, graph=True)
+        cases["ours, dual output, recorded, default"] = ours(second, case.batch, parameterization="dual", graph=True)
     found: dict[str, Times] = {}
     launched: Times = {}
     theirs: dict[str, Callable[[], Any]] = {}
@@ -111,7 +114,7 @@ def _measure_step(section: Section, case: Case, peers: list[ModuleType], peak: f
         # a processor without units for bf16 takes three times as long, and no round says more than another
         timed(kind, cases | own, slow=kind == "bf16" and not (processor_units() or GPU))
         # with the peers in bf16 only what it is compared with is timed again
-        cases = {"ours, default": cases["ours, default"]}
+        cases = {k: v for k, v in cases.items() if k in ("ours, default", "ours, recorded, default")}
     fastest_of = [
         fastest(found[kind], [n for n in found[kind] if n.endswith(kind) and not n.startswith("ours")])
         for kind in ("default", "bf16")
@@ -161,17 +164,18 @@ def _compiled(case: Case, networks: dict[str, nn.Module]) -> dict[str, Callable[
     """Ours with the network compiled, which happens here."""
     found = {}
     for which in case.compiled:
-        key = f"ours, {which}compiled, default"
-        options = {"compile": True, "parameterization": PARAMETERIZATIONS[which]}
-        step = ours(copy.deepcopy(networks[which]), case.batch, **options)
-        try:
-            with told(f"{case.name}, {key}: compiling"):
-                step()
-        # of the compiler's own, and of those that it calls
-        except Exception as error:
-            print(f"{case.name}, {which}compiled: {error}", flush=True)
-        else:
-            found[key] = step
+        for recorded in (False, True) if GPU else (False,):
+            key = f"ours, {which}compiled, {'recorded, ' if recorded else ''}default"
+            options = {"compile": True, "graph": recorded, "parameterization": PARAMETERIZATIONS[which]}
+            step = ours(copy.deepcopy(networks[which]), case.batch, **options)
+            try:
+                with told(f"{case.name}, {key}: compiling"):
+                    step()
+            # of the compiler's own, and of those that it calls
+            except Exception as error:
+                print(f"{case.name}, {key}: {error}", flush=True)
+            else:
+                found[key] = step
     return found
 
 
@@ -182,7 +186,7 @@ def _add_goals(section: Section, name: str, found: dict[str, Times], default: st
     if GPU:
         # the peers' networks have a single output: dual output has a little more to do
         for kind, peer in (("default", default), ("bf16", half)):
-            section.goals.append(_goal(found[kind], name, peer, "ours, default", 1))
+            section.goals += [_goal(found[kind], name, peer, f"ours, {own}default", 1) for own in ("", "recorded, ")]
             section.goals += [_goal(both, name, peer, own, 1) for own in compiled]
         section.goals.append(_goal(times, name, default, "ours, fp32", 1))
         return

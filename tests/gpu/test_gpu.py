@@ -168,9 +168,30 @@ def test_training_follows_the_processor_in_every_precision() -> None:
     assert learnt(GPU, network="tiny:width=8:dropout=0.5")[1] == pytest.approx(dropped, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"accumulate": 2},
+        {"conditional": True, "parameterization": "velocity"},
+        {"network": "tiny:width=8:dropout=0.5"},
+        {"compile": True},
+    ],
+    ids=str,
+)
+def test_training_is_the_same_when_it_is_recorded(fields: dict[str, Any]) -> None:
+    for precision, share in {"fp32": 1e-4, "bf16": 0.02, "fp16": 0.02}.items():
+        launched, expected = learnt(GPU, precision, **fields)
+        recorded, losses = learnt(GPU, precision, graph=True, **fields)
+        assert losses == pytest.approx(expected, rel=share), precision
+        assert recorded.scaler.state_dict() == launched.scaler.state_dict()
+
+
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_no_step_of_training_waits_for_the_gpu(precision: str) -> None:
-    config = TrainConfig(**(SMALL | {"steps": 40, "log_every": 1000, "precision": precision, "conditional": True}))
+def test_no_step_of_training_waits_for_the_gpu(precision: str, recorded: bool) -> None:
+    fields = {"steps": 40, "log_every": 1000, "precision": precision, "conditional": True, "graph": recorded}
+    config = TrainConfig(**(SMALL | fields))
     dataset = data.load("digits")
     learner = Learner(first_weights(config, dataset).to(GPU), config, scaled=precision == "fp16")
     steps = train(learner, dataset)

@@ -10,6 +10,7 @@ read, and checked.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,11 +23,13 @@ from dualout.data import pixels
 from dualout.denoiser import Denoiser, Loss
 from dualout.errors import InputError
 from dualout.networks.backends.compile import refused
+from dualout.networks.backends.graph import NotRecorded
 from dualout.networks.precision import Precision, choose
 from dualout.training import draws
 from dualout.training.batches import Batch, Batches, images_of
 from dualout.training.learner import Learner
 from dualout.training.meter import Meter
+from dualout.training.recorded import RecordedGradient
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -146,18 +149,37 @@ class Part:
             self.compiled = _compiled
         self.layout = torch.channels_last if learner.config.channels_last else torch.contiguous_format
         self.seed = _seeding(self.device)
+        self.record = bool(learner.config.graph)
+        """Whether its work is to be recorded."""
+        self.recorded: RecordedGradient | None = None
 
     def __call__(self, batch: Batch, last: bool) -> Loss:
         """Add to the gradient; the last part of a batch also averages it over the processes."""
-        config = self.learner.config
-        batch = batch.to(self.device)
-        x0 = pixels.to_model(batch.images).contiguous(memory_format=self.layout)
+        if self.record and self.recorded is None:
+            self._record(batch)
         # dropout draws from torch's own generator
-        self.seed(draws.dropout(config.seed, int(batch.samples[0])))
+        self.seed(draws.dropout(self.learner.config.seed, int(batch.samples[0])))
+        if self.recorded is not None:
+            return self.recorded(batch)
         with self.compiled(), nullcontext() if last else self.apart():
-            with self.precision.autocast():
-                loss = self.objective(x0, batch.t, batch.noise, batch.conditions)
-            self.learner.backward(loss.total / config.accumulate)
+            return self.gradient(batch.to(self.device))
+
+    def _record(self, batch: Batch) -> None:
+        try:
+            self.recorded = RecordedGradient(self.learner, self.gradient, batch.to(self.device))
+        except NotRecorded as error:
+            self.record = False
+            warnings.warn(
+                f"a step cannot be recorded as a CUDA graph ({error.said}): its kernels are launched one by one",
+                stacklevel=2,
+            )
+
+    def gradient(self, batch: Batch) -> Loss:
+        """Add to the gradient by a batch that lies on the device."""
+        x0 = pixels.to_model(batch.images).contiguous(memory_format=self.layout)
+        with self.precision.autocast():
+            loss = self.objective(x0, batch.t, batch.noise, batch.conditions)
+        self.learner.backward(loss.total / self.learner.config.accumulate)
         return loss
 
 

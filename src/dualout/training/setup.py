@@ -85,6 +85,10 @@ def assemble(
         denoiser = rebuild(described) if described else first_weights(config, dataset)
     check_fit(config, denoiser, dataset)
     place = accelerator.device if accelerator else device(config.device)
+    alone = place.type == "cuda" and accelerator is None
+    if config.graph and not alone:
+        here = f"is on {place}" if accelerator is None else f"has {accelerator.num_processes} processes"
+        raise InputError(f"--graph is for one process on an Nvidia GPU, and this training {here}: leave it out")
     last = layout(place) is torch.channels_last if config.channels_last is None else config.channels_last
     # weights that were saved in half precision are trained in float32
     denoiser.to(place, torch.float32)
@@ -95,7 +99,8 @@ def assemble(
     precision = choose(config.precision, place)
     if config.fsdp and precision.name == "fp16":
         raise InputError("--fsdp does not go with fp16, which is what --precision auto takes here; take fp32")
-    return Job(replace(config, channels_last=last), dataset, denoiser, precision, accelerator)
+    graph = alone if config.graph is None else config.graph
+    return Job(replace(config, channels_last=last, graph=graph), dataset, denoiser, precision, accelerator)
 
 
 def several_processes(config: TrainConfig) -> Accelerator | None:

@@ -119,6 +119,8 @@ class UpgradeConfig:
             seed=self.seed,
             workers=self.workers,
             device=self.device,
+            # the network is a stranger's, and may do another thing at each step
+            graph=False,
             checkpoint_every=self.check_every,
             sample_every=0,
             out=str(self.path / "training"),

@@ -88,6 +88,14 @@ def recorded(
     return Recorded(denoiser, sampler, noise, **conditions).sample
 
 
+class NotRecorded(InputError):
+    """What cannot be recorded; `said` tells why."""
+
+    def __init__(self, said: str) -> None:
+        self.said = said
+        super().__init__(f"this cannot be recorded as a CUDA graph: {said}; take --backend eager")
+
+
 class Recording:
     """A function of tensors that tells the GPU the same work each time, recorded once.
 
@@ -96,7 +104,7 @@ class Recording:
         example: what it is called with, of the shapes and types of every call.
 
     Raises:
-        InputError: when the function waits, or does what cannot be recorded.
+        NotRecorded: when the function waits, or does what cannot be recorded.
     """
 
     def __init__(self, function: Callable[..., Tensor], *example: Tensor) -> None:
@@ -120,7 +128,7 @@ class Recording:
                     self.made = function(*self.given)
             except RuntimeError as error:
                 said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise InputError(f"this cannot be recorded as a CUDA graph: {said}; take --backend eager") from error
+                raise NotRecorded(said) from error
             finally:
                 torch.clear_autocast_cache()
 
