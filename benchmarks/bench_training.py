@@ -123,8 +123,9 @@ def _measure_step(section: Section, case: Case, peers: list[ModuleType], peak: f
     reference = statistics.median(found["default"][fastest_of[0]]) if fastest_of[0] else None
     # compiling takes longest, and a machine that is borrowed may be gone before it is done
     print(shown(), flush=True)
-    compiled = _compiled(case, {"": network, "dual output, ": second})
-    if compiled:
+    compiled: dict[str, Callable[[], Any]] = {}
+    for which in case.compiled:
+        compiled |= _compiled(case, which, second if which else network)
         timed("compiled", compiled | cases | {peer: theirs[peer] for peer in rivals})
         print(shown(), flush=True)
     if len(rivals) == 2:
@@ -160,22 +161,21 @@ def _shown(
     return table(header + (["ms, launched", "images/s", "of the bf16 peak"] if peak else []), rows)
 
 
-def _compiled(case: Case, networks: dict[str, nn.Module]) -> dict[str, Callable[[], Any]]:
-    """Ours with the network compiled, which happens here."""
+def _compiled(case: Case, which: str, network: nn.Module) -> dict[str, Callable[[], Any]]:
+    """Ours of one parameterization with the network compiled, which happens here."""
     found = {}
-    for which in case.compiled:
-        for recorded in (False, True) if GPU else (False,):
-            key = f"ours, {which}compiled, {'recorded, ' if recorded else ''}default"
-            options = {"compile": True, "graph": recorded, "parameterization": PARAMETERIZATIONS[which]}
-            step = ours(copy.deepcopy(networks[which]), case.batch, **options)
-            try:
-                with told(f"{case.name}, {key}: compiling"):
-                    step()
-            # of the compiler's own, and of those that it calls
-            except Exception as error:
-                print(f"{case.name}, {key}: {error}", flush=True)
-            else:
-                found[key] = step
+    for recorded in (False, True) if GPU else (False,):
+        key = f"ours, {which}compiled, {'recorded, ' if recorded else ''}default"
+        options = {"compile": True, "graph": recorded, "parameterization": PARAMETERIZATIONS[which]}
+        step = ours(copy.deepcopy(network), case.batch, **options)
+        try:
+            with told(f"{case.name}, {key}: compiling"):
+                step()
+        # of the compiler's own, and of those that it calls
+        except Exception as error:
+            print(f"{case.name}, {key}: {error}", flush=True)
+        else:
+            found[key] = step
     return found
 
 
