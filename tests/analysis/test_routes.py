@@ -69,6 +69,25 @@ def test_standard_errors_are_the_spread_over_noises():
     assert 0.5 < spread / found[0]["ratio_best_se"] < 2
 
 
+def test_standard_errors_are_over_images_however_many_noises_each_is_given():
+    """A network that errs by the image, whatever its noise: more noises of it say nothing new."""
+
+    def found(repeats):
+        x0 = images(200, 1)
+        tilt = 0.2 * torch.randn(len(x0), 1, 1, 1, generator=torch.Generator().manual_seed(3), dtype=x0.dtype)
+
+        def network(x_t, t):
+            level = SCHEDULE.scalars(int(t[0]))
+            eps = (x_t - level.alpha * x0) / level.sigma
+            return torch.cat([eps + tilt, x0 + tilt.flip(0), torch.zeros_like(eps)], 1)
+
+        return next(iter(routes(dualout.Denoiser(network, dualout.Dual(), SCHEDULE), x0, [300], repeats=repeats))).row
+
+    once, often = found(1), found(9)
+    for name in ("ratio_best", "ratio_best_se", "slope", "slope_se"):
+        assert often[name] == pytest.approx(once[name], rel=1e-6)
+
+
 def test_errors_are_the_known_ones_in_every_scale():
     sd_eps, sd_x0, r = 0.1, 0.15, 0.3
     for row, *_ in measured(Injected(sd_eps, sd_x0, 0.0, r), [20, 300, 800]):

@@ -124,7 +124,8 @@ def _at(
                 total = double(ratio).sum(0).cpu() / (repeats * len(images))
                 ratio_map = total if ratio_map is None else ratio_map + total
                 bins += _binned(prediction, x0, level)
-    per_image = {name: torch.cat(values).cpu() for name, values in sums.items()}
+    # noises of one image err alike: only images are independent, and standard errors are over them
+    per_image = {name: torch.cat(values).cpu().view(repeats, -1).mean(0) for name, values in sums.items()}
     row: Row = {"t": t, "alpha": level.alpha, "sigma": level.sigma, "images": len(images), "repeats": repeats}
     row |= _errors(per_image, level)
     if ratios:
