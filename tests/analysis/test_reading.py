@@ -56,6 +56,14 @@ def test_methods_are_named_by_how_they_were_read():
     assert reading.method(row) == "dual (eps route)"
     assert reading.method(row | {"route": "mix", "calibrated": True}) == "dual, calibrated"
     assert reading.method({"method": "ours", "calibrated": True, "route": "eps"}) == "ours, calibrated"
+    assert reading.method({"method": "ours", "calibrated": True, "guidance": 0.0}) == "ours, guidance 0, calibrated"
+
+
+def test_scales_of_guidance_are_not_averaged():
+    """They are settings, not seeds; the scale stays with the name, however often rows are named."""
+    both = [r for g in (1.0, 2.5) for r in rows({("dual", 5): 4 * g}, guidance=g)]
+    (cell,) = reading.cells(reading.named(reading.named(both)))
+    assert (cell["dual, guidance 1"], cell["dual, guidance 2.5"]) == (4.0, 10.0)
 
 
 def test_tables_are_written_for_every_reader():

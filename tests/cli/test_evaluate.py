@@ -7,6 +7,7 @@ import pytest
 
 import dualout
 from dualout.cli.main import main
+from dualout.evaluation.card import put_on_card
 from dualout.evaluation.scoring import Scoring
 
 ROW = ("fd", "kid", "precision", "recall", "images", "nfe", "seconds", "protocol")
@@ -128,6 +129,11 @@ def test_several_features_and_the_model_card(runs, tmp_path):
     dualout.Denoiser.from_pretrained(run)
     assert main(["evaluate", str(run), "--images", "8", "--steps", "2", "--features", "pixels,random", "--card"]) == 0
     assert len(json.loads((run / "config.json").read_text())["card"]["metrics"]) == 2
+    # guided by 0 is by no class, and no guidance is not that
+    for scale in (0.0, 2.0, 0.0):
+        put_on_card(run, [row | {"guidance": scale} for row in rows])
+    lines = json.loads((run / "config.json").read_text())["card"]["metrics"]
+    assert [line.get("guidance") for line in lines] == [None, None, 2.0, 2.0, 0.0, 0.0]
 
 
 def test_sampler_options_are_part_of_the_row(runs, tmp_path):

@@ -175,6 +175,17 @@ def test_results_are_kept_as_they_come(make_model, digits, tmp_path):
     assert len(lines) == 3
 
 
+def test_scales_of_guidance_are_told_apart_in_the_table(make_model, digits, tmp_path):
+    reference, results = Reference.of(digits, Features.parse("random")), Results(tmp_path)
+    for scale in (0.0, 2.0):
+        scoring = Scoring(Sampling(make_model(classes=3), build_sampler("ddim", 2), guidance=scale), 10, [reference])
+        list(scoring.run())
+        results.add(scoring.rows())
+    header, *lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert header.endswith(",seconds,guidance")
+    assert [line.rsplit(",", 1)[1] for line in lines] == ["0.0", "2.0"]
+
+
 def test_other_files_are_not_taken_for_results(tmp_path):
     (tmp_path / "results.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match="something else than rows"):

@@ -21,6 +21,8 @@ def method(row: Row) -> str:
     route = row.get("route")
     if "method" not in row and route not in (None, "", "mix"):
         name += f" ({route} route)"
+    if row.get("guidance") is not None and (guided := f", guidance {row['guidance']:g}") not in name:
+        name += guided
     calibrated = row.get("calibrated") and not name.endswith(", calibrated")
     return name + (", calibrated" if calibrated else "")
 

@@ -38,7 +38,9 @@ def put_on_card(run: str | Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
     """A row for people: scores rounded, and of the protocol what tells numbers apart."""
-    set_as = {k: row[k] for k in _SETTINGS} | {k: row[k] for k in _OPTIONAL if row.get(k)}
+    # a guidance of 0 is one, too: by no class
+    optional = {k: row[k] for k in _OPTIONAL if row.get(k) is not None and row[k] is not False}
+    set_as = {k: row[k] for k in _SETTINGS} | optional
     reference = row["protocol"]["reference"]
     against = {"reference": f"{reference['count']} of {reference['data']} ({reference['split']})"}
     return set_as | {k: float(f"{row[k]:.4g}") for k in _SCORES} | against

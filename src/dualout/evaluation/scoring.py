@@ -184,9 +184,10 @@ class Results:
     def _write(self) -> None:
         write_json(self.path, self.rows, indent=1)
         table = io.StringIO()
-        writer = csv.DictWriter(table, list(COLUMNS), lineterminator="\n")
+        columns = [*COLUMNS, *(["guidance"] if any("guidance" in row for row in self.rows) else [])]
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: row.get(k) for k in COLUMNS} for row in self.rows)
+        writer.writerows({k: row.get(k) for k in columns} for row in self.rows)
         write_text(self.directory / "results.csv", table.getvalue())
 
 
