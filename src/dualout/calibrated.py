@@ -83,15 +83,17 @@ class Calibration:
         """Read the calibration of a sampler from a checkpoint directory.
 
         Raises:
-            InputError: when the checkpoint has none for this sampler, or it is damaged.
+            InputError: when the checkpoint has none for this sampler, or it is damaged or another sampler's.
         """
         directory = checkpoint.locate(run) / DIRECTORY
         path = directory / f"{file_name(sampler)}.json"
         if not path.is_file():
             present = ", ".join(sorted(p.stem for p in directory.glob("*.json"))) or "none"
+            spacing = f" --spacing {sampler['spacing']}" if isinstance(sampler["spacing"], str) else ""
             raise InputError(
-                f"{run} has no calibration for {file_name(sampler)} (it has: {present}); make one with "
-                f"dualout calibrate {run} --sampler {sampler['name']} --steps {sampler['steps']}"
+                f"{run} has no calibration for {file_name(sampler)} (it has: {present}); make one with dualout "
+                f"calibrate {run} --sampler {':'.join([sampler['name'], *_options(sampler)])} --steps "
+                f"{sampler['steps']}{spacing}"
             )
         try:
             content = read_json(path)
@@ -103,19 +105,29 @@ class Calibration:
             raise InputError(f"{path} is damaged: {error}; calibrate again") from error
         if not all(abs(x) < 1e3 for v in found.values.values() for x in v):
             raise InputError(f"{path} holds numbers that no calibration has; calibrate again")
+        # names of files do not tell one list of time steps from another, nor one range of clipping
+        for key, value in found.sampler.items():
+            if sampler.get(key, value) != value:
+                raise InputError(
+                    f"{path} was fitted for a sampler with {key} {value}, not {sampler[key]}; calibrate again"
+                )
         return found
 
 
 def file_name(sampler: Mapping[str, Any]) -> str:
     """A sampler's settings as a file name: ddim-5-trailing, dpmsolver-10-linspace-order=3."""
     spacing = sampler["spacing"] if isinstance(sampler["spacing"], str) else "own"
-    plain = {"name", "steps", "spacing", "clip"}
-    defaults = {"eta": 0.0, "variance": "large", "published": False}
-    extra = [f"{k}={v}" for k, v in sampler.items() if k not in plain and defaults.get(k) != v]
     clip = (
         [] if tuple(sampler["clip"] or ()) == (-1.0, 1.0) else ["unclipped" if sampler["clip"] is None else "clipped"]
     )
-    return "-".join([str(sampler["name"]), str(sampler["steps"]), spacing, *extra, *clip])
+    return "-".join([str(sampler["name"]), str(sampler["steps"]), spacing, *_options(sampler), *clip])
+
+
+def _options(sampler: Mapping[str, Any]) -> list[str]:
+    """What a kind of sampler has beside what all have, where it is not as usual."""
+    plain = {"name", "steps", "spacing", "clip"}
+    defaults = {"eta": 0.0, "variance": "large", "published": False}
+    return [f"{k}={v}" for k, v in sampler.items() if k not in plain and defaults.get(k) != v]
 
 
 class Calibrated(nn.Module):

@@ -12,7 +12,7 @@ from dualout import Denoiser, Dual, InputError, data, schedules
 from dualout.calibrated import NEUTRAL, Calibration
 from dualout.cli.main import main
 from dualout.networks.build import build
-from dualout.samplers import DPMSolver
+from dualout.samplers import DDIM, DPMSolver
 from dualout.training import calibrate
 from dualout.training.told import Told
 
@@ -103,8 +103,20 @@ def test_a_calibration_is_of_its_sampler_and_weights(run, tmp_path, capsys):
     command = ["sample", str(run), "--calibrated", "--out", str(tmp_path / "out")]
     assert main([*command, "--steps", "4"]) == 2
     assert "no calibration for ddim-4-trailing" in capsys.readouterr().err
+    assert main([*command, "--sampler", "dpmsolver:order=3", "--steps", "3", "--spacing", "logsnr"]) == 2
+    assert "--sampler dpmsolver:order=3 --steps 3 --spacing logsnr" in capsys.readouterr().err.replace("\n", " ")
     assert main([*command, "--sampler", "dpmsolver", "--steps", "3"]) == 2
     assert "calibrate again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [{"spacing": (900, 400)}, {"clip": (-3.0, 3.0)}])
+def test_samplers_whose_files_have_one_name_are_told_apart(run, other):
+    settings = {"steps": 2, "spacing": (999, 499), "clip": (-2.0, 2.0)}
+    fitted = DDIM(**settings).config()
+    Calibration(fitted, [999, 499], {"x0_scale": [1.0, 1.1]}).save(run)
+    assert Calibration.load(run, fitted).times == [999, 499]
+    with pytest.raises(InputError, match=f"was fitted for a sampler with {next(iter(other))}"):
+        Calibration.load(run, DDIM(**settings | other).config())
 
 
 def test_damaged_calibrations_are_refused(run):
