@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualout.analysis import canvas, figures, page
+from dualout.analysis import canvas, figures, page, reading
 from dualout.analysis.report import Material, Run, report
 from dualout.analysis.study import Study
 from dualout.analysis.trajectories import Frame
@@ -108,6 +108,14 @@ def study(dual=True):
     )
     maps = {t: torch.rand(1, 8, 8) for t in (0, 500, 999)} if dual else {}
     return Study({"model": {"name": "m"}, "sampler": "ddim:steps=3"}, rows(dual), reliability, way, maps, frames)
+
+
+def test_a_gate_that_is_shut_has_no_slope():
+    own = study()
+    for row in own.routes:
+        row |= {"ratio_mean": 0.0, "slope": np.nan, "slope_se": np.nan}
+    assert "slope" not in [drawing.name for drawing in own.drawings()]
+    assert "nan" not in " ".join(reading.ratio(own))
 
 
 def scores(factor, dual="dual"):

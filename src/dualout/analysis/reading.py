@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 
 from dualout.analysis.study import Study
-from dualout.analysis.tables import Row, Spread, grouped, spread
+from dualout.analysis.tables import Row, Spread, grouped, measured, spread
 
 CELL = ("sampler", "spacing", "steps")
 """What is equal between methods that are compared."""
@@ -159,7 +159,8 @@ def _noisy(study: Study) -> list[str]:
     if not study.dual:
         return []
     last = max(r["t"] for r in study.routes)
-    noisy = [r for r in study.routes if r["t"] >= 0.5 * last and r.get("slope") is not None]
+    # a ratio of 0 says nothing that a slope could be of
+    noisy = [r for r in study.routes if r["t"] >= 0.5 * last and measured(r.get("slope"))]
     if not noisy:
         return []
     said, best = fmean(r["ratio_mean"] for r in noisy), fmean(r["ratio_best"] for r in noisy)

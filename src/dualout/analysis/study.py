@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualout.analysis import figures, pictures
 from dualout.analysis.routes import crossings
-from dualout.analysis.tables import Row
+from dualout.analysis.tables import Row, measured
 from dualout.analysis.trajectories import Frame
 from dualout.errors import InputError
 
@@ -138,14 +138,18 @@ class Study:
                 "r = 0 believes the subtractive route, r = 1 the direct one. The squares are the weight of least "
                 "error, measured on held-out images.",
                 figures.ratio(rows),
-            ),
-            Drawing(
-                "slope", "Calibration of r over t",
-                "The regression slope of what x0 lacks on what the ratio adds: 1 where r is right, above 1 where r is "
-                "too small.",
-                figures.slope(rows),
-            ),
+            )
         ]  # fmt: skip
+        # a gate that is shut adds nothing at any t
+        if any(measured(r.get("slope")) for r in rows):
+            found.append(
+                Drawing(
+                    "slope", "Calibration of r over t",
+                    "The regression slope of what x0 lacks on what the ratio adds: 1 where r is right, above 1 where r "
+                    "is too small.",
+                    figures.slope(rows),
+                )
+            )  # fmt: skip
         if self.reliability:
             found.append(
                 Drawing(

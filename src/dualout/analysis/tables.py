@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 Row = dict[str, Any]
 
@@ -63,7 +63,12 @@ class Spread(NamedTuple):
 
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Mean and standard deviation of what is there and finite; None when nothing is."""
-    known = [float(v) for v in values if v is not None and math.isfinite(v)]
-    if not known:
+    found = [float(v) for v in values if measured(v)]
+    if not found:
         return None
-    return Spread(fmean(known), stdev(known) if len(known) > 1 else 0.0, len(known))
+    return Spread(fmean(found), stdev(found) if len(found) > 1 else 0.0, len(found))
+
+
+def measured(value: float | None) -> TypeGuard[float]:
+    """Whether a measurement is there and finite."""
+    return value is not None and math.isfinite(value)
