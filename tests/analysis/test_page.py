@@ -118,6 +118,14 @@ def test_a_gate_that_is_shut_has_no_slope():
     assert "nan" not in " ".join(reading.ratio(own))
 
 
+def test_which_route_is_better_on_which_side_is_said_where_there_are_two_sides():
+    once, twice = study(), study()
+    assert "below it subtracting the noise is the better way" in reading.ratio(once)[0]
+    twice.routes[-1]["direct_x0_error"] = 2 * twice.routes[-1]["subtractive_x0_error"]
+    assert len(twice.crossings) == 2
+    assert reading.ratio(twice)[0].endswith(f"{twice.crossings[1]:.0f}.")
+
+
 def scores(factor, dual="dual"):
     same = {"route": "mix", "seed": 0, "kid": 0.1, "images": 500, "features": "digits", "protocol": {"data": "digits"}}
     return [

@@ -140,10 +140,13 @@ def ratio(study: Study) -> list[str]:
         return []
     found = []
     if crossing := study.crossings:
-        found.append(
-            f"The two routes are equally wrong at t = {', '.join(f'{c:.0f}' for c in crossing)}: below it "
-            "subtracting the noise is the better way to the image, above it asking for the image."
+        clean = min(study.routes, key=lambda r: r["t"])
+        sides = (
+            ": below it subtracting the noise is the better way to the image, above it asking for the image"
+            if len(crossing) == 1 and clean["subtractive_x0_error"] < clean["direct_x0_error"]
+            else ""
         )
+        found.append(f"The two routes are equally wrong at t = {', '.join(f'{c:.0f}' for c in crossing)}{sides}.")
     found += _noisy(study)
     if known := [r for r in study.routes if r.get("blend_over_best")]:
         worst = max(known, key=lambda r: r["blend_over_best"])
