@@ -261,6 +261,13 @@ def test_too_few_images():
         next(fit(denoiser, samplers.DDIM(steps=2), torch.zeros(20, 1, 4, 4), Fit()))
 
 
+@pytest.mark.parametrize(("name", "least"), [("batch", 2), ("held_out", 16), ("move_times", 0)])
+def test_settings_of_a_fit_that_cannot_be(name, least):
+    Fit(**{name: least})
+    with pytest.raises(InputError, match=f"{name} is {least} or more, got {least - 1}"):
+        Fit(**{name: least - 1})
+
+
 def test_nearness_is_the_rms_distance_to_the_nearest_image():
     real = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
     made = torch.stack([torch.full((1, 4, 4), 0.25), torch.full((1, 4, 4), 0.9)])

@@ -28,7 +28,7 @@ from dualout.prediction import Prediction
 from dualout.randomness import check_seed, mix
 from dualout.samplers.base import Denoises, Sampler
 from dualout.schedules import Level, Schedule
-from dualout.training.comparison import UPDATES, Comparison, Far
+from dualout.training.comparison import FEWEST, UPDATES, Comparison, Far
 from dualout.training.distances import Distance
 from dualout.training.starts import Numbers, Start, moved_times
 from dualout.training.told import Told
@@ -63,11 +63,11 @@ class Fit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch", "held_out", "check_every", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is 1 or more, got {getattr(self, name)}")
-        if self.move_times < 0:
-            raise InputError(f"move_times is 0 or more, got {self.move_times}")
+        # of one image, there is no distance between two of a batch
+        least = {"iterations": 1, "batch": 2, "held_out": FEWEST, "check_every": 1, "patience": 1, "move_times": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"{name} is {low} or more, got {getattr(self, name)}")
         if not self.lr > 0:
             raise InputError(f"lr is above 0, got {self.lr}")
         check_seed(self.seed)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 REAL = 2048
 """Real images, at most, that every batch of made ones is compared with."""
 
+FEWEST = 16
+"""Held-out images that are enough to decide."""
+
 HELD_OUT, UPDATES, PLACES = 1, 2, 3
 """Kinds of noise: what decides, what the numbers are fitted by, and what the time steps are moved by."""
 
@@ -50,8 +53,8 @@ class Comparison:
 
     def __init__(self, denoiser: Denoiser, images: Tensor, how: Fit, told: Told | None = None) -> None:
         held = min(how.held_out, len(images) // 4)
-        if held < 16:
-            raise InputError(f"calibration needs 64 images or more, got {len(images)}")
+        if held < FEWEST:
+            raise InputError(f"calibration needs {4 * FEWEST} images or more, got {len(images)}")
         images = images[torch.from_numpy(np.random.default_rng(how.seed).permutation(len(images)))]
         self.how, self.told, self.distance = how, told, Distance.parse(how.distance)
         self.real, real_held = images[held:], images[:held]
