@@ -142,6 +142,18 @@ def test_a_gate_that_knows_its_pixels_is_calibrated_and_one_that_does_not_is_fou
     assert any(abs(b["ratio_best"] - b["ratio_mean"]) > 0.3 for b in bad.reliability)
 
 
+def test_what_is_left_out_of_many_pixels_is_no_column(monkeypatch):
+    monkeypatch.setattr("dualout.analysis.routes._MOST", 400 * 64 // 4)
+
+    def network(x_t, t):
+        logit = torch.full_like(x_t[:, :1], 0.2).logit()
+        logit[..., ::4] = -logit[..., ::4]
+        return torch.cat([x_t, torch.zeros_like(x_t), logit], 1)
+
+    (at,) = measured(network, [500])
+    assert at.row["ratio_mean"] == pytest.approx(float(at.ratio_map.mean()), abs=0.01)
+
+
 def test_quantiles_are_of_the_pixels():
     row = measured(Injected(0.1, 0.1, ratio=(0.2, 0.7)), [500])[0].row
     assert (row["ratio_q25"], row["ratio_q75"]) == pytest.approx((0.2, 0.7), abs=1e-6)

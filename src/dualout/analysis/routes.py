@@ -109,6 +109,9 @@ def _at(
     bins = np.zeros((4, BINS))
     ratio_map: Tensor | None = None
     thin = max(1, repeats * images[:, :1].numel() // _MOST)
+    # a divisor of the pixels would see the same ones of every image
+    while math.gcd(thin, images[0].numel()) > 1:
+        thin += 1
     for repeat in range(repeats):
         for first in range(0, len(images), batch_size):
             x0 = images[first : first + batch_size]
