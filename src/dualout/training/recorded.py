@@ -66,7 +66,7 @@ class RecordedGradient:
             for p, grad in zip(self.weights, self.grads, strict=True):
                 p.grad = grad
             if self.adds:
-                torch._foreach_zero_([g for g in self.grads if g is not None])
+                torch._foreach_zero_([g for g in self.grads if g is not None])  # type: ignore[attr-defined]
         total, *parts = self.recording(*_tensors(batch)).split([1, *[len(batch.t)] * len(self.names)])
         return Loss(total[0], dict(zip(self.names, parts, strict=True)))
 
