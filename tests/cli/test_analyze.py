@@ -15,7 +15,7 @@ def saved(path, parameterization, classes=None, trained_on=None):
     parameterization = dualout.Parameterization.parse(parameterization)
     network = build("tiny:width=8", 1, 8, parameterization.channels(1), classes=classes)
     denoiser = dualout.Denoiser(network, parameterization, dualout.schedules.Linear())
-    extra = {} if trained_on is None else {"training": {"data": trained_on, "steps": 1}}
+    extra = {} if trained_on is None else {"data": {"name": trained_on}}
     denoiser.save_pretrained(path, image={"channels": 1, "size": [8, 8]}, **extra)
     return path
 

@@ -111,16 +111,12 @@ def real_images(options: Options, model: Model) -> Dataset:
     Raises:
         InputError: when it is not known which, or they are of another shape.
     """
-    from dualout import checkpoint, data
+    from dualout import data
 
     channels, height, width = model.shape
-    spec = options.data
+    spec = options.data or model.trained_on
     if spec is None:
-        config = checkpoint.read_config(checkpoint.locate(options.run))
-        training = config.get("training")
-        spec = training.get("data") if isinstance(training, dict) else None
-        if not isinstance(spec, str):
-            raise InputError(f"{options.run} does not say what it was trained on: give --data, such as digits")
+        raise InputError(f"{options.run} does not say what it was trained on: give --data, such as digits")
     grey = {1: True, 3: False}.get(channels)
     dataset = data.load(spec, size=(height, width), grey=grey, split=options.split)
     if dataset.shape != model.shape:
