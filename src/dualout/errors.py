@@ -26,6 +26,11 @@ def unknown(kind: str, name: object, known: Iterable[object]) -> InputError:
     return InputError(f"unknown {kind} {str(name)!r}{hint} Known: {', '.join(names)}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of some library says: its first line that is not empty, or its name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """What moves the cursor, changes a terminal's settings or turns the direction of writing."""
 

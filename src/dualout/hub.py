@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 from dualout.version import __version__
 
 _CLIENTS = ("huggingface_hub", "httpx", "httpx2", "requests")
@@ -43,9 +43,8 @@ def download(repo_id: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"{repo_id!r} is no directory here, and the Hugging Face Hub did not give it: {reason}"
+            f"{repo_id!r} is no directory here, and the Hugging Face Hub did not give it: {first_line(error)}"
         ) from error
 
 
@@ -86,7 +85,7 @@ def upload(
 def _reason(error: Exception) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    said = first_line(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
         return f"{said}; log in with an account that may write there: hf auth login, or set HF_TOKEN"

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from dualout.errors import InputError, printable, unknown
+from dualout.errors import InputError, first_line, printable, unknown
 from dualout.version import __version__
 
 _ORDER = (
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         advice = "take smaller images, a smaller network, or a smaller --batch_size"
-        why = printable(_first_line(error))
+        why = printable(first_line(error)[:200])
         print(f"dualout {arguments[0]}: there is not enough memory ({why}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -128,10 +128,6 @@ _NO_MEMORY = (
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python, NumPy or torch says that there is not enough memory for what was asked."""
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _run(arguments: list[str]) -> int:

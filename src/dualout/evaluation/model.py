@@ -10,7 +10,7 @@ import torch
 
 from dualout import checkpoint
 from dualout.denoiser import Denoiser
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 from dualout.evaluation.features.base import file_hash
 from dualout.networks.backends import Chosen
 from dualout.networks.device import layout
@@ -88,10 +88,10 @@ class Model:
         except (InputError, MemoryError):
             raise
         except Exception as error:  # networks raise whatever damaged arguments lead them to
-            said = (str(error).strip().splitlines() or [""])[0][:200]
             raise InputError(
                 f"{self.run}: its network ({self.details['network']}) cannot look at images of {self.shape} (C, H, W): "
-                f"{type(error).__name__}: {said}. {checkpoint.CONFIG} is damaged, or of another network"
+                f"{type(error).__name__}: {first_line(error)[:200]}. {checkpoint.CONFIG} is damaged, or of "
+                "another network"
             ) from error
 
     @property

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dualout.calibrated import Calibration, corrected
 from dualout.card import render
 from dualout.denoiser import Denoiser
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 from dualout.export.directory import whole
 from dualout.networks.adapter import config_of
 from dualout.networks.backends import quiet
@@ -180,10 +180,8 @@ def _translate(graph: _Graph, inputs: tuple[Tensor, ...], outputs: list[str], op
                 exported, input_names=names, output_names=outputs, opset_version=opset, dynamo=True, verbose=False
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"this {type(graph.denoiser.network).__name__} cannot be translated to ONNX (opset {opset}): {said}"
-        ) from error
+        kind = type(graph.denoiser.network).__name__
+        raise InputError(f"this {kind} cannot be translated to ONNX (opset {opset}): {first_line(error)}") from error
     # where torch cannot convert it, it logs that and gives another
     if (got := program.model.opset_imports[""]) != opset:
         raise InputError(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 
 
 def device(name: str = "auto") -> torch.device:
@@ -31,7 +31,7 @@ def device(name: str = "auto") -> torch.device:
         torch.empty(0, device=asked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = torch.accelerator.current_accelerator(check_available=True)
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         # torch lists some twenty kinds that hardly anyone has
         why = "it is cpu, cuda, cuda:1, mps or auto" if said.startswith("Expected one of") else said
         raise InputError(

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Protocol
 
-from dualout.errors import InputError, unknown
+from dualout.errors import InputError, first_line, unknown
 from dualout.training.config import TRACKERS
 
 
@@ -77,7 +77,6 @@ def start(name: str | None, directory: Path, config: dict[str, Any], step: int =
         tracker.start()
     except Exception as error:
         # whatever another program says: it is not set up
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"--track {name} did not start: {reason}") from error
+        raise InputError(f"--track {name} did not start: {first_line(error)}") from error
     tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
     return tracker  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualout import checkpoint
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 from dualout.evaluation.features.base import NetworkFeatures, cache_directory, check_colour, file_hash, in_colour
 
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -219,7 +219,7 @@ class Inception(NetworkFeatures):
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise InputError(f"{path} is no file of weights: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{path} is no file of weights: {first_line(error)}") from error
         network = InceptionV3()
         # older files lack the counters of batches, which only training needs
         tensors = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")} | dict(tensors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.denoiser import Denoiser
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
 from dualout.networks.backends.fused import Fused
 from dualout.networks.backends.graph import recorded, replayed
@@ -69,8 +69,7 @@ def refused(error: Exception, instead: str, what: str = "network") -> InputError
         what: was to be compiled.
     """
     cause = getattr(error, "inner_exception", error)
-    said = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     return InputError(
-        f"torch.compile cannot compile this {what} here: {said}; {instead}. If a compilation was killed before, what "
-        "it left in torch's cache is in the way: another TORCHINDUCTOR_CACHE_DIR has none of it"
+        f"torch.compile cannot compile this {what} here: {first_line(cause)}; {instead}. If a compilation was "
+        "killed before, what it left in torch's cache is in the way: another TORCHINDUCTOR_CACHE_DIR has none of it"
     )

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 from dualout.networks.backends.base import Backend, Call, FixedBatch
 from dualout.networks.backends.half import plain_of
 from dualout.networks.backends.trajectory import FixedTrajectory
@@ -127,8 +127,7 @@ class Recording:
                 with _generator_kept(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.made = function(*self.given)
             except RuntimeError as error:
-                said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise NotRecorded(said) from error
+                raise NotRecorded(first_line(error)) from error
             finally:
                 torch.clear_autocast_cache()
 

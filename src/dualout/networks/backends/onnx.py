@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 from dualout.networks.backends import quiet
 from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
 from dualout.networks.precision import Precision
@@ -37,8 +37,9 @@ class Onnx(Backend):
             graph = program.model_proto.SerializeToString()
             session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # neither side's errors have a base class of their own
-            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(f"this network cannot be translated to ONNX: {said}; take --backend eager") from error
+            raise InputError(
+                f"this network cannot be translated to ONNX: {first_line(error)}; take --backend eager"
+            ) from error
 
         def run(x: Tensor, *others: Tensor) -> Tensor:
             tensors = (x.float(), *others)

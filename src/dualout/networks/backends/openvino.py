@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dualout.errors import InputError
+from dualout.errors import InputError, first_line
 from dualout.networks.backends import quiet
 from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
 from dualout.networks.precision import Precision
@@ -37,8 +37,9 @@ class OpenVINO(Backend):
                 exported = torch.export.export(plain, call.tensors, strict=False)
             compiled = openvino.compile_model(openvino.convert_model(exported), "CPU", settings)
         except Exception as error:  # its errors have no base class of their own
-            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(f"OpenVINO cannot translate this network: {said}; take --backend eager") from error
+            raise InputError(
+                f"OpenVINO cannot translate this network: {first_line(error)}; take --backend eager"
+            ) from error
         request: Any = compiled.create_infer_request()
 
         def run(x: Tensor, *others: Tensor) -> Tensor:
