@@ -91,6 +91,24 @@ def held(directory: Path) -> list[str]:
     return sorted(name for name in there if name not in _FOUND and not passing.fullmatch(name))
 
 
+def refuse_others(directory: Path, instead: str, but: str = "") -> None:
+    """Refuse a directory for results that is a file, or holds something else.
+
+    Args:
+        directory: as --out names it, there or not.
+        instead: what to do, at the end of the message.
+        but: a name that may be in it.
+
+    Raises:
+        InputError: then.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--out {directory} is a file, not a directory")
+    if others := [name for name in held(directory) if name != but]:
+        some = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
+        raise InputError(f"--out {directory} holds something else ({some}); {instead}")
+
+
 def sweep(directory: Path) -> None:
     """Remove, at any depth, what killed processes were writing; what a living one writes is held, and stays."""
     with suppress(OSError):

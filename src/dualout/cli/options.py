@@ -13,7 +13,7 @@ import jsonargparse
 import yaml
 
 from dualout.errors import InputError, unknown
-from dualout.files import held, sweep
+from dualout.files import refuse_others, sweep
 from dualout.registry import described, fits
 
 Options = TypeVar("Options")
@@ -184,11 +184,8 @@ def out_directory(path: str | Path, *, holds: str, marker: str) -> Path:
         InputError: when it holds something else.
     """
     directory = Path(path).expanduser()
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"--out {directory} is a file, not a directory")
-    if (others := held(directory)) and not (directory / marker).exists():
-        some = ", ".join(others[:5])
-        raise InputError(f"--out {directory} holds something else ({some}); {holds} go to a new or empty directory")
+    if not (directory / marker).exists():
+        refuse_others(directory, f"{holds} go to a new or empty directory")
     sweep(directory)
     return directory
 

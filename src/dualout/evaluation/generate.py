@@ -23,7 +23,7 @@ from torch import Tensor
 from dualout.errors import InputError, unknown
 from dualout.evaluation.protocol import differences, listed
 from dualout.evaluation.sampling import Sampling
-from dualout.files import alone, atomically, explained, held, read_json, sweep, write_json
+from dualout.files import alone, atomically, explained, read_json, refuse_others, sweep, write_json
 
 PROTOCOL = "protocol.json"
 _END_OF_PNG = b"IEND\xaeB`\x82"
@@ -137,8 +137,6 @@ class Store(ABC):
         """
         path = self.directory / PROTOCOL
         wanted = {"format": self.kind, "images": self.images} | self.request() | sampling.protocol()
-        if self.directory.exists() and not self.directory.is_dir():
-            raise InputError(f"--out {self.directory} is a file, not a directory")
         if path.exists():
             if found := differences(read_json(path, then="; give another --out"), wanted):
                 raise InputError(
@@ -146,7 +144,8 @@ class Store(ABC):
                     "remove that directory"
                 )
         else:
-            self._refuse_foreign()
+            instead = "images go to a new or empty directory, or to one that this command made before"
+            refuse_others(self.directory, instead)
             self._begun, self._new = processes == 1, not self.directory.exists()
             with explained(path):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -165,13 +164,6 @@ class Store(ABC):
         for empty in [self.directory / "shards", *([self.directory] if self._new else [])]:
             if empty.is_dir():
                 empty.rmdir()
-
-    def _refuse_foreign(self) -> None:
-        if others := held(self.directory):
-            raise InputError(
-                f"--out {self.directory} holds something else ({', '.join(others[:5])}); images go to a new or empty "
-                "directory, or to one that this command made before"
-            )
 
     def request(self) -> dict[str, Any]:
         """What else must be equal to go on."""

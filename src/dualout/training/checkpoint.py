@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dualout.checkpoint import read_tensors, write_tensors
 from dualout.errors import InputError
-from dualout.files import explained, flush, held, read_json, sweep, take_place, write_json, write_text
+from dualout.files import explained, flush, read_json, refuse_others, sweep, take_place, write_json, write_text
 
 STATE, RUN, LOCK, METRICS, YAML = "state", "run.json", "lock", "metrics.jsonl", "train.yaml"
 _FILES = ("weights", "average", "optimizer")
@@ -129,19 +129,12 @@ class RunDirectory:
         sweep(self.path)
 
     def _refuse_foreign(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"--out {self.path} is a file, not a directory")
-        if not self.path.is_dir() or read_run(self.path) is not None:
+        if read_run(self.path) is not None:
             return
+        instead = "a run goes to a new or empty directory, or to that of an interrupted run, which it resumes"
         # a run that was killed as it began has its lock, and at most files that were being written
-        others = [name for name in held(self.path) if name != STATE]
-        others += [name for name in held(self.path / STATE) if name != LOCK]
-        if others:
-            some = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
-            raise InputError(
-                f"--out {self.path} holds something else ({some}); a run goes to a new or empty directory, or to that "
-                "of an interrupted run, which it resumes"
-            )
+        refuse_others(self.path, instead, but=STATE)
+        refuse_others(self.path / STATE, instead, but=LOCK)
 
     def close(self) -> None:
         """Let others have it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dualout.errors import InputError, unknown
-from dualout.files import held
+from dualout.files import refuse_others
 from dualout.training.config import TrainConfig
 from dualout.training.upgrade import SCOPES
 
@@ -134,11 +134,7 @@ class UpgradeConfig:
 def refuse_changes(path: Path, known: dict[str, Any] | None, config: UpgradeConfig) -> None:
     """Refuse a directory of something else, or of another upgrade."""
     if known is None:
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {path} is a file, not a directory")
-        if others := held(path):
-            some = ", ".join(others[:5])
-            raise InputError(f"--out {path} holds something else ({some}); an upgrade goes to a new or empty directory")
+        refuse_others(path, "an upgrade goes to a new or empty directory")
         return
     now = config.asdict()
     changed = [k for k, v in known["config"].items() if k not in FREE and now.get(k) != v]
