@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dualout import checkpoint
+from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
 from dualout.evaluation.features.base import Features, cache_directory
@@ -23,8 +24,6 @@ from dualout.evaluation.statistics import KEPT, Statistics
 from dualout.files import explained
 from dualout.networks.device import exact
 
-Progress = Callable[[str, int, int], None]
-"""Called as (what is being done, how many are done, how many there are)."""
 _FORMAT = 1
 
 

@@ -89,11 +89,6 @@ class NetworkFeatures(Features, ABC):
         return self.network.to(images.device)(images)
 
 
-def in_range(images: Tensor) -> Tensor:
-    """uint8 0 … 255 -> float32 in [−1, 1]."""
-    return images.float() / 127.5 - 1
-
-
 def in_colour(images: Tensor) -> Tensor:
     """Grey images with their channel repeated three times; colour images as they are."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dualout import checkpoint
+from dualout.data.pixels import to_model
 from dualout.errors import InputError
-from dualout.evaluation.features.base import NetworkFeatures, file_hash, in_range
+from dualout.evaluation.features.base import NetworkFeatures, file_hash
 from dualout.files import atomically
 
 
@@ -54,7 +55,7 @@ class SmallClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The features: uint8, or float in [−1, 1], (B, C, H, W) -> (B, D)."""
-        return self.body(images if images.is_floating_point() else in_range(images))
+        return self.body(to_model(images))
 
     def logits(self, images: Tensor) -> Tensor:
         """The classes' logits: uint8, or float in [−1, 1], (B, C, H, W) -> (B, classes)."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualout.data.pixels import to_model
 from dualout.errors import InputError
-from dualout.evaluation.features.base import NetworkFeatures, in_range
+from dualout.evaluation.features.base import NetworkFeatures
 
 
 class RandomConvolutions(nn.Module):
@@ -30,7 +31,7 @@ class RandomConvolutions(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> (B, sum of the widths)."""
-        x, found = in_range(images), []
+        x, found = to_model(images), []
         for k, weight in enumerate(self.layers):
             stride = 1 if k == 0 or min(x.shape[2:]) < 2 else 2
             x = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight, stride=stride))

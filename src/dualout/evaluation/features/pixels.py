@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualout.data.pixels import to_model
 from dualout.errors import InputError
-from dualout.evaluation.features.base import Features, in_range
+from dualout.evaluation.features.base import Features
 
 MOST = 4096
 """The largest D: a covariance of 4096² float64 takes 128 MiB."""
@@ -40,5 +41,5 @@ class Pixels(Features):
 
     def extract(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> (B, C·H·W / pool²)."""
-        x = in_range(images)
+        x = to_model(images)
         return (F.avg_pool2d(x, self.pool) if self.pool > 1 else x).flatten(1)
