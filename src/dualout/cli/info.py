@@ -8,12 +8,12 @@ import json
 import os
 import platform
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from dualout.cli import console
 from dualout.cli.options import parse
-from dualout.errors import InputError
 from dualout.machine import cores, memory
 from dualout.version import __version__
 
@@ -112,6 +112,7 @@ def about(run: str) -> dict[str, Any]:
         InputError: when it is neither, or is damaged.
     """
     from dualout import checkpoint
+    from dualout.bounded import shapes
     from dualout.training.checkpoint import read_metrics, read_run, states
 
     path = Path(run).expanduser()
@@ -137,7 +138,7 @@ def about(run: str) -> dict[str, Any]:
             "parameterization": _spec("parameterization", config),
             "schedule": _spec("schedule", config),
             "network": network.get("class") if isinstance(network, dict) else network,
-            "parameters": _parameters(path / checkpoint.WEIGHTS),
+            "parameters": f"{sum(map(prod, shapes(path / checkpoint.WEIGHTS))):,}",
             "images": _images(config.get("image", {})),
             "made with": f"dualout {config.get('dualout', '')}",
         },
@@ -177,24 +178,6 @@ def _changed(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in usual or v != usual[k]}
 
 
-def _parameters(weights: Path) -> str:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, framework="pt") as file:
-            sizes = [_product(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{weights} cannot be read: {error}") from error
-    return f"{sum(sizes):,}"
-
-
-def _product(shape: list[int]) -> int:
-    result = 1
-    for side in shape:
-        result *= side
-    return result
-
-
 def _images(image: dict[str, Any]) -> str:
     if not image:
         return "of a shape that is not recorded"
@@ -229,11 +212,11 @@ def _memory() -> str:
     return _size(count) if (count := memory()) else ""
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024  # type: ignore[assignment]
+        count /= 1024
     return f"{count:.1f} GiB"
 
 
