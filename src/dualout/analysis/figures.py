@@ -70,11 +70,10 @@ def training(rows: Sequence[Row], title: str = "") -> Figure:
             known = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
             step, value = (np.array(v, float) for v in zip(*known, strict=True))
             part = name.partition("/")[2]
-            style = (
-                canvas.styles([part])[0] if part in ("eps", "x0") else _PARTS.get(part, {"color": COLOURS["purple"]})
-            )
+            own = canvas.styles([part])[0] if part in ("eps", "x0") else _PARTS.get(part, {"color": COLOURS["purple"]})
+            style: dict[str, Any] = {**own, "marker": ""}
             value = _smoothed(value, max(1, len(value) // 50))
-            axes.plot(step, value, label=part or "loss", **_line(style, {"marker": ""}))
+            axes.plot(step, value, label=part or "loss", **style)
         canvas.plain_log(axes)
         axes.set_xlabel("training step")
         axes.set_ylabel("loss")
@@ -168,7 +167,7 @@ def models(rows: Models, title: str = "", error: str = "v_error") -> Figure:
 
     def draw(axes: Axes) -> None:
         for (name, own), style in zip(rows.items(), canvas.styles(list(rows)), strict=True):
-            axes.plot(_column(own, "t"), _column(own, error), label=name, **_line(style, {"markersize": 3.5}))
+            axes.plot(_column(own, "t"), _column(own, error), label=name, markersize=3.5, **style)
         canvas.plain_log(axes)
         _over_t(axes, f"mean square error of {error.removesuffix('_error')}")
         canvas.legend_below(axes, 3)
@@ -230,7 +229,7 @@ def spread_over_steps(rows: Models, title: str = "") -> Figure:
             x, _column(first, "sd_exact"), color=COLOURS["ink"], linestyle="--", label="exact denoiser", linewidth=1.4
         )
         for (name, own), style in zip(rows.items(), canvas.styles(list(rows)), strict=True):
-            axes.plot(x, _column(own, "sd"), label=name, **_line(style, {"markersize": 3.5}))
+            axes.plot(x, _column(own, "sd"), label=name, markersize=3.5, **style)
         canvas.plain_log(axes)
         _over_steps(axes, x, "standard deviation of a pixel")
         canvas.legend_below(axes, 2)
@@ -246,15 +245,11 @@ def per_step(rows: Models, column: str, label: str, title: str = "", scale: floa
         x = np.array([1.0])
         for (name, own), style in zip(rows.items(), canvas.styles(list(rows)), strict=True):
             x = _column(own, "k") + 1
-            axes.plot(x, scale * _column(own, column), label=name, **_line(style, {"markersize": 3.5}))
+            axes.plot(x, scale * _column(own, column), label=name, markersize=3.5, **style)
         _over_steps(axes, x, label)
         canvas.legend_below(axes, 3)
 
     return plot(draw, title, 2.8)
-
-
-def _line(style: Mapping[str, Any], other: Mapping[str, Any]) -> Any:
-    return {**style, **other}
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:

@@ -208,16 +208,16 @@ def _protocols(material: Material, scores: Sequence[Row]) -> list[str]:
         columns = [c for c in ("method", *reading.CELL, *METRICS, "images", "seed") if any(c in r for r in scores)]
         names = {c: METRICS.get(c, c) for c in columns}
         blocks.append(page.details(f"All scores ({len(scores)})", page.table(scores, names)))
-        unlike = {json.dumps(r["protocol"], sort_keys=True): r for r in scores if r.get("protocol")}
-        for k, row in enumerate(list(unlike.values())[:1]):
-            blocks.append(
-                page.details(f"Protocol of the scores ({len(unlike)} in all; the first)", _settings(row["protocol"], k))
-            )
+        protocols = [r["protocol"] for r in scores if r.get("protocol")]
+        if protocols:
+            unlike = len({json.dumps(p, sort_keys=True) for p in protocols})
+            title = f"Protocol of the scores ({unlike} in all; the first)"
+            blocks.append(page.details(title, _settings(protocols[0])))
     for run in material.runs:
         if run.config:
-            blocks.append(page.details(f"{run.name}: model and training", _settings(run.config, 0)))
+            blocks.append(page.details(f"{run.name}: model and training", _settings(run.config)))
         if run.study is not None:
-            blocks.append(page.details(f"{run.name}: protocol of the analysis", _settings(run.study.protocol, 0)))
+            blocks.append(page.details(f"{run.name}: protocol of the analysis", _settings(run.study.protocol)))
             tables = [page.heading(n) + page.table(rows) for n, rows in run.study.tables().items()]
             blocks.append(page.details(f"{run.name}: tables of the analysis", *tables))
     if command := material.commands.get("report", ""):
@@ -225,7 +225,7 @@ def _protocols(material: Material, scores: Sequence[Row]) -> list[str]:
     return blocks
 
 
-def _settings(values: Mapping[str, Any], depth: int) -> str:
+def _settings(values: Mapping[str, Any]) -> str:
     flat = [{"setting": k, "value": v if isinstance(v, str) else json.dumps(v)} for k, v in _flat(values)]
     return page.table(flat, {"setting": "", "value": ""})
 

@@ -187,17 +187,13 @@ def _errors(m: dict[str, Tensor], level: Level[float]) -> Row:
         "heads_correlation": correlation,
         "ratio_best": best,
         "ratio_best_se": best_se,
-        "ratio_closed_form": _float(optimal_ratio(level, mean["aa"], mean["ee"], correlation)),
-        "ratio_independent": _float(optimal_ratio(level, mean["aa"], mean["ee"])),
+        "ratio_closed_form": float(optimal_ratio(level, mean["aa"], mean["ee"], correlation)),
+        "ratio_independent": float(optimal_ratio(level, mean["aa"], mean["ee"])),
         "ratio_velocity": velocity,
     }
     if "rg_rg" in m:
         row["slope"], row["slope_se"] = _slope(m["d_rg"], m["rg_rg"])
     return row
-
-
-def _float(value: Tensor | float) -> float:
-    return float(value)
 
 
 def _slope(products: Tensor, squares: Tensor) -> tuple[float, float]:
