@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dualout
 from dualout.errors import InputError
 from dualout.networks.backends.fused import Fused
-from dualout.networks.backends.graph import Recorded
+from dualout.networks.backends.graph import RecordedTrajectory
 
 QUESTION = """## Sampling: what a step costs above the network
 
@@ -105,7 +105,7 @@ def cases(peers: list[ModuleType], batch: int, steps: int) -> dict[str, Callable
         "ours, dual": lambda: sampler.sample(dual_model, noise),
     }
     # what --backend compile, and on a GPU --backend graph, makes of all but the network
-    how, trajectory = (GRAPH, Recorded) if GPU else (COMPILED, Fused)
+    how, trajectory = (GRAPH, RecordedTrajectory) if GPU else (COMPILED, Fused)
     if GPU or shutil.which("c++"):
         for output, model in (("single", eps_model), ("dual", dual_model)):
             try:

@@ -1,11 +1,6 @@
-"""Recorded trajectories are those of eager torch.
-
-Where there is no GPU, a stand-in plays its part: it computes from the tensors that a recording holds, as a replay does.
-"""
+"""Recorded trajectories are those of eager torch; where there is no GPU, `Replayed` plays its part."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -20,10 +15,11 @@ from dualout.guidance import ClassifierFree
 from dualout.networks import build
 from dualout.networks.backends import Call, graph
 from dualout.networks.backends.base import Plain
-from dualout.networks.backends.graph import Recorded, Recording
+from dualout.networks.backends.graph import RecordedTrajectory, Recording
 from dualout.networks.backends.half import Half, plain_of
 from dualout.networks.precision import Precision
 from dualout.samplers import Sampler
+from replayed import Replayed
 
 PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (2, 4, 4)
@@ -42,23 +38,10 @@ class Net(nn.Module):
         return self.conv(x) * (1 + t.view(-1, 1, 1, 1) / 1000)
 
 
-class Standin:
-    """A function of tensors, computed from the tensors that it was given first, filled anew each time."""
-
-    def __init__(self, function: Any, *example: Tensor) -> None:
-        self.function, self.given = function, [v.clone() for v in example]
-        function(*self.given)
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        for kept, v in zip(self.given, tensors, strict=True):
-            kept.copy_(v)
-        return self.function(*self.given).clone()
-
-
 @pytest.fixture(autouse=True)
 def _standing_in(monkeypatch):
     if PLACE.type == "cpu":
-        monkeypatch.setattr(graph, "Recording", Standin)
+        monkeypatch.setattr(graph, "Recording", Replayed)
 
 
 @pytest.fixture
@@ -77,7 +60,7 @@ def given(seeds: range) -> tuple[Tensor, dualout.SeededDraw]:
 
 @pytest.mark.parametrize("sampler", samplers(), ids=lambda sampler: sampler.spec)
 def test_images_are_those_of_eager_torch_in_any_batch(model, sampler):
-    one = Recorded(model, sampler, dualout.noise(range(3), SHAPE, device=PLACE))
+    one = RecordedTrajectory(model, sampler, dualout.noise(range(3), SHAPE, device=PLACE))
     for seeds in (range(3), range(5, 8), range(2), range(7)):
         expected = sampler.sample(model, *given(seeds))
         assert torch.allclose(one.sample(*given(seeds)), expected, atol=1e-5)
@@ -89,7 +72,7 @@ def test_guidance_and_calibration_are_recorded(model):
     view = ClassifierFree(
         Calibrated(model, sampler.timesteps(model.schedule), values), 1.5, class_labels=torch.tensor(3, device=PLACE)
     )
-    one = Recorded(view, sampler, given(range(3))[0], class_labels=labels)
+    one = RecordedTrajectory(view, sampler, given(range(3))[0], class_labels=labels)
     for told in (labels, labels.flip(0)):
         noise = given(range(4, 7))[0]
         assert torch.allclose(
@@ -100,12 +83,12 @@ def test_guidance_and_calibration_are_recorded(model):
 
 def test_without_a_draw_the_noise_is_fresh(model):
     sampler = dualout.samplers.DDPM(steps=4)
-    one, noise = Recorded(model, sampler, given(range(3))[0]), given(range(3))[0]
+    one, noise = RecordedTrajectory(model, sampler, given(range(3))[0]), given(range(3))[0]
     assert not torch.allclose(one.sample(noise), one.sample(noise))
 
 
 def test_noise_of_another_shape_is_refused(model):
-    one = Recorded(model, dualout.samplers.DDIM(steps=2), given(range(3))[0])
+    one = RecordedTrajectory(model, dualout.samplers.DDIM(steps=2), given(range(3))[0])
     with pytest.raises(InputError, match=r"made for \(2, 4, 4\) .* this noise is \(2, 8, 8\)"):
         one.sample(torch.zeros(3, 2, 8, 8, device=PLACE))
 
@@ -146,7 +129,7 @@ def test_what_waits_for_the_gpu_is_refused_and_nothing_is_spoilt():
 @on_gpu
 def test_weights_may_be_changed_where_they_are(model):
     sampler, noise = dualout.samplers.DDIM(steps=3), given(range(3))[0]
-    one = Recorded(model, sampler, noise)
+    one = RecordedTrajectory(model, sampler, noise)
     with torch.no_grad():
         model.network.conv.weight.mul_(0.5)  # type: ignore[union-attr, operator]
     assert torch.allclose(one.sample(noise), sampler.sample(model, noise), atol=1e-5)

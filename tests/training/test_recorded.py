@@ -1,11 +1,8 @@
-"""A training whose passes are recorded is the one that launches them.
-
-Where there is no GPU, a stand-in plays its part: it computes from the tensors that a recording holds, and leaves its
-results where the recorded function did, as a replay does.
-"""
+"""A training whose passes are recorded, by `Replayed` in the place of a GPU, is the one that launches them."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,40 +16,19 @@ from dualout.networks.backends import graph
 from dualout.networks.backends.graph import NotRecorded
 from dualout.training import Learner, Run, TrainConfig, train
 from dualout.training.setup import first_weights
+from replayed import Replayed
 
 SMALL: dict[str, Any] = {"data": "digits", "network": "tiny:width=8", "batch_size": 16, "warmup": 3, "steps": 6}
 
 
-class Standin:
-    """A function that adds to gradients, computed anew in place of every replay.
-
-    Args:
-        weights: whose gradients are left where they were when it was recorded.
-    """
-
-    def __init__(self, weights: list[nn.Parameter], function: Any, *example: Tensor) -> None:
-        self.function, self.weights, self.given = function, weights, [v.clone() for v in example]
-        for _ in range(3):  # twice before the recording, and for it
-            function(*self.given)
-        self.grads = [p.grad for p in weights]
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        for kept, v in zip(self.given, tensors, strict=True):
-            kept.copy_(v)
-        made = self.function(*self.given)
-        for p, grad in zip(self.weights, self.grads, strict=True):
-            if grad is not None and p.grad is not grad:
-                grad.copy_(p.grad)
-                p.grad = grad
-        return made.clone()
-
-
-def learnt(monkeypatch: pytest.MonkeyPatch, denoiser: Denoiser | None = None, **fields: Any) -> tuple[Learner, list]:
+def learnt(
+    monkeypatch: pytest.MonkeyPatch, denoiser: Denoiser | None = None, recording: Any = Replayed, **fields: Any
+) -> tuple[Learner, list]:
     config = TrainConfig(**(SMALL | {"precision": "fp32"} | fields))
     dataset = data.load("digits")
     learner = Learner(first_weights(config, dataset) if denoiser is None else denoiser, config)
     weights = list(learner.parameters.values())
-    monkeypatch.setattr(graph, "Recording", lambda function, *example: Standin(weights, function, *example))
+    monkeypatch.setattr(graph, "Recording", partial(recording, weights=weights))
     return learner, [{k: float(v) for k, v in s.values().items()} for s in train(learner, dataset)]
 
 
@@ -93,20 +69,13 @@ def test_the_example_teaches_nothing(accumulate: int, monkeypatch: pytest.Monkey
 
 
 def test_what_cannot_be_recorded_is_told_and_learns_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(function: Any, *example: Tensor) -> None:
+    def refuse(function: Any, *example: Tensor, weights: list[nn.Parameter]) -> None:
         function(*example)
         raise NotRecorded("it waits")
 
-    def steps(**fields: Any) -> list[float]:
-        config = TrainConfig(**(SMALL | {"precision": "fp32"} | fields))
-        dataset = data.load("digits")
-        learner = Learner(first_weights(config, dataset), config)
-        monkeypatch.setattr(graph, "Recording", refuse)
-        return [float(step.loss) for step in train(learner, dataset)]
-
-    expected = steps()
+    _, expected = learnt(monkeypatch)
     with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph .it waits.: its kernels") as told:
-        assert steps(graph=True) == expected
+        assert learnt(monkeypatch, recording=refuse, graph=True)[1] == expected
     assert len(told) == 1
 
 

@@ -85,7 +85,7 @@ def recorded(
         return None
     if sampler.evaluations > MOST:
         raise InputError(f"trajectories of more than {MOST} evaluations are not recorded as a whole")
-    return Recorded(denoiser, sampler, noise, **conditions).sample
+    return RecordedTrajectory(denoiser, sampler, noise, **conditions).sample
 
 
 class NotRecorded(InputError):
@@ -172,7 +172,7 @@ def _without_waiting(function: Callable[..., Tensor], *given: Tensor) -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
-class Recorded(FixedTrajectory):
+class RecordedTrajectory(FixedTrajectory):
     """Makes images as a sampler does, all steps one launch.
 
     Args:
