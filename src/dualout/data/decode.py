@@ -100,7 +100,7 @@ def decoded(image: Image, channels: int, size: tuple[int, int]) -> np.ndarray:
 
     try:
         with image:
-            image.draft(None, (2 * max(size), 2 * max(size)))  # type: ignore[arg-type]
+            image.draft(None, (2 * max(size), 2 * max(size)))
             orientation = _orientation(image)
             plain = _plain(image, channels)
             if orientation in range(2, 9):

@@ -62,7 +62,7 @@ def _step(sampling: Sampling, images: int) -> None:
     """The first step of a trajectory."""
     steps = sampling.trajectory(range(images))
     next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
 
 
 class Living(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -168,7 +168,7 @@ class Sampling:
             )
         return to_uint8(x0).cpu()
 
-    def trajectory(self, indices: Sequence[int]) -> Iterator[Moment]:
+    def trajectory(self, indices: Sequence[int]) -> Generator[Moment, None, None]:
         """The way of these images, one step at a time, computed by eager torch."""
         start, draw, conditions = self._begun(indices)
         steps = self.stepping.trajectory(self.view, start, draw, **conditions)

@@ -105,7 +105,7 @@ class Batches:
                 yield parts
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            loaded.close()  # type: ignore[attr-defined]
+            loaded.close()
 
     def _prepared(self, batch: loader.Batch | None) -> list[Batch] | None:
         if batch is None:

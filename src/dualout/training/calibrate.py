@@ -282,7 +282,7 @@ class _Recomputed(nn.Module):
             level[:] = [p.level]
             return p.x0, dict(p.parts)
 
-        x0, parts = recomputed(run, x_t, use_reentrant=False)  # type: ignore[misc]
+        x0, parts = recomputed(run, x_t, use_reentrant=False)
         return Prediction(x_t, level[0], x0, parts)
 
 

@@ -30,7 +30,7 @@ def shard(denoiser: Denoiser, mesh: DeviceMesh) -> None:
 
 def blocks(denoiser: Denoiser) -> Iterator[nn.Module]:
     """What is brought together at a time: the members of the network's lists, such as a UNet's blocks up and down."""
-    for child in innermost(denoiser.network).children():  # type: ignore[arg-type]
+    for child in innermost(denoiser.network).children():
         if isinstance(child, nn.ModuleList):
             yield from (block for block in child if not isinstance(block, nn.ModuleList | nn.ModuleDict))
 

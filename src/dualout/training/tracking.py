@@ -79,4 +79,4 @@ def start(name: str | None, directory: Path, config: dict[str, Any], step: int =
         # whatever another program says: it is not set up
         raise InputError(f"--track {name} did not start: {first_line(error)}") from error
     tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
-    return tracker  # type: ignore[return-value]
+    return tracker

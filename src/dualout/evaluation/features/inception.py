@@ -61,7 +61,7 @@ class _Block(nn.Module):
                 pair = layer.beside is not None
                 kernels = {f"{stem}a": layer.kernel, f"{stem}b": layer.beside} if pair else {stem: layer.kernel}
                 for name, kernel in kernels.items():
-                    self.add_module(name, _Convolution(width, layer, kernel))  # type: ignore[arg-type]
+                    self.add_module(name, _Convolution(width, layer, kernel))
                 width = layer.width * len(kernels)
                 path.append(list(kernels))
             self.paths.append((branch, path))
