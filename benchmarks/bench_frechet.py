@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from report import Goal, Section, table
-from timing import Spread, digits, interleaved
+from timing import Spread, digits, interleaved, ratio
 
 from dualout.evaluation.metrics import trace_of_root, trace_of_singular_root
 
@@ -22,7 +23,7 @@ def covariance(generator: np.random.Generator, images: int) -> np.ndarray:
     return np.cov(x.T)
 
 
-def measure(full: bool, present: Sequence[Any]) -> Section:
+def measure(full: bool, peers: list[ModuleType]) -> Section:
     """At 2048 features, as Inception has: of more images than features, and of fewer."""
     from torchmetrics import __version__ as version
     from torchmetrics.image.fid import _compute_fid
@@ -49,8 +50,8 @@ def measure(full: bool, present: Sequence[Any]) -> Section:
         cases: dict[str, Callable[[], Any]] = {"dualout": ours, "torchmetrics": theirs}
         times = interleaved(cases, rounds=5 if full else 3, warmup=1)
         section.times[f"{images} images"] = times
-        ratio = Spread.of([t / o for o, t in zip(times["dualout"], times["torchmetrics"], strict=True)])
-        section.goals.append(Goal(f"torchmetrics / dualout, {images} images", ratio, 3, least=True))
+        gain = ratio(times, "torchmetrics", "dualout")
+        section.goals.append(Goal(f"torchmetrics / dualout, {images} images", gain, 3, least=True))
         difference = abs(found["ours"] - found["theirs"]) / abs(found["ours"])
         spreads = [Spread.of(times[name]).text() for name in cases]
         rows.append([str(images), *spreads, digits(found["ours"]), f"{difference:.1e}"])

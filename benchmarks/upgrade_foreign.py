@@ -33,10 +33,10 @@ from report import table
 
 from dualout import data
 from dualout.analysis.tables import csv_text
-from dualout.checkpoint import write_text
 from dualout.cli.main import main as dualout
 from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
+from dualout.files import write_text
 from dualout.networks import foreign
 from dualout.networks.device import device as place
 from dualout.randomness import mix, noise

@@ -75,8 +75,9 @@ def read(command: str, config: str, more: list[str], where: Box, draw: random.Ra
 
 def short() -> None:
     """Let a comparison be of few steps and images whatever the file says, in the forked process."""
-    from dualout.analysis.grid import Fit, Grid
+    from dualout.analysis.grid import Grid
     from dualout.training import TrainConfig
+    from dualout.training.calibrate import Fit
 
     for kind, name, most in ((TrainConfig, "steps", 2), (Grid, "images", 64), (Fit, "iterations", 1)):
 
