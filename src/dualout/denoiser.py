@@ -141,7 +141,7 @@ class Denoiser(nn.Module):
         """The same network with only one of its outputs believed; the weights are shared, not copied.
 
         Args:
-            route: "mix" (all, as trained), "eps", "x0", "velocity", or a fixed ratio from 0 to 1.
+            route: "mix" (all, as trained), "eps", "x0", "velocity", "flow", or a fixed ratio from 0 to 1.
         """
         view = Denoiser(self.network, self.parameterization.route(route), self.schedule)
         view.head = self.head if view.head is not None else None

@@ -17,7 +17,7 @@ from dualout.registry import Registered
 from dualout.schedules import Level, Scalar, Schedule, number
 
 Route = str | float
-"""Which output to believe: "mix" (all, as trained), "eps", "x0", "velocity", or a fixed ratio in [0, 1]."""
+"""Which output to believe: "mix" (all, as trained), "eps", "x0", "velocity", "flow", or a fixed ratio in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Parameterization(Registered, ABC):
             return self
         raise InputError(
             f"a network trained with {self.name!r} has one output and one route, 'mix'; got route {route!r}. "
-            "Only dual-output networks have the routes 'eps', 'x0', 'velocity' and fixed ratios."
+            "Only dual-output networks have the routes 'eps', 'x0', 'velocity', 'flow' and fixed ratios."
         )
 
 
