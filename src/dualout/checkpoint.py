@@ -300,10 +300,20 @@ def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def read_card(config: dict[str, Any]) -> dict[str, Any]:
-    """What the model card says, from the configuration it was made from."""
-    card = config.get("card", {})
-    return card if isinstance(card, dict) else {}
+def entry(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An entry of a configuration that has entries itself; empty where it is not there, or is damaged."""
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+_CARD = {"training": dict, "data": dict, "metrics": list}
+
+
+def read_card(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model card says, from the configuration it was made from; what is damaged of it is left out."""
+    card = {k: v for k, v in entry(config, "card").items() if isinstance(v, _CARD.get(k, object))}
+    rows = {"metrics": [row for row in card["metrics"] if isinstance(row, dict)]} if "metrics" in card else {}
+    return card | rows
 
 
 def write(path: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], card: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from dualout.cli.main import main
@@ -48,6 +49,33 @@ def test_tells_what_a_run_is(tmp_path, capsys):
         file.rmdir() if file.is_dir() else file.unlink()
     assert main(["info", str(out), "--json"]) == 0
     assert "run" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("info") / "run"
+    small = ["--network", "tiny:width=8", "--batch_size", "4", "--sample_every", "0"]
+    assert main(["train", *small, "--steps", "1", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("config.json", {"image": "x"}, ""),
+        ("config.json", {"training": [1]}, ""),
+        ("config.json", {"card": {"training": "x", "metrics": [1]}}, ""),
+        ("config.json", {"training": {"step": None}}, "config.json is damaged: its weights are of step None"),
+        ("state/run.json", {"config": {}}, "run.json is damaged: it does not say its steps"),
+    ],
+)
+def test_entries_of_another_form_are_left_out_or_told(run, capsys, file, damage, says):
+    before = (run / file).read_text()
+    (run / file).write_text(json.dumps(json.loads(before) | damage))
+    code = main(["info", str(run)])
+    (run / file).write_text(before)
+    assert code == (2 if says else 0)
+    assert says in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_told(tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 
 from dualout.analysis.report import Run
 from dualout.analysis.tables import Row, grouped
-from dualout.checkpoint import CONFIG
+from dualout.checkpoint import CONFIG, entry
 from dualout.cli import _study
 from dualout.errors import InputError
 from dualout.files import read_json
@@ -153,9 +153,8 @@ def _run_name(row: Row) -> str:
     return Path(str(row.get("run", ""))).name
 
 
-def _settings(config: Row | None) -> Row:
-    training = (config or {}).get("training")
-    return {k: v for k, v in training.items() if k not in _FREE} if isinstance(training, dict) else {}
+def _settings(config: Row) -> Row:
+    return {k: v for k, v in entry(config, "training").items() if k not in _FREE}
 
 
 def _grids(directory: Path) -> dict[str, bytes]:

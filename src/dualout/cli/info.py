@@ -14,6 +14,7 @@ from typing import Any
 
 from dualout.cli import console
 from dualout.cli.options import parse
+from dualout.errors import InputError
 from dualout.machine import cores, memory
 from dualout.version import __version__
 
@@ -130,7 +131,7 @@ def about(run: str) -> dict[str, Any]:
         }
     path = checkpoint.locate(run)
     config = checkpoint.read_config(path)
-    card, training = checkpoint.read_card(config), config.get("training", {})
+    card, training = checkpoint.read_card(config), checkpoint.entry(config, "training")
     network = config["network"]
     found: dict[str, Any] = {
         "model": {
@@ -139,13 +140,15 @@ def about(run: str) -> dict[str, Any]:
             "schedule": _spec("schedule", config),
             "network": network.get("class") if isinstance(network, dict) else network,
             "parameters": f"{sum(map(prod, shapes(path / checkpoint.WEIGHTS))):,}",
-            "images": _images(config.get("image", {})),
+            "images": _images(checkpoint.entry(config, "image")),
             "made with": f"dualout {config.get('dualout', '')}",
         },
         "training": card.get("training", {}),
     }
     if known is not None:
         step, steps = training.get("step", 0), known["config"]["steps"]
+        if not isinstance(step, int):
+            raise InputError(f"{path / checkpoint.CONFIG} is damaged: its weights are of step {step!r}")
         found["run"] = {
             "state": f"step {step} of {steps}" + (", finished" if step >= steps else ", goes on with the same command"),
             "states kept": ", ".join(str(s) for s, _ in states(path)) or "none",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dualout import checkpoint
+from dualout.checkpoint import entry
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
 from dualout.evaluation.features.base import file_hash
@@ -55,22 +56,22 @@ class Model:
         """
         directory = checkpoint.locate(run)
         config = checkpoint.read_config(directory)
-        if _entry(config, "image").get("latents"):
+        if entry(config, "image").get("latents"):
             raise InputError(f"{run} makes latents, which are no pictures before something decodes them")
         shape = image_shape(config, directory)
         denoiser = Denoiser.from_pretrained(directory).to(device)
         denoiser.network.to(memory_format=layout(torch.device(device)))  # type: ignore[union-attr]
-        trained_on = _entry(config, "data")
+        trained_on = entry(config, "data")
         details = {
             "weights": checkpoint.WEIGHTS,
             "sha256": file_hash(directory / checkpoint.WEIGHTS),
-            "ema": _entry(config, "training").get("ema"),
+            "ema": entry(config, "training").get("ema"),
             "trained_on": {k: trained_on.get(k) for k in ("name", "fingerprint", "images")} if trained_on else None,
             "parameterization": config["parameterization"],
             "schedule": config["schedule"],
             "network": config["network"].get("class"),
         }
-        names = _entry(_entry(config, "conditions"), "class_labels").get("classes") or []
+        names = entry(entry(config, "conditions"), "class_labels").get("classes") or []
         classes = len(names) or class_count(config["network"])
         model = cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)), directory.absolute())
         model._try()
@@ -117,7 +118,7 @@ def image_shape(config: dict[str, Any], directory: Path) -> tuple[int, int, int]
     Raises:
         InputError: when it says neither.
     """
-    image, arguments = _entry(config, "image"), _innermost(config["network"])
+    image, arguments = entry(config, "image"), _innermost(config["network"])
     channels = image.get("channels", arguments.get("in_channels"))
     size = image.get("size", arguments.get("sample_size"))
     shape: tuple[Any, ...] = (channels, *size) if isinstance(size, list | tuple) else (channels, size, size)
@@ -133,12 +134,6 @@ def class_count(network: dict[str, Any]) -> int | None:
     """How many classes a network can be told, besides "none", which has the highest number."""
     embedded = _innermost(network).get("num_class_embeds")
     return embedded - 1 if isinstance(embedded, int) and embedded > 1 else None
-
-
-def _entry(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """An entry of a configuration; empty where it is not there."""
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
 
 
 def _innermost(network: Any) -> dict[str, Any]:

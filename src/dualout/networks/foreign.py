@@ -75,8 +75,7 @@ def load(
 def trained_on(source: str | Path) -> str | None:
     """The images that a checkpoint of dualout in a directory was trained on, as --data names them; else None."""
     path = Path(source).expanduser() / checkpoint.CONFIG
-    data = _json(path).get("data") if path.is_file() else None
-    name = data.get("name") if isinstance(data, dict) else None
+    name = checkpoint.entry(_json(path), "data").get("name") if path.is_file() else None
     return name if isinstance(name, str) else None
 
 

@@ -41,6 +41,8 @@ def read_run(path: Path) -> dict[str, Any] | None:
         return None
     run = read_json(file)
     wrong = [k for k, kind in _RUN.items() if not isinstance(run.get(k), kind)]
+    if not wrong and not isinstance(run["config"].get("steps"), int):
+        wrong = ["steps"]
     if wrong:
         raise InputError(f"{file} is damaged: it does not say its {', '.join(wrong)}")
     return run
