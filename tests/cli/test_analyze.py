@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import dualout
 from dualout.cli import _study, analyze
@@ -84,6 +85,18 @@ def test_single_outputs_and_stochastic_samplers(tmp_path):
     assert not (run / "analysis" / "reliability.csv").exists()
     assert not (run / "analysis" / "figures" / "ratio.png").exists()
     assert (run / "analysis" / "figures" / "film.png").exists()
+
+
+def test_a_folder_too_large_for_memory_is_kept_and_its_own_split_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUALOUT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dualout.data.cache.IN_MEMORY", 100)
+    (tmp_path / "pictures").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    run = saved(tmp_path / "run", "velocity")
+    assert main(["analyze", str(run), "--data", f"folder:{tmp_path / 'pictures'}:split=all", *FEW]) == 0
+    assert json.loads((run / "analysis" / "protocol.json").read_text())["split"] == "all"
+    assert list((tmp_path / "cache" / "data").glob("*.u8"))
 
 
 def test_models_of_classes_are_told_them(tmp_path):

@@ -9,11 +9,12 @@ in what they have.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualout.cli import console
+from dualout.cli._images import real_images
 from dualout.cli.options import out_directory, parse
 from dualout.errors import InputError
 from dualout.files import writable
@@ -84,8 +85,12 @@ def run(arguments: list[str]) -> int | None:
         options.out or _beside(options.run), holds="an analysis's tables and figures", marker=_study.PROTOCOL
     )
     writable(out)
-    dataset = real_images(options, model)
-    study = measure(options, model, dataset, sampler)
+    spec = options.data or model.trained_on
+    if spec is None:
+        raise InputError(f"{options.run} does not say what it was trained on: give --data, such as digits")
+    grey = {1: True, 3: False}.get(model.shape[0])
+    dataset, split = real_images(spec, model.shape, options.split, grey=grey)
+    study = measure(replace(options, split=split), model, dataset, sampler)
     written = _study.write(study, out, name_of(model))
     _tell(study)
     console.wrote(out, f"{len(written)} files: tables (CSV, JSON), arrays, {_study.FIGURES}/")
@@ -105,29 +110,8 @@ def name_of(model: Model) -> str:
     return model.denoiser.parameterization.spec
 
 
-def real_images(options: Options, model: Model) -> Dataset:
-    """The images that errors are measured on, of the model's shape.
-
-    Raises:
-        InputError: when it is not known which, or they are of another shape.
-    """
-    from dualout import data
-
-    channels, height, width = model.shape
-    spec = options.data or model.trained_on
-    if spec is None:
-        raise InputError(f"{options.run} does not say what it was trained on: give --data, such as digits")
-    grey = {1: True, 3: False}.get(channels)
-    dataset = data.load(spec, size=(height, width), grey=grey, split=options.split)
-    if dataset.shape != model.shape:
-        raise InputError(
-            f"the model makes images of shape {model.shape}, the data {dataset.name!r} are {dataset.shape}"
-        )
-    return dataset
-
-
 def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> Any:
-    """The whole study, with a progress bar."""
+    """The whole study, with a progress bar; `options.split` is that of the images."""
     import numpy as np
     import torch
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualout.cli import console
+from dualout.cli._images import real_images
 from dualout.cli.options import listed, parse
 from dualout.errors import InputError
 from dualout.files import writable
@@ -149,20 +150,13 @@ def _dry_run(options: Options, model: Model) -> None:
 
 
 def _fitted(options: Options, model: Model, precision: Precision) -> Calibration:
-    from dualout import data
     from dualout.data.pixels import to_model
-    from dualout.evaluation.features import cache_directory
     from dualout.training.calibrate import evenly, fit
     from dualout.training.told import Told
 
     assert options.data is not None
     how, sampler = _asked(options, model)
-    dataset = data.load(options.data, size=model.shape[1:], split=options.split, cache=cache_directory() / "data")
-    if dataset.shape != model.shape:
-        raise InputError(
-            f"the model makes images of {model.shape} (C, H, W), {options.data} has {dataset.shape}; a data source is "
-            "made grey by :grey=true, colour by :grey=false"
-        )
+    dataset, split = real_images(options.data, model.shape, options.split)
     rows = evenly(len(dataset), options.images)
     images = to_model(dataset.batch(rows)).to(model.device)
     numbers = None if options.numbers is None else listed(options.numbers)
@@ -175,7 +169,7 @@ def _fitted(options: Options, model: Model, precision: Precision) -> Calibration
     if last is None:
         raise InputError(f"--iterations {options.iterations} leaves nothing to fit")
     last.calibration.protocol["data"] = {
-        "name": options.data, "split": options.split, "images": len(rows), "fingerprint": dataset.fingerprint,
+        "name": options.data, "split": split, "images": len(rows), "fingerprint": dataset.fingerprint,
     }  # fmt: skip
     last.calibration.protocol["weights"] = model.details["sha256"]
     return last.calibration

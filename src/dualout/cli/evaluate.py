@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualout.cli import console
+from dualout.cli._images import Shape, real_images
 from dualout.cli.options import listed, out_directory, parse
 from dualout.errors import InputError
 from dualout.files import writable
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from dualout.evaluation.sampling import Sampling
     from dualout.evaluation.scoring import Row, Scoring
     from dualout.parameterizations.base import Parameterization, Route
-
-    Shape = tuple[int, int, int]
 
 
 @dataclass(kw_only=True)
@@ -257,8 +256,6 @@ def _references(
     options: Options, shapes: Sequence[Shape], features: Sequence[Features], place: torch.device
 ) -> dict[Shape, list[Reference]]:
     """For each shape of images, what the features make of the real ones."""
-    from dualout import data
-    from dualout.evaluation.features import cache_directory
     from dualout.evaluation.reference import Reference
 
     for (channels, *size), look in product(shapes, features):
@@ -272,23 +269,13 @@ def _references(
             bar.update(task, description=what, completed=done, total=total or None)
 
         for shape in dict.fromkeys(shapes):
-            source = data.open_source(options.data, size=shape[1:], split=options.split)
-            dataset = data.load(source, cache=cache_directory() / "data", progress=show)
-            if dataset.shape != shape:
-                raise InputError(
-                    f"the model makes images of {_shape(shape)}, {options.data} has {_shape(dataset.shape)}; a data "
-                    "source is made grey by :grey=true, colour by :grey=false"
-                )
-            names = {"name": options.data, "split": source.split}
+            dataset, split = real_images(options.data, shape, options.split, progress=show)
+            names = {"name": options.data, "split": split}
             found[shape] = [
                 Reference.of(dataset, look, **names, device=place, batch_size=options.batch_size, progress=show)
                 for look in features
             ]
     return found
-
-
-def _shape(shape: Shape) -> str:
-    return f"{shape[0]} channel{'s' if shape[0] > 1 else ''} and {shape[1]}×{shape[2]} pixels"
 
 
 def _some(text: str, name: str) -> list[str]:
