@@ -26,10 +26,17 @@ class Prediction:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """What the network gave, by name: `eps` and `x0` (B, C, H, W), `ratio` in (0, 1), broadcastable to them;
     `variance`, the place between β̃ and β of a learned variance (see `parameterizations.LearnedVariance`)."""
-    direct: Tensor | None = None
-    """The noise as the network gave it, where `x0` follows from it alone: `eps`, but for rounding."""
+    direct: Tensor | None = field(default=None, init=False)
+    """The noise as the network gave it, where `x0` follows from it alone: `eps`, but for rounding. No argument, so that
+    `dataclasses.replace` with another x0 leaves it out, which would contradict it."""
 
     @property
     def eps(self) -> Tensor:
         """The noise that `x0` implies, (B, C, H, W)."""
         return (self.x_t - self.level.alpha * self.x0) / self.level.sigma
+
+
+def directly(prediction: Prediction, noise: Tensor | None) -> Prediction:
+    """A Prediction that was just made, with the noise that its x0 was made of."""
+    object.__setattr__(prediction, "direct", noise)
+    return prediction

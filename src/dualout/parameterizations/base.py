@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
-from dualout.prediction import Prediction
+from dualout.prediction import Prediction, directly
 from dualout.registry import Registered
 from dualout.schedules import Level, Scalar, Schedule, number
 
@@ -120,8 +120,8 @@ class SingleOutput(Parameterization, ABC):
         """What `believe` makes of it."""
         if raw.shape != x_t.shape:
             check_channels(raw, x_t, (x_t.shape[1],), self.name)
-        direct = raw if self.is_noise else None
-        return Prediction(x_t, level, self.believe(raw, x_t, level), {self.symbol: raw}, direct)
+        p = Prediction(x_t, level, self.believe(raw, x_t, level), {self.symbol: raw})
+        return directly(p, raw) if self.is_noise else p
 
     def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """|target − output|²."""

@@ -34,7 +34,7 @@ from dualout.errors import InputError, unknown
 from dualout.parameterizations.base import Parameterization, Route, SingleOutput, check_channels, log, mean_square
 from dualout.parameterizations.clean import CleanImage
 from dualout.parameterizations.epsilon import Epsilon
-from dualout.prediction import Prediction
+from dualout.prediction import Prediction, directly
 from dualout.schedules import Level, Scalar, Schedule
 
 LEARNED = ("pixel", "channel", "image", "step")
@@ -134,7 +134,8 @@ class Dual(Parameterization):
         if not isinstance(ratio, Tensor) or ratio.ndim != x_t.ndim:
             direct = one if self.first.is_noise and isinstance(ratio, float) and ratio == 0 else None
             parts["ratio"] = spread(ratio, x_t)
-        return Prediction(x_t, level, mix, parts, direct)
+        p = Prediction(x_t, level, mix, parts)
+        return p if direct is None else directly(p, direct)
 
     def accepts(self, image_channels: int) -> tuple[int, ...]:
         """What the head leaves, where the ratio is learned; a network that learned one may be read without it."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dualout.errors import InputError
 from dualout.parameterizations.base import Parameterization, Route, check_channels, log
 from dualout.parameterizations.epsilon import Epsilon
-from dualout.prediction import Prediction
+from dualout.prediction import Prediction, directly
 from dualout.schedules import Level, Scalar, Schedule
 
 
@@ -78,7 +78,8 @@ class LearnedVariance(Parameterization):
         channels = x_t.shape[1]
         check_channels(raw, x_t, self.accepts(channels), self.name)
         p = self.base.read(raw[:, :-channels], x_t, level)
-        return replace(p, parts={**p.parts, "variance": (raw[:, -channels:] + 1) / 2})
+        parts = {**p.parts, "variance": (raw[:, -channels:] + 1) / 2}
+        return directly(replace(p, parts=parts), p.direct)
 
     def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """Those of `base`, and L_t."""

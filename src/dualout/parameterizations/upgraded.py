@@ -13,7 +13,7 @@ from dualout.parameterizations.base import Parameterization, Route, check_channe
 from dualout.parameterizations.clean import CleanImage
 from dualout.parameterizations.dual import Dual, blend, check_ratio, ratio_of, spread, untaught
 from dualout.parameterizations.epsilon import Epsilon
-from dualout.prediction import Prediction
+from dualout.prediction import Prediction, directly
 from dualout.schedules import HALF, Level, Scalar, Schedule
 
 RATIOS = ("closed", "pixel", "velocity", "flow")
@@ -98,7 +98,7 @@ class Upgraded(Parameterization):
         one = ratio if isinstance(ratio, Tensor) and ratio.ndim == x_t.ndim else spread(ratio, x_t)
         parts = {**p.parts, "eps": eps, "x0": x0, "ratio": one}
         if isinstance(ratio, float) and ratio == self.closed:
-            return replace(p, parts=parts)
+            return directly(replace(p, parts=parts), p.direct)
         direct, subtractive = (p.x0, subtract(eps, x_t, level)) if self.trained == "x0" else (x0, p.x0)
         return Prediction(x_t, level, blend(ratio, direct, subtractive), parts)
 
