@@ -1,14 +1,18 @@
+import copy
 import json
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 from dualout import data
 from dualout.errors import InputError
-from dualout.evaluation.features import Classifier, Digits, Features, Inception, SmallClassifier
+from dualout.evaluation.features import Classifier, Digits, Features, Inception, NetworkFeatures, SmallClassifier
 from dualout.evaluation.features.inception import InceptionV3, resized
 from dualout.evaluation.metrics import frechet
+from dualout.evaluation.reference import Reference
 from dualout.evaluation.statistics import Statistics
 
 WITHOUT_FILES = [name for name in Features.kinds() if name not in ("inception", "classifier", "lite0")]
@@ -101,6 +105,36 @@ def test_a_classifier_of_ones_own(tmp_path, digits):
     assert torch.equal(features(images), network(images).detach())
     assert features.protocol()["path"] == "own.safetensors"
     assert features.protocol()["trained"] == {"test_accuracy": 0.1}
+
+
+def test_a_network_of_ones_own_is_known_by_its_weights(tmp_path, monkeypatch, digits):
+    """Statistics are kept by the features' fingerprint: trained on, the network must not get its old ones."""
+    monkeypatch.setenv("DUALOUT_CACHE", str(tmp_path / "cache"))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+    @dataclass(frozen=True)
+    class Own(NetworkFeatures):
+        def build(self):
+            return nn.Sequential(Floats(), copy.deepcopy(network))
+
+        def check(self, channels, size):
+            pass
+
+    real = digits.select(range(20))
+    before = Reference.of(real, Own())
+    assert Own().fingerprint == Own().fingerprint
+    nn.init.zeros_(network[1].weight)
+    after = Reference.of(real, Own())
+    assert torch.equal(after.statistics.features, network(torch.zeros(20, 64)).detach())
+    assert not torch.equal(after.statistics.features, before.statistics.features)
+    network[0], network[1] = nn.Identity(), nn.Linear(8, 3)
+    with pytest.raises(InputError, match=r"\(B, D\): got \(2, 1, 8, 3\)"):
+        Own()(digits.batch(range(2)))
+
+
+class Floats(nn.Module):
+    def forward(self, images):
+        return images.float()
 
 
 def test_bad_classifiers_are_refused_by_name(tmp_path):

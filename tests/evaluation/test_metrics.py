@@ -174,6 +174,13 @@ def test_too_few_images_are_refused():
         kid(x[:1], x)
 
 
+def test_features_of_two_networks_are_refused():
+    x, y = torch.randn(10, 3), torch.randn(10, 4)
+    for compare in (lambda: frechet(gathered(x), gathered(y)), lambda: kid(x, y), lambda: precision_recall(x, y)):
+        with pytest.raises(InputError, match="lengths 3 and 4"):
+            compare()
+
+
 def test_images_that_are_there_many_times_are_among_themselves():
     # their reach is 0, and in the distances, which are differences of squares, rounding is not
     x = torch.randn(10, 60, generator=torch.Generator().manual_seed(0)).repeat(5, 1) + 3

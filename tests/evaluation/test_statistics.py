@@ -62,3 +62,7 @@ def test_refusals(features):
         gathered(features).add(torch.tensor([[1.0] * 5, [float("nan")] * 5]))
     with pytest.raises(InputError, match="at least 2 images, got 1"):
         gathered(features[:1]).moments
+    with pytest.raises(InputError, match=r"\(B, D\), got a Tensor of shape torch.Size\(\[2, 5, 1, 1\]\)"):
+        Statistics().add(torch.zeros(2, 5, 1, 1))
+    with pytest.raises(InputError, match="length 4 came after some of length 5"):
+        gathered(features).add(torch.zeros(2, 4))

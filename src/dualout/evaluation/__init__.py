@@ -1,6 +1,6 @@
 """Making images in numbers, and scoring them against real ones."""
 
-from dualout.evaluation.features import Features
+from dualout.evaluation.features import Features, NetworkFeatures
 from dualout.evaluation.generate import generate
 from dualout.evaluation.metrics import frechet, kid, precision_recall, scores
 from dualout.evaluation.model import Model
@@ -12,6 +12,7 @@ from dualout.evaluation.statistics import Statistics
 __all__ = [
     "Features",
     "Model",
+    "NetworkFeatures",
     "Reference",
     "Results",
     "Sampling",

@@ -34,8 +34,13 @@ class Statistics:
         """Count in a batch of features, (B, D).
 
         Raises:
-            InputError: when one is not finite.
+            InputError: when one is not finite, or they are no vectors of the length of those before.
         """
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            shape = getattr(features, "shape", None)
+            raise InputError(f"features are a tensor (B, D), got a {type(features).__name__} of shape {shape}")
+        if self._sums is not None and features.shape[1] != len(self._sums[0]):
+            raise InputError(f"features of length {features.shape[1]} came after some of length {len(self._sums[0])}")
         x = double(features.detach())
         if not torch.isfinite(x).all():
             raise InputError(f"the features of images {self.count} to {self.count + len(x) - 1} hold NaN or infinity")

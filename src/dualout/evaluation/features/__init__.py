@@ -1,6 +1,6 @@
 """From images to vectors whose distributions are compared: one kind a file, found by name."""
 
-from dualout.evaluation.features.base import Features, cache_directory, file_hash
+from dualout.evaluation.features.base import Features, NetworkFeatures, cache_directory, file_hash
 from dualout.evaluation.features.classifier import Classifier, Digits, SmallClassifier
 from dualout.evaluation.features.convolutions import Random
 from dualout.evaluation.features.inception import Inception
@@ -14,6 +14,7 @@ __all__ = [
     "Features",
     "Inception",
     "Lite0",
+    "NetworkFeatures",
     "Pixels",
     "Random",
     "SmallClassifier",

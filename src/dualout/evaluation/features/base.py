@@ -43,7 +43,13 @@ class Features(Registered, ABC):
             raise InputError(f"features are of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
         self.check(images.shape[1], (images.shape[2], images.shape[3]))
         with torch.no_grad():
-            return self.extract(images).float()
+            features = self.extract(images).float()
+        if features.ndim != 2 or len(features) != len(images):
+            raise InputError(
+                f"features {self.name!r} are a vector an image, (B, D): got {tuple(features.shape)} of {len(images)} "
+                "images; flatten(1) makes vectors of maps"
+            )
+        return features
 
     @abstractmethod
     def extract(self, images: Tensor) -> Tensor:
@@ -57,9 +63,12 @@ class Features(Registered, ABC):
             InputError: in both cases.
         """
 
+    @abstractmethod
     def details(self) -> dict[str, Any]:
-        """What identifies the network besides its fields: version, hash of its weights, preprocessing."""
-        return {}
+        """What identifies the features besides the fields: version, hash of weights, preprocessing; JSON values.
+
+        Statistics of real images are kept under it: features that change, while this does not, get old statistics.
+        """
 
     def protocol(self) -> dict[str, Any]:
         """What is written down with every score: all that must be equal for two scores to be comparable."""
@@ -83,6 +92,17 @@ class NetworkFeatures(Features, ABC):
     def network(self) -> nn.Module:
         """The network, built on first use."""
         return self.build().eval().requires_grad_(False)
+
+    @cached_property
+    def _digest(self) -> str:
+        state = hashlib.sha256(repr(self.network).encode())
+        for name, value in self.network.state_dict().items():
+            state.update(name.encode() + value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()
+
+    def details(self) -> dict[str, Any]:
+        """A hash of the layers and their weights."""
+        return {"sha256": self._digest}
 
     def extract(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> (B, D)."""
