@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dualout.version import __version__
 
 if TYPE_CHECKING:
-    from dualout import data, evaluation, export, networks, parameterizations, samplers, schedules, training
+    from dualout import analysis, data, evaluation, export, networks, parameterizations, samplers, schedules, training
     from dualout.calibrated import Calibrated, Calibration
     from dualout.denoiser import Denoiser, Loss
     from dualout.errors import InputError
@@ -45,7 +45,9 @@ _HOME = {
     "dualout.schedules": ("Level", "Schedule"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_PACKAGES = ("data", "evaluation", "export", "networks", "parameterizations", "samplers", "schedules", "training")
+_PACKAGES = (
+    "analysis", "data", "evaluation", "export", "networks", "parameterizations", "samplers", "schedules", "training",
+)  # fmt: skip
 
 __all__ = [
     "Calibrated",
@@ -68,6 +70,7 @@ __all__ = [
     "SeededDraw",
     "Velocity",
     "__version__",
+    "analysis",
     "data",
     "evaluation",
     "export",

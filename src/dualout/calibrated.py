@@ -21,7 +21,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from dualout.guidance import ClassifierFree
 from dualout.parameterizations.base import subtract
 from dualout.parameterizations.dual import blend
 from dualout.prediction import Prediction
-from dualout.schedules import Schedule
+from dualout.schedules import schedule_of
 
 NEUTRAL = {
     "x0_scale": 1.0, "eps_scale": 1.0, "x0_fine": 1.0, "eps_fine": 1.0, "ratio_gain": 1.0, "ratio_shift": 0.0,
@@ -158,7 +158,7 @@ class Calibrated(nn.Module):
                 "guidance goes around a calibration, not into it: ClassifierFree(Calibrated(denoiser, …), scale, …)"
             )
         self.denoiser = denoiser
-        self.schedule: Schedule = denoiser.schedule  # type: ignore[attr-defined]
+        self.schedule = schedule_of(denoiser, "a calibration wraps")
         self.step_of = {t: k for k, t in enumerate(times)}
         self.values = dict(values)
         self.clip = clip
@@ -168,6 +168,9 @@ class Calibrated(nn.Module):
     def of(cls, denoiser: Callable[..., Prediction], calibration: Calibration) -> Calibrated:
         """Apply a calibration."""
         return cls(denoiser, calibration.times, calibration.values, calibration.sampler.get("clip"))
+
+    if TYPE_CHECKING:  # torch's is of Any
+        __call__: Callable[..., Prediction]
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
         """Look at noisy images at one of the K time steps.

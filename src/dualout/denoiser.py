@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class Denoiser(nn.Module):
     """
 
     times: Tensor
+
+    if TYPE_CHECKING:  # torch's is of Any
+        __call__: Callable[..., Prediction]
 
     def __init__(self, network: Network, parameterization: Parameterization, schedule: Schedule) -> None:
         super().__init__()
@@ -83,6 +86,10 @@ class Denoiser(nn.Module):
             time = t if t.shape == x_t.shape[:1] else t.expand(len(x_t))
             level = self.schedule.level_for(x_t, time)
         return self.parameterization.read(self.raw(x_t, time, level, **conditions), x_t, level)
+
+    def extra_repr(self) -> str:
+        """What `repr` says besides the network."""
+        return f"parameterization={self.parameterization.spec}, schedule={self.schedule.name} of {self.schedule.steps}"
 
     def raw(self, x_t: Tensor, time: Tensor, level: Level, **conditions: Any) -> Tensor:
         """What the network says, before it is read: (B, channels, H, W).
@@ -255,7 +262,9 @@ class Denoiser(nn.Module):
 
 
 def _widened(images: Tensor) -> Tensor:
-    """Images in float32 where they were in half precision; what is no floating-point number is refused."""
+    """Images in float32 where they were in half precision; what is no floating-point tensor is refused."""
+    if not isinstance(images, Tensor):
+        raise InputError(f"images are tensors (B, C, H, W), say torch.from_numpy(x); got {type(images).__name__}")
     if not images.dtype.is_floating_point:
         raise InputError(f"images are floats in [−1, 1], got {images.dtype}; x.float() / 127.5 - 1 is for 0 to 255")
     return images.float() if images.dtype in HALF else images

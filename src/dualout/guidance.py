@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
 from dualout.prediction import Prediction
-from dualout.schedules import Schedule
+from dualout.schedules import schedule_of
 
 
 class ClassifierFree(nn.Module):
@@ -29,13 +30,17 @@ class ClassifierFree(nn.Module):
         super().__init__()
         if not null:
             raise InputError("guidance needs to know what stands for no condition, say class_labels=10")
-        schedule = getattr(denoiser, "schedule", None)
-        if not isinstance(schedule, Schedule):
-            raise InputError(f"guidance wraps a denoiser, which has a schedule; got {type(denoiser).__name__}")
+        self.schedule = schedule_of(denoiser, "guidance wraps")
         self.denoiser = denoiser
-        self.schedule = schedule
         self.scale = float(scale)
         self.null = null
+
+    if TYPE_CHECKING:  # torch's is of Any
+        __call__: Callable[..., Prediction]
+
+    def extra_repr(self) -> str:
+        """What `repr` says besides the denoiser."""
+        return f"scale={self.scale}"
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
         """Look at noisy images under `conditions`, guided away from the unconditional belief.

@@ -230,6 +230,21 @@ class Schedule(Registered, ABC):
         return found
 
 
+def schedule_of(denoiser: Any, asks: str) -> Schedule:
+    """The noise levels of a denoiser, plain or wrapped.
+
+    Raises:
+        InputError: for anything else, say a network; it begins with `asks`.
+    """
+    schedule = getattr(denoiser, "schedule", None)
+    if not isinstance(schedule, Schedule):
+        raise InputError(
+            f"{asks} a denoiser, which has a schedule; got {type(denoiser).__name__}. dualout.Denoiser(network, …) "
+            "makes one of a network; DDP and torch's averages hold theirs as .module"
+        )
+    return schedule
+
+
 def _unstacked(numbers: Tensor) -> Level[Tensor]:
     """A level of which each entry is a row."""
     alpha, sigma, *posterior = numbers.unbind()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import dualout
+from dualout.calibrated import Calibrated
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
+from dualout.guidance import ClassifierFree
 from dualout.parameterizations import CleanImage, Dual, Epsilon, Karras, Parameterization, Velocity
 from dualout.samplers import DDIM
 from dualout.schedules import Cosine, Linear
@@ -35,7 +39,8 @@ def images(count: int = 3) -> Tensor:
 
 def test_public_names() -> None:
     assert dualout.Denoiser is Denoiser
-    assert set(dualout.__all__) <= set(dir(dualout))
+    for package in (dualout, dualout.training, dualout.export):
+        assert set(package.__all__) <= set(dir(package))
     for name in dualout.__all__:
         assert getattr(dualout, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -276,6 +281,31 @@ def test_wrong_arguments_are_refused() -> None:
         Denoiser(Net(), Dual(), "linear")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="from 0 to 49"):
         Denoiser(Net(), Dual(), Cosine(T))(images(), 50)
+    with pytest.raises(InputError, match=r"torch\.from_numpy\(x\); got ndarray"):
+        Denoiser(Net(), Dual(), Cosine(T)).loss(images().numpy(), 3, images())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("other", [Net(), nn.DataParallel(Denoiser(Net(), Dual(), Cosine(T))), None])
+def test_samplers_and_wrappers_ask_denoisers(other) -> None:
+    with pytest.raises(InputError, match="a sampler asks a denoiser, which has a schedule; got"):
+        DDIM(steps=2).sample(other, images())
+    with pytest.raises(InputError, match="a calibration wraps a denoiser"):
+        Calibrated(other, [3], {"x0_scale": [1.0]})
+
+
+def test_what_a_denoiser_is_can_be_seen() -> None:
+    denoiser = Denoiser(Net(), Dual(gate="balanced"), Cosine(T))
+    assert "parameterization=dual:gate=balanced, schedule=cosine of 50" in repr(denoiser)
+    assert "scale=2.0" in repr(ClassifierFree(denoiser, 2, label=0))
+
+
+def test_what_was_made_on_the_way_is_copied_and_pickled_whole() -> None:
+    for moment in DDIM(steps=2).trajectory(Denoiser(Net(), Dual(), Cosine(T)), images()):
+        for again in (pickle.loads(pickle.dumps(moment)), copy.deepcopy(moment), copy.copy(moment)):
+            assert again.t == moment.t
+            assert torch.equal(again.x_next, moment.x_next)
+            assert torch.equal(again.prediction.eps, moment.prediction.eps)
+            assert again.prediction.level.posterior == moment.prediction.level.posterior
 
 
 def test_weights_move_with_the_denoiser() -> None:

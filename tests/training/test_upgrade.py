@@ -145,6 +145,8 @@ def test_a_network_in_half_precision_takes_an_example_in_float32() -> None:
 def test_a_function_is_refused() -> None:
     with pytest.raises(InputError, match=r"only a torch\.nn\.Module"):
         upgrade(Denoiser(lambda x, t: x, Epsilon(), SCHEDULE))
+    with pytest.raises(InputError, match="upgrade takes a denoiser, a network with how it is read; got Conv2d"):
+        upgrade(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
 
 
 # the closed form

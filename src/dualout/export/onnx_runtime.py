@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -134,6 +134,9 @@ class OnnxDenoiser(nn.Module):
         self.schedule: Schedule = Schedule.from_config(self.record["schedule"])
         self.runtime = Runtime.parse(runtime) if isinstance(runtime, str) else runtime
         self.network: Run = self.runtime.open(file, RAW)
+
+    if TYPE_CHECKING:  # torch's is of Any
+        __call__: Callable[..., Prediction]
 
     @property
     def shape(self) -> tuple[int, ...]:

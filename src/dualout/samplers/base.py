@@ -25,7 +25,7 @@ from dualout.prediction import Prediction
 from dualout.randomness import Draw
 from dualout.registry import Registered
 from dualout.samplers.spacing import SPACINGS, Spacing, space
-from dualout.schedules import CLEAN, HALF, Level, Scalar, Schedule, number
+from dualout.schedules import CLEAN, HALF, Level, Scalar, Schedule, number, schedule_of
 
 
 class Denoises(Protocol):
@@ -63,6 +63,10 @@ class Moment(_Look):
         moment = super().__new__(cls, k, t, x_t, prediction)
         moment.x_next = x_next
         return moment
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What `copy` and `pickle` make it again of."""
+        return (*self, self.x_next)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Sampler(Registered, ABC):
             images (B, C, H, W), in the dtype of `noise`.
 
         Raises:
-            InputError: when K exceeds the schedule's T.
+            InputError: when K exceeds the schedule's T, or for what is no denoiser.
         """
         x = noise
         # nothing holds a moment while the next is made: its memory, still in the cache, serves again
@@ -182,8 +186,9 @@ class Sampler(Registered, ABC):
         self, denoiser: Denoises, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]
     ) -> Generator[Moment, None, None]:
         """The K steps, with gradients as they are around each."""
-        times, plan = planned(self, denoiser.schedule)
-        x = begun(noise, denoiser.schedule.scalars(times[0]))
+        schedule = schedule_of(denoiser, "a sampler asks")
+        times, plan = planned(self, schedule)
+        x = begun(noise, schedule.scalars(times[0]))
         past: list[Tensor] = []
 
         def look(x: Tensor, k: int) -> Prediction:

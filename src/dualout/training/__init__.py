@@ -18,3 +18,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"dualout.training.{_HOME[name]}"), name)
     raise AttributeError(f"module 'dualout.training' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

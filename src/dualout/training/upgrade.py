@@ -47,6 +47,11 @@ def upgrade(denoiser: Denoiser, *, layer: str | None = None, example: Example | 
     Raises:
         InputError: for a model that has two outputs already, or whose output layer cannot be found or widened.
     """
+    if not isinstance(denoiser, Denoiser):
+        raise InputError(
+            f"upgrade takes a denoiser, a network with how it is read; got {type(denoiser).__name__}: say "
+            "Denoiser(network, Epsilon(), schedule), or widen(network, channels) for a network alone"
+        )
     parameterization, network = denoiser.parameterization, denoiser.network
     if not isinstance(network, nn.Module):
         raise InputError(f"only a torch.nn.Module has a layer that can be widened; got {network!r}")
