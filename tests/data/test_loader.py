@@ -16,6 +16,24 @@ def colours():
     return Dataset("colours", stored, labels=torch.arange(70) % 7, classes=tuple("abcdefg"))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stored": torch.zeros(4, 3, 8, 8)}, r"a numpy array.*got a Tensor of shape \(4, 3, 8, 8\)"),
+        ({"stored": np.zeros((4, 8, 8), np.uint8)}, r"layout 'nchw', one of nhw, nhwc, nchw; got .* \(4, 8, 8\)"),
+        ({"layout": "hwc"}, "unknown layout 'hwc'; did you mean 'nhwc'"),
+        ({"stored": np.zeros((4, 3, 8, 8), np.int64)}, "uint8 or floats, latents are floats; got int64"),
+        ({"labels": np.arange(4)}, r"LongTensor, one .* 4 images; got a ndarray of int64 and shape \(4,\)"),
+        ({"labels": torch.arange(3)}, r"got a Tensor of torch.int64 and shape \(3,\)"),
+        ({"labels": torch.arange(4), "rows": np.arange(2)}, "each of the 2 images"),
+        ({"labels": torch.arange(4), "classes": ("a", "b")}, "count 2 classes from 0, got 0 to 3"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused_at_once(given, said):
+    with pytest.raises(InputError, match=said):
+        Dataset("mine", **{"stored": np.zeros((4, 3, 8, 8), np.uint8), **given})
+
+
 def test_batches_are_what_the_order_says(colours):
     for step, batch in enumerate(batches(colours, 32, seed=3, stop=10)):
         samples = np.arange(step * 32, step * 32 + 32)

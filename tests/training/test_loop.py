@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dualout.data import order, pixels
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
 from dualout.randomness import mix
-from dualout.training import Learner, TrainConfig, train
+from dualout.training import Learner, Run, TrainConfig, train
 from dualout.training.setup import first_weights
 
 SMALL = {"batch_size": 8, "network": "tiny:width=8", "precision": "fp32", "warmup": 3, "log_every": 2}
@@ -25,6 +26,16 @@ def images(n: int = 40, labels: bool = False) -> Dataset:
     stored = rng.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8)
     classes = {"labels": torch.arange(n) % 3, "classes": ("a", "b", "c")} if labels else {}
     return Dataset("test", stored, **classes)
+
+
+def test_other_kinds_of_data_sets_are_refused(tmp_path) -> None:
+    config = TrainConfig(steps=1, sample_every=0, out=str(tmp_path / "run"), **SMALL)
+    other: Any = torch.utils.data.TensorDataset(torch.zeros(4, 1, 8, 8))
+    with pytest.raises(InputError, match=r"a dualout\.data\.Dataset, say .*; got a TensorDataset"):
+        Run(config, dataset=other).__enter__()
+    learner = Learner(first_weights(config, images()), config)
+    with pytest.raises(InputError, match=r"a dualout\.data\.Dataset, say .*; got a TensorDataset"):
+        next(train(learner, other))
 
 
 def learned(dataset: Dataset, **fields) -> tuple[Learner, list]:

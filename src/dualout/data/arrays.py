@@ -5,7 +5,7 @@ OpenAI's sample files (arr_0, arr_1) are read too. What lies uncompressed in the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -69,16 +69,15 @@ class Arrays(Source):
         images, values = self._npz(path) if path.suffix == ".npz" else (npy_array(path), None)
         if not images.size:
             raise InputError(f"{self.path} holds no images: an array of shape {images.shape}")
-        found = Dataset("arrays", images, self._found_layout(images))
+        layout, scale = self._found_layout(images), self._scale(images)
         labels, classes = None, ()
         if values is not None:
             labels = class_labels(values, len(images), self.path)
             classes = tuple(str(c) for c in range(int(labels.max()) + 1))
-        found = replace(found, scale=self._scale(images), classes=classes)
         rows = held_out(len(images), self.holdout, self.split)
         if labels is not None:
-            found = replace(found, labels=torch.from_numpy(labels if rows is None else labels[rows]))
-        return replace(found, rows=rows)
+            labels = torch.from_numpy(labels if rows is None else labels[rows])
+        return Dataset("arrays", images, layout, rows, labels, classes, scale)
 
     def _npz(self, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         members = npz_arrays(path)

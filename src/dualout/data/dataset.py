@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualout.data import pixels
+from dualout.errors import InputError, unknown
 
 LAYOUTS = ("nhw", "nhwc", "nchw")
 _HASHED_BYTES = 2**26
@@ -33,6 +34,9 @@ class Dataset:
         scale: for floating `stored` pixels, the values of black and white; None says that they are latents, which are
             given as they are.
         notes: what the user should know: which files were left out, and why.
+
+    Raises:
+        InputError: for arrays that are not as said here.
     """
 
     name: str
@@ -43,6 +47,31 @@ class Dataset:
     classes: tuple[str, ...] = ()
     scale: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        stored = self.stored
+        if self.layout not in LAYOUTS:
+            raise unknown("layout", self.layout, LAYOUTS)
+        if not isinstance(stored, np.ndarray) or stored.ndim != len(self.layout):
+            raise InputError(
+                f"{self.name}: images are a numpy array, here of the layout {self.layout!r}, one of "
+                f"{', '.join(LAYOUTS)}; got a {type(stored).__name__} of shape {tuple(getattr(stored, 'shape', ()))}"
+            )
+        if stored.dtype != np.uint8 and stored.dtype.kind != "f":
+            raise InputError(f"{self.name}: images are uint8 or floats, latents are floats; got {stored.dtype}")
+        if self.labels is not None:
+            self._check_labels(self.labels)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.long or labels.shape != (len(self),):
+            raise InputError(
+                f"{self.name}: labels are a LongTensor, one for each of the {len(self)} images; got a "
+                f"{type(labels).__name__} of {getattr(labels, 'dtype', 'no type')} and shape {tuple(np.shape(labels))}"
+            )
+        if self.classes and len(labels):
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= len(self.classes):
+                raise InputError(f"{self.name}: labels count {len(self.classes)} classes from 0, got {low} to {high}")
 
     def __len__(self) -> int:
         return len(self.stored) if self.rows is None else len(self.rows)
@@ -119,3 +148,16 @@ class Dataset:
         for start in range(0, count, 256):
             state.update(self.gather(some[start : start + 256]).tobytes())
         return state.hexdigest()
+
+
+def check_dataset(dataset: object) -> None:
+    """Refuse other kinds of data sets, of which nothing is known that training and comparing need.
+
+    Raises:
+        InputError: saying how one of these is made.
+    """
+    if not isinstance(dataset, Dataset):
+        raise InputError(
+            "images come as a dualout.data.Dataset, say Dataset('mine', array, 'nhwc') of a uint8 array, or "
+            f"dualout.data.load('folder:PATH'); got a {type(dataset).__name__}"
+        )

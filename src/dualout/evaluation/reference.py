@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualout import checkpoint
 from dualout.data.base import Progress
-from dualout.data.dataset import Dataset
+from dualout.data.dataset import Dataset, check_dataset
 from dualout.errors import InputError
 from dualout.evaluation.features.base import Features, cache_directory
 from dualout.evaluation.metrics import NEIGHBOURS, Alone, scores
@@ -68,6 +68,7 @@ class Reference:
         Raises:
             InputError: when the features do not take such images, or there are too few of them.
         """
+        check_dataset(dataset)
         if dataset.latents:
             raise InputError(f"{dataset.name} holds latents, which are no pictures: they cannot be compared as such")
         features.check(dataset.channels, dataset.size)

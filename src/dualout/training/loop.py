@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.data import pixels
+from dualout.data.dataset import Dataset, check_dataset
 from dualout.denoiser import Denoiser, Loss
 from dualout.errors import InputError
 from dualout.networks.backends.compile import refused
@@ -33,8 +34,6 @@ from dualout.training.recorded import RecordedGradient
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from dualout.data.dataset import Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +101,7 @@ def train(
     Raises:
         NotFinite: when the loss or its gradient is no number; on a GPU it is noticed at the next `log_every`.
     """
+    check_dataset(dataset)
     config = learner.config
     device = next(iter(learner.parameters.values())).device
     processes, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)

@@ -12,7 +12,7 @@ from torch import nn
 
 from dualout import checkpoint, data
 from dualout.data.base import Progress
-from dualout.data.dataset import Dataset
+from dualout.data.dataset import Dataset, check_dataset
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks import foreign
@@ -80,6 +80,7 @@ def assemble(
         dataset = data.load(
             config.data, size=config.size, grey=config.grey, cache=config.cache, strict=config.strict, progress=progress
         )
+    check_dataset(dataset)
     check_data(config, dataset)
     if denoiser is None:
         denoiser = rebuild(described) if described else first_weights(config, dataset)
