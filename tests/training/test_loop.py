@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,18 @@ def test_other_kinds_of_data_sets_are_refused(tmp_path) -> None:
     learner = Learner(first_weights(config, images()), config)
     with pytest.raises(InputError, match=r"a dualout\.data\.Dataset, say .*; got a TensorDataset"):
         next(train(learner, other))
+
+
+def test_images_of_ones_own_are_called_by_their_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = replace(images(), name="mine")
+    with Run(TrainConfig(steps=1, sample_every=0, device="cpu", **SMALL), dataset=mine) as run:
+        list(run)
+    assert run.path == Path("runs/mine-dual")
+    card = (run.path / "README.md").read_text()
+    assert "# A dual diffusion model of mine" in card
+    assert "digits" not in card
+    assert Run(TrainConfig(data="hub:mine"), dataset=mine).config.data == "hub:mine"
 
 
 def learned(dataset: Dataset, **fields) -> tuple[Learner, list]:

@@ -51,7 +51,7 @@ class Run:
         config: of the training.
         denoiser: to train, where it is not to be built from the configuration; weights that do not require gradients
             stay as they are.
-        dataset: to learn from, where it is not to be loaded.
+        dataset: to learn from, where it is not to be loaded; it gives `config.data` its name where that is left out.
         about: further rows for the model card's table of the training.
         progress: told how far loading the images is.
 
@@ -69,6 +69,9 @@ class Run:
         about: dict[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> None:
+        if isinstance(dataset, Dataset) and config.data == TrainConfig.data:
+            # nothing was said of the data's name, and what was not loaded by the default one is not called by it
+            config = replace(config, data=dataset.name)
         self.config = config
         self.path = Path(config.out or config.default_out()).expanduser()
         self._given, self._dataset, self._about, self._progress = denoiser, dataset, about or {}, progress
