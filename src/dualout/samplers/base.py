@@ -142,7 +142,9 @@ class Sampler(Registered, ABC):
 
         Args:
             denoiser: what believes.
-            noise: standard normal, (B, C, H, W); `dualout.noise` makes it, one seed an image.
+            noise: standard normal, (B, C, H, W); `dualout.noise` makes it, one seed an image. It is multiplied by
+                √(alpha² + sigma²) of the first level, so that images x_t to begin with are given divided by that; it
+                is 1 but for flow and EDM.
             draw: gives the fresh noise of step k, for stochastic samplers; `dualout.SeededDraw` makes it one seed an
                 image. None draws from torch's global generator.
             conditions: passed on to the network.
