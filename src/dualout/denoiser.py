@@ -129,8 +129,11 @@ class Denoiser(nn.Module):
         Raises:
             InputError: when the shapes do not agree, or as a look does.
         """
-        if noise.shape != x0.shape:
-            raise InputError(f"each image has noise of its own: got {tuple(noise.shape)} for {tuple(x0.shape)}")
+        if (given := getattr(noise, "shape", None)) != x0.shape:
+            raise InputError(
+                f"each image has noise of its own, say torch.randn_like(x0): got {given and tuple(given)} for "
+                f"{tuple(x0.shape)}"
+            )
         if x0.dtype is not torch.float32:
             x0 = _widened(x0)
         if isinstance(t, Tensor):

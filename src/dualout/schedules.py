@@ -136,7 +136,13 @@ class Schedule(Registered, ABC):
     @cached_property
     def _levels(self) -> Level[Tensor]:
         """Every t at once: tables of shape (T,), float64."""
-        alpha, sigma = self.tables()
+        # of a class of one's own they may be arrays, or float32
+        alpha, sigma = (torch.as_tensor(table, dtype=torch.float64) for table in self.tables())
+        if not alpha.shape == sigma.shape == (self.steps,):
+            raise InputError(
+                f"the tables of schedule {self.name!r} have one number for each of its {self.steps} steps; got "
+                f"{tuple(alpha.shape)} and {tuple(sigma.shape)}"
+            )
         bad = ~((alpha > 0) & (sigma > 0) & alpha.isfinite() & sigma.isfinite())
         if bad.any():
             t = int(bad.nonzero()[0])
@@ -144,6 +150,8 @@ class Schedule(Registered, ABC):
                 f"schedule {self.name!r} has alpha {alpha[t]:.3g} and sigma {sigma[t]:.3g} at t = {t}; both are above "
                 "0 at every t, so that either can be divided by"
             )
+        if ((sigma / alpha).diff() < 0).any():
+            raise InputError(f"schedule {self.name!r} has less noise at some t than at t − 1; it rises from t = 0 on")
         before_alpha = torch.cat([alpha.new_ones(1), alpha[:-1]])
         before_sigma = torch.cat([sigma.new_zeros(1), sigma[:-1]])
         step = alpha / before_alpha

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dualout.errors import InputError
-from dualout.schedules import CLEAN, EDM, Cosine, FromBetas, Level, Linear, RectifiedFlow, ScaledLinear
+from dualout.schedules import CLEAN, EDM, Cosine, FromBetas, Level, Linear, RectifiedFlow, ScaledLinear, Schedule
 
 
 def products(betas: np.ndarray) -> np.ndarray:
@@ -150,6 +150,24 @@ def test_what_is_no_schedule_is_refused(make, says: str) -> None:
     with pytest.raises(InputError) as error:
         make()
     assert says in str(error.value)
+
+
+def test_tables_of_ones_own() -> None:
+    """They may be arrays or float32; those of another length, or upside down, would show in the samples only."""
+
+    class Own(Schedule):
+        def tables(self):
+            return made
+
+    s = np.linspace(0.01, 0.99, 20, dtype=np.float32)
+    made = np.sqrt(1 - s), np.sqrt(s)
+    assert Own(20).level(3).alpha.dtype == torch.float64
+    assert Own(20).scalars(3).sigma == float(np.sqrt(s)[3])
+    with pytest.raises(InputError, match=r"each of its 30 steps; got \(20,\) and \(20,\)"):
+        Own(30).level(3)
+    made = np.sqrt(s), np.sqrt(1 - s)
+    with pytest.raises(InputError, match="schedule 'own' has less noise at some t than at t − 1"):
+        Own(20).scalars(3)
 
 
 def test_a_level_is_its_two_scales_and_keeps_its_step() -> None:

@@ -89,6 +89,10 @@ def test_the_path_of_something_is_answered_with_what_to_write(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((1, 2, 2), np.uint8))
     with pytest.raises(InputError, match=f"write arrays:{tmp_path}/x.npy"):
         load(f"{tmp_path}/x.npy")
+    with pytest.raises(InputError, match=f"write folder:{tmp_path}"):
+        load(tmp_path)
+    with pytest.raises(InputError, match=r"got a ndarray.*Dataset\('mine', array, 'nhwc'\)"):
+        load(np.zeros((1, 2, 2), np.uint8))
 
 
 def test_digits():

@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -146,6 +147,12 @@ def open_source(spec: str | Source, **defaults: Any) -> Source:
     if isinstance(spec, Source):
         unset = {k: v for k, v in defaults.items() if k in spec.fields() and getattr(spec, k) == spec._default(k)}
         return dataclasses.replace(spec, **unset) if unset else spec
+    if not isinstance(spec, str | PathLike):
+        raise InputError(
+            f"data are named by a text, as in 'folder:PATH'; got a {type(spec).__name__}. An array in memory becomes "
+            "images by dualout.data.Dataset('mine', array, 'nhwc')"
+        )
+    spec = str(spec)
     name, _, rest = spec.strip().partition(":")
     if name not in Source.kinds():
         error = unknown(Source.kind, name, Source.kinds())
