@@ -63,12 +63,12 @@ class Features(Registered, ABC):
             InputError: in both cases.
         """
 
-    @abstractmethod
     def details(self) -> dict[str, Any]:
         """What identifies the features besides the fields: version, hash of weights, preprocessing; JSON values.
 
         Statistics of real images are kept under it: features that change, while this does not, get old statistics.
         """
+        return {}
 
     def protocol(self) -> dict[str, Any]:
         """What is written down with every score: all that must be equal for two scores to be comparable."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,10 +38,6 @@ class Pixels(Features):
                 f"{count} pixels an image are too many for a covariance matrix (at most {MOST}); average them, "
                 f"with pixels:pool={2 * self.pool}, say"
             )
-
-    def details(self) -> dict[str, Any]:
-        """Nothing: the fields say all."""
-        return {}
 
     def extract(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> (B, C·H·W / pool²)."""
