@@ -111,12 +111,16 @@ class Registered:
     def check_types(self) -> None:
         """Refuse fields of another type than they declare; those that are registered things are the class's affair.
 
+        Numbers of numpy's and torch's become Python's, which can be written down.
+
         Raises:
             InputError: naming the first such field.
         """
         for key, hint, plain in _checked(type(self)):
             value = getattr(self, key)
             if type(value) not in plain:
+                value = python_number(value)
+                object.__setattr__(self, key, value)
                 _check(type(self), self.name, key, value, hint)
 
     @property
@@ -195,6 +199,13 @@ def _at_a_glance(hint: Any) -> list[type]:
     if get_origin(hint) in (Union, UnionType):
         return [kind for option in get_args(hint) for kind in _at_a_glance(option)]
     return [int, float] if hint is float else [hint] if hint in _WORDS and hint not in (list, dict) else []
+
+
+def python_number(value: Any) -> Any:
+    """A number of numpy's or torch's, also in a tuple, as Python's; anything else as it is."""
+    if type(value) is tuple:
+        return tuple(map(python_number, value))
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _check(cls: type[Registered], name: str, key: str, value: Any, hint: Any) -> None:

@@ -79,7 +79,7 @@ class Level(_Scales[Number], Generic[Number]):
     Each entry is one number for the whole batch (a float or a 0-d tensor) or a tensor with one number an image.
     """
 
-    posterior: Posterior[Number] | None
+    posterior: Posterior[Number] | None = None
     """The step to the level before; levels that are none of a schedule's know of none."""
 
     def __new__(cls, alpha: Number, sigma: Number, posterior: Posterior[Number] | None = None) -> Self:
@@ -125,9 +125,9 @@ class Schedule(Registered, ABC):
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= _MOST:
-            raise InputError(f"a schedule has from 1 to {_MOST} steps, got {self.steps!r}")
         self.check_types()
+        if not 1 <= self.steps <= _MOST:
+            raise InputError(f"a schedule has from 1 to {_MOST} steps, got {self.steps!r}")
 
     @abstractmethod
     def tables(self) -> tuple[Tensor, Tensor]:

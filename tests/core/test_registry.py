@@ -7,7 +7,9 @@ import json
 from abc import abstractmethod
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,6 +66,19 @@ POSITIVE = st.floats(1e-12, 1e12, allow_nan=False)
 )
 def test_any_numbers_read_back(thing: Any) -> None:
     same(thing)
+
+
+def test_numbers_of_numpy_and_torch_are_written_down_as_pythons() -> None:
+    half, one = np.float32(0.5), torch.tensor(1.5)
+    for thing, plain in (
+        (Linear(np.int64(50), beta_end=half), Linear(50, beta_end=0.5)),  # type: ignore[arg-type]
+        (Cosine(np.int32(7), offset=one), Cosine(7, offset=1.5)),  # type: ignore[arg-type]
+        (Dual(ratio=half, detach=np.True_), Dual(ratio=0.5)),  # type: ignore[arg-type]
+        (Karras(sigma_data=half), Karras(sigma_data=0.5)),  # type: ignore[arg-type]
+    ):
+        assert thing == plain
+        assert json.dumps(thing.config()) == json.dumps(plain.config())
+        assert thing.spec == plain.spec
 
 
 def test_specs_are_short() -> None:

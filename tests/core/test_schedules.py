@@ -130,8 +130,8 @@ def test_a_batch_is_looked_up_at_once_to_the_same_numbers(dtype: torch.dtype) ->
     ("make", "says"),
     [
         (lambda: Linear(0), "from 1 to 100000 steps, got 0"),
-        (lambda: Linear(2.5), "from 1 to 100000 steps, got 2.5"),  # type: ignore[arg-type]
-        (lambda: Linear(True), "from 1 to 100000 steps, got True"),
+        (lambda: Linear(2.5), "steps of schedule 'linear' is a whole number; got 2.5"),  # type: ignore[arg-type]
+        (lambda: Linear(True), "steps of schedule 'linear' is a whole number; got True"),
         (lambda: Linear(beta_start=0.0), "beta_start=0.0"),
         (lambda: Linear(beta_start=0.3, beta_end=0.2), "beta_start=0.3, beta_end=0.2"),
         (lambda: ScaledLinear(beta_end=1.5), "beta_end=1.5"),
@@ -175,6 +175,8 @@ def test_a_level_is_its_two_scales_and_keeps_its_step() -> None:
     alpha, sigma = level
     assert torch.equal(alpha, level.alpha)
     assert torch.equal(sigma, level.sigma)
+    # another alpha or sigma is another step
+    assert level._replace(alpha=alpha / 2).gain is None
     for same in (copy.deepcopy(level), pickle.loads(pickle.dumps(level)), level.map(lambda v: v)):
         assert all(map(torch.equal, same, level))
         assert all(map(torch.equal, same.posterior, level.posterior))

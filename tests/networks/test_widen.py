@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def test_an_x0_network_keeps_its_route_too(tiny: nn.Module) -> None:
 
 
 def test_unet_gains_rows_of_zeros_and_says_so(tiny: nn.Module) -> None:
-    wide = widen(tiny, 7)
+    wide = widen(tiny, np.int64(7))  # type: ignore[arg-type]
     assert type(wide) is type(tiny)
     assert torch.equal(wide.conv_out.weight[:3], tiny.conv_out.weight)
     assert torch.equal(wide.conv_out.bias[:3], tiny.conv_out.bias)

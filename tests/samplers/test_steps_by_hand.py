@@ -260,8 +260,12 @@ def test_what_is_no_sampler_is_refused(make, says: str) -> None:
 
 def test_numpys_and_torchs_numbers_are_numbers() -> None:
     expected = DDIM(steps=3, spacing=(40, 7, 2))
-    for times in ([40, 7, 2], np.array([40, 7, 2]), torch.tensor([40, 7, 2])):
+    for times in ([40, 7, 2], np.array([40, 7, 2]), torch.tensor([40, 7, 2]), tuple(np.array([40, 7, 2]))):
         assert DDIM(steps=np.int64(3), spacing=times) == expected  # type: ignore[arg-type]
+    assert DDIM(torch.tensor(3), spacing=(40, 7, 2)) == expected  # type: ignore[arg-type]
+    half = np.float32(0.5)
+    assert DDIM(3, eta=half, clip=(-half, half)) == DDIM(3, eta=0.5, clip=(-0.5, 0.5))  # type: ignore[arg-type]
+    assert UniPC(3, order=np.int64(2)) == UniPC(3, order=2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampler", [DDPM(3), DDIM(3, eta=0.5)], ids=lambda s: s.spec)

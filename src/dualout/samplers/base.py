@@ -6,7 +6,6 @@ in float64, as plain numbers (`plan`); a step then is a few multiplications and 
 
 from __future__ import annotations
 
-import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
@@ -91,15 +90,13 @@ class Sampler(Registered, ABC):
     order: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        if type(self.steps) not in (int, bool) and hasattr(self.steps, "__index__"):  # an integer of numpy's
-            object.__setattr__(self, "steps", operator.index(self.steps))
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise InputError(f"steps is a whole number, 1 or more; got {self.steps!r}")
         for key in ("spacing", "clip"):
             value = getattr(self, key)
             if isinstance(value, _SEQUENCES):
                 object.__setattr__(self, key, tuple(value if isinstance(value, list) else value.tolist()))
         self.check_types()
+        if self.steps < 1:
+            raise InputError(f"steps is a whole number, 1 or more; got {self.steps!r}")
         if isinstance(self.spacing, str) and self.spacing not in SPACINGS:
             raise unknown("spacing", self.spacing, SPACINGS)
         if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] < self.clip[1]):
@@ -189,6 +186,10 @@ class Sampler(Registered, ABC):
     ) -> Generator[Moment, None, None]:
         """The K steps, with gradients as they are around each."""
         schedule = schedule_of(denoiser, "a sampler asks")
+        if not (draw is None or callable(draw)):
+            raise InputError(
+                f"draw is a function of the step k, say dualout.SeededDraw(seeds, shape); got {type(draw).__name__}"
+            )
         times, plan = planned(self, schedule)
         x = begun(noise, schedule.scalars(times[0]))
         past: list[Tensor] = []
@@ -267,8 +268,9 @@ class Step(NamedTuple):
             return torch.randn_like(x)
         drawn = self.draw(self.k)
         # shapes take longer to compare than numbers of pixels, and a wrong one shows at the first step
-        if drawn.numel() != x.numel() or (self.k == 0 and drawn.shape != x.shape):
-            raise InputError(f"draw(k) gives noise for each image, {tuple(x.shape)}; got {tuple(drawn.shape)}")
+        if not isinstance(drawn, Tensor) or drawn.numel() != x.numel() or (self.k == 0 and drawn.shape != x.shape):
+            got = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+            raise InputError(f"draw(k) gives noise for each image, {tuple(x.shape)}; got {got}")
         return drawn
 
 
