@@ -6,7 +6,8 @@ Image i is made from seed i: not from the batch it is in, the process that makes
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,14 +67,9 @@ def noise(
         noise of shape (B, C, H, W).
 
     Raises:
-        InputError: for seeds that are not a list of integers, or a shape that is one.
+        InputError: for seeds that are not a list of integers, or a shape that is not one of integers above 0.
     """
-    try:
-        seeds = [operator.index(seed) for seed in seeds]
-    except TypeError as error:
-        raise InputError(f"seeds are whole numbers, one an image, say range(16); got {seeds!r}") from error
-    if isinstance(shape, int):
-        raise InputError(f"shape is that of one image, (C, H, W); got {shape!r}")
+    seeds, shape = _whole(seeds), _shape_of(shape)
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty((len(seeds), *shape), dtype=drawn)
     generator = torch.Generator()
@@ -83,27 +79,47 @@ def noise(
     return out.to(device=device, dtype=dtype)
 
 
+def _whole(seeds: Iterable[Any]) -> list[int]:
+    try:
+        return [operator.index(seed) for seed in seeds]
+    except TypeError as error:
+        raise InputError(f"seeds are whole numbers, one an image, say range(16); got {seeds!r}") from error
+
+
+def _shape_of(shape: Iterable[Any]) -> tuple[int, ...]:
+    try:
+        sides = tuple(operator.index(side) for side in shape)
+    except TypeError:
+        sides = (0,)
+    if not all(side > 0 for side in sides):
+        raise InputError(f"shape is that of one image, (C, H, W); got {shape!r}")
+    return sides
+
+
 class SeededDraw:
     """The fresh noise of every step of a stochastic sampler, one seed an image.
 
     Args:
         seeds: B integers, those that made the first noise.
         shape: the shape of one image, (C, H, W).
+
+    Raises:
+        InputError: as `noise`.
     """
 
     def __init__(
         self,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | np.ndarray | Tensor,
         shape: Sequence[int],
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.seeds, self.shape, self.device, self.dtype = seeds, tuple(shape), device, dtype
+        self.seeds, self.shape, self.device, self.dtype = _whole(seeds), _shape_of(shape), device, dtype
 
     def at(self, k: int) -> np.ndarray:
         """The B seeds of step k."""
-        return np.array([mix(int(seed), k + 1) for seed in self.seeds], dtype=np.uint64)
+        return np.array([mix(seed, k + 1) for seed in self.seeds], dtype=np.uint64)
 
     def __call__(self, k: int) -> Tensor:
         """The fresh noise of step k, (B, C, H, W)."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-import pickle
 from itertools import pairwise
 
 import pytest
@@ -16,7 +14,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.parameterizations import Dual, Epsilon
 from dualout.randomness import SeededDraw, noise
-from dualout.samplers import DDIM, FromDiffusers, Sampler
+from dualout.samplers import FromDiffusers, Sampler
 from dualout.schedules import Schedule
 from oracles import MIXTURE, constant_denoiser, point, toy_denoiser
 from variants import samplers, schedules, short
@@ -72,15 +70,6 @@ def test_data_of_one_image_are_reached_exactly_by_any_number_of_steps(sampler: S
     deterministic = not sampler.stochastic or isinstance(sampler, FromDiffusers)
     for m in moments if deterministic else []:
         torch.testing.assert_close(m.prediction.eps, moments[0].prediction.eps, rtol=1e-5, atol=1e-5)
-
-
-def test_moments_are_copied_whole() -> None:
-    *_, moment = DDIM(2).trajectory(toy_denoiser(short(), Dual()), start(2))
-    for same in (copy.copy(moment), copy.deepcopy(moment), pickle.loads(pickle.dumps(moment))):
-        assert same[:2] == moment[:2]
-        assert torch.equal(same.x_t, moment.x_t)
-        assert torch.equal(same.prediction.eps, moment.prediction.eps)
-        assert torch.equal(same.x_next, moment.x_next)
 
 
 @EVERY

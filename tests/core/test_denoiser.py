@@ -244,8 +244,13 @@ def test_a_loss_takes_noise_and_time_steps_of_its_images_only() -> None:
 def test_one_time_step_may_be_told_in_any_way() -> None:
     denoiser, x = Denoiser(Net(), Dual(), Cosine(T)), images()
     expected = denoiser(x, torch.tensor([7, 7, 7])).x0
-    for t in (7, np.int64(7), torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7, 7], dtype=torch.uint8)):
-        torch.testing.assert_close(denoiser(x, t).x0, expected)  # type: ignore[arg-type]
+    small = [torch.full((3,), 7, dtype=dtype) for dtype in (torch.uint8, torch.int16, torch.int32)]
+    # networks that look it up take no small integers, and those that scale it would run over
+    told = []
+    listening = Denoiser(lambda x, t: (told.append(t.dtype), denoiser.network(x, t))[1], Dual(), Cosine(T))
+    for t in (7, np.int64(7), torch.tensor(7), torch.tensor([7]), *small):
+        torch.testing.assert_close(listening(x, t).x0, expected)  # type: ignore[arg-type]
+    assert set(told) == {torch.int64}
     with pytest.raises(InputError, match="a network is a module or function"):
         Denoiser(None, Dual(), Cosine(T))  # type: ignore[arg-type]
 
@@ -281,10 +286,14 @@ def test_wrong_arguments_are_refused() -> None:
         Denoiser(Net(), Dual, Cosine(T))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="Linear"):
         Denoiser(Net(), Dual(), "linear")  # type: ignore[arg-type]
+    denoiser = Denoiser(Net(), Dual(), Cosine(T))
     with pytest.raises(InputError, match="from 0 to 49"):
-        Denoiser(Net(), Dual(), Cosine(T))(images(), 50)
+        denoiser(images(), 50)
     with pytest.raises(InputError, match=r"torch\.from_numpy\(x\); got ndarray"):
-        Denoiser(Net(), Dual(), Cosine(T)).loss(images().numpy(), 3, images())  # type: ignore[arg-type]
+        denoiser.loss(images().numpy(), 3, images())  # type: ignore[arg-type]
+    for draw, got in ((images(), "function of the step k, .* got Tensor"), (lambda k: None, "got NoneType")):
+        with pytest.raises(InputError, match=got):
+            DDIM(steps=2, eta=1.0).sample(denoiser, images(), draw)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("other", [Net(), nn.DataParallel(Denoiser(Net(), Dual(), Cosine(T))), None])

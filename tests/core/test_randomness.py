@@ -48,13 +48,25 @@ def test_seeds_of_every_kind_are_the_same() -> None:
 @pytest.mark.parametrize("seeds", [4, [0.5], ["0"], None], ids=repr)
 def test_what_are_no_seeds_is_refused(seeds: object) -> None:
     # 0.5 would be 0
-    with pytest.raises(InputError, match="seeds are whole numbers, one an image"):
-        noise(seeds, (1, 2, 2))  # type: ignore[arg-type]
+    for make in (noise, SeededDraw):
+        with pytest.raises(InputError, match="seeds are whole numbers, one an image"):
+            make(seeds, (1, 2, 2))  # type: ignore[arg-type]
 
 
-def test_a_shape_or_noise_that_is_none_is_refused() -> None:
-    with pytest.raises(InputError, match=r"shape is that of one image, \(C, H, W\); got 8"):
-        noise([0], 8)  # type: ignore[arg-type]
+@pytest.mark.parametrize("shape", [8, None, (1, 2.5, 2), (1, -2, 2), range(3), "abc"], ids=repr)
+def test_what_is_no_shape_is_refused(shape: object) -> None:
+    for make in (noise, SeededDraw):
+        with pytest.raises(InputError, match=r"shape is that of one image, \(C, H, W\); got"):
+            make([0], shape)  # type: ignore[arg-type]
+
+
+def test_seeds_that_are_given_once_serve_every_step() -> None:
+    draw = SeededDraw(iter([3, 4]), SHAPE)  # type: ignore[arg-type]
+    for k in (0, 1):
+        assert torch.equal(draw(k), SeededDraw([3, 4], SHAPE)(k))
+
+
+def test_noise_that_is_none_is_refused() -> None:
     denoiser = dualout.Denoiser(lambda x, t: x, dualout.Epsilon(), dualout.schedules.Linear())
     with pytest.raises(InputError, match=r"noise is a tensor \(B, C, H, W\).*got \(4, 1, 8, 8\)"):
         dualout.samplers.DDIM(2).sample(denoiser, (4, 1, 8, 8))  # type: ignore[arg-type]

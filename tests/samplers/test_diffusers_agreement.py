@@ -266,6 +266,12 @@ def test_what_cannot_be_used_is_refused(scheduler: Any, says: str) -> None:
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(("scheduler", "steps"), [("PNDMScheduler", 1), ("LCMScheduler", 60)])
+def test_steps_that_a_scheduler_cannot_take_are_refused(scheduler: str, steps: int) -> None:
+    with pytest.raises(InputError, match=f"{scheduler} cannot take these {steps} steps: "):
+        ours(FromDiffusers(scheduler, steps=steps))
+
+
 def test_schedules_that_do_not_preserve_variance_are_refused() -> None:
     denoiser = Denoiser(lambda x, t: x, Epsilon(), RectifiedFlow(50))
     with pytest.raises(InputError, match="need alpha² \\+ sigma² = 1"):

@@ -204,15 +204,15 @@ def _ready(scheduler: Any, schedule: Schedule, steps: int, times: Sequence[int] 
         if isinstance(scheduler, str)
         else check_schedule(copy.deepcopy(scheduler), schedule)
     )
-    if times is None:
-        scheduler.set_timesteps(steps)
-    elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(timesteps=list(times))
-    else:
+    if times is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise InputError(
             f"{type(scheduler).__name__} cannot be told its time steps; leave spacing to it, or set its "
             "timestep_spacing"
         )
+    try:
+        scheduler.set_timesteps(steps) if times is None else scheduler.set_timesteps(timesteps=list(times))
+    except ValueError as error:
+        raise InputError(f"{type(scheduler).__name__} cannot take these {steps} steps: {error}") from error
     return scheduler
 
 
