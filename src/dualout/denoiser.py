@@ -245,6 +245,10 @@ class Denoiser(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Denoiser:
         super()._apply(fn, recurse)
+        # to_empty leaves them without values, and no checkpoint has them
+        with torch.inference_mode(False):
+            self.times = torch.arange(self.schedule.steps, device=self.times.device)
+        self._rows = None, {}
         self._follow_network()
         return self
 

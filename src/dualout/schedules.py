@@ -179,8 +179,10 @@ class Schedule(Registered, ABC):
         """
         if not isinstance(t, Tensor):
             index = self._index(t)
-            return self._levels.map(lambda table: table[index])
-        return _unstacked(self._rows(t).view(-1, *t.shape))
+            # not a view, through which the table could be written to
+            return self._levels.map(lambda table: table[index].clone())
+        rows = self._rows(t)
+        return _unstacked(rows.view(len(rows), *t.shape))
 
     def level_for(self, x: Tensor, t: Tensor) -> Level[Tensor]:
         """``level(t).like(x)`` for time steps (B,), its five numbers looked up and cast at once.

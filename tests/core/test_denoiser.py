@@ -325,6 +325,16 @@ def test_weights_move_with_the_denoiser() -> None:
     assert denoiser.to("meta").times.is_meta
 
 
+def test_a_denoiser_made_without_memory_is_filled_from_a_state() -> None:
+    original, x = Denoiser(Net(), Dual(), Cosine(T)), images()
+    with torch.device("meta"):
+        made = Denoiser(Net(), Dual(), Cosine(T))
+    made.to_empty(device="cpu")
+    made.load_state_dict(original.state_dict())
+    assert torch.equal(made.times, torch.arange(T))
+    assert torch.equal(made(x, 3).x0, original(x, 3).x0)
+
+
 def test_all_of_a_denoiser_is_where_its_network_is() -> None:
     # the meta device stands for a GPU, from which nothing can be moved back unnoticed
     network = nn.Conv2d(1, 3, 1).to("meta")

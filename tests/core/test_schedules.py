@@ -107,6 +107,21 @@ def test_clean_has_no_noise() -> None:
     assert Level(1, 0).like(x)[:2] == (1, 0)
 
 
+def test_a_level_may_be_written_to() -> None:
+    schedule = Linear()
+    for t in (5, torch.tensor(5), torch.tensor([5])):
+        alpha, sigma = schedule.level(t)
+        alpha *= alpha
+        sigma.zero_()
+    assert torch.equal(schedule.level(5).alpha, Linear().level(5).alpha)
+    assert schedule.scalars(5) == Linear().scalars(5)
+
+
+def test_any_number_of_time_steps_is_looked_up() -> None:
+    for t in (torch.empty(0, dtype=torch.long), torch.tensor([[1, 2, 3], [4, 5, 6]])):
+        assert Linear().level(t).sigma.shape == t.shape
+
+
 def test_tables_stay_float64_until_they_are_used() -> None:
     level = Linear().level(torch.tensor([0, 999]))
     assert level.alpha.dtype == torch.float64
