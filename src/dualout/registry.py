@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 from abc import ABC
@@ -81,7 +82,7 @@ class Registered:
         for key in fields:
             if key not in known:
                 raise unknown(f"field of {cls.kind} {name!r}:", key, known)
-        fields = {key: _member(value, types.get(key, Any)) for key, value in fields.items()}
+        fields = {key: _member(as_python(value), types.get(key, Any)) for key, value in fields.items()}
         for key, value in fields.items():
             _check(cls, name, key, value, types.get(key, Any))
         for key, f in known.items():
@@ -111,7 +112,7 @@ class Registered:
     def check_types(self) -> None:
         """Refuse fields of another type than they declare; those that are registered things are the class's affair.
 
-        Numbers of numpy's and torch's become Python's, which can be written down.
+        Numbers of numpy's and torch's become Python's, and paths become text, which can be written down.
 
         Raises:
             InputError: naming the first such field.
@@ -119,7 +120,7 @@ class Registered:
         for key, hint, plain in _checked(type(self)):
             value = getattr(self, key)
             if type(value) not in plain:
-                value = python_number(value)
+                value = as_python(value)
                 object.__setattr__(self, key, value)
                 _check(type(self), self.name, key, value, hint)
 
@@ -201,10 +202,12 @@ def _at_a_glance(hint: Any) -> list[type]:
     return [int, float] if hint is float else [hint] if hint in _WORDS and hint not in (list, dict) else []
 
 
-def python_number(value: Any) -> Any:
-    """A number of numpy's or torch's, also in a tuple, as Python's; anything else as it is."""
+def as_python(value: Any) -> Any:
+    """A number of numpy's or torch's, also in a tuple, as Python's, and a path as text; anything else as it is."""
     if type(value) is tuple:
-        return tuple(map(python_number, value))
+        return tuple(map(as_python, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 

@@ -95,6 +95,14 @@ def test_the_path_of_something_is_answered_with_what_to_write(tmp_path):
         load(np.zeros((1, 2, 2), np.uint8))
 
 
+def test_a_path_is_written_down_as_text(tmp_path):
+    np.save(tmp_path / "some.npy", np.zeros((3, 8, 8), np.uint8))
+    source = Arrays(tmp_path / "some.npy")
+    assert source == Arrays(str(tmp_path / "some.npy"))
+    assert load(source, size=np.int64(4)).name == f"arrays:path={tmp_path / 'some.npy'}:size=4"
+    assert Folder(tmp_path).config()["path"] == str(tmp_path)
+
+
 def test_digits():
     everything = load("digits", split="all")
     assert len(everything) == 1797

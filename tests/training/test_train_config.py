@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dualout.data import Digits
 from dualout.errors import InputError
+from dualout.parameterizations import Dual
+from dualout.samplers import DDIM
+from dualout.schedules import Cosine
 from dualout.training import TrainConfig
 
 
@@ -44,6 +50,18 @@ def test_round_trip_through_json():
     assert TrainConfig.fromdict(json.loads(json.dumps(config.asdict()))) == config
     with pytest.raises(InputError, match="did you mean 'lr'"):
         TrainConfig.fromdict({"lrr": 1})
+
+
+def test_what_python_has_at_hand_is_written_down() -> None:
+    config = TrainConfig(
+        data=Digits(split="all"), parameterization=Dual(gate="balanced"), schedule=Cosine(50), sampler=DDIM(5),  # type: ignore[arg-type]
+        steps=np.int64(7), lr=np.float32(0.5), cache=Path("kept"), out=Path("runs"), init=Path("old"),  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert config == TrainConfig(
+        data="digits:split=all", parameterization="dual:gate=balanced", schedule="cosine:steps=50",
+        sampler="ddim:steps=5", steps=7, lr=0.5, cache="kept", out="runs", init="old",
+    )  # fmt: skip
+    assert TrainConfig.fromdict(json.loads(json.dumps(config.asdict()))) == config
 
 
 def test_specs_are_compared_by_meaning():

@@ -92,6 +92,7 @@ class Source(Registered, ABC):
     split: str = "train"
 
     def __post_init__(self) -> None:
+        self.check_types()
         if self.split not in SPLITS:
             raise unknown("split", self.split, SPLITS)
         if self.grey is not None and not isinstance(self.grey, bool):

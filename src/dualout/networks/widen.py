@@ -17,7 +17,7 @@ from dualout.networks.device import double
 from dualout.networks.output import Output, Plain, named, output_of
 from dualout.networks.trace import Example, call, folded, guess, listed, trace
 from dualout.networks.wide import KINDS, Wide, layers_of, rows_of, wider
-from dualout.registry import python_number
+from dualout.registry import as_python
 
 ROUNDING = 1e-2
 """How far the old channels may be from what they were on a GPU, whose libraries may take other kernels from call to
@@ -58,7 +58,7 @@ def widen(
         InputError: when the layer cannot be found (the candidates are named) or widened.
     """
     network = _plain(network)
-    channels = python_number(channels)
+    channels = as_python(channels)
     if not isinstance(channels, int) or isinstance(channels, bool):
         raise InputError(f"channels is a whole number; got {channels!r}")
     if not inplace:

@@ -10,6 +10,7 @@ from typing import Any
 from dualout.errors import InputError, unknown
 from dualout.parameterizations import Parameterization
 from dualout.randomness import check_seed
+from dualout.registry import Registered, as_python
 from dualout.samplers import Sampler
 from dualout.schedules import Schedule
 
@@ -116,6 +117,10 @@ class TrainConfig:
     """Also send the metrics to tensorboard, trackio or wandb"""
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            # what Python has at hand, as it is written in train.yaml
+            value = getattr(self, f.name)
+            setattr(self, f.name, value.spec if isinstance(value, Registered) else as_python(value))
         self.betas = tuple(self.betas)  # type: ignore[assignment]
         for name, least in _LEAST.items():
             value = getattr(self, name)
