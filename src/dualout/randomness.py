@@ -60,7 +60,8 @@ def noise(
     Args:
         seeds: B integers.
         shape: the shape of one image, (C, H, W).
-        device: where the result goes; it is drawn on the CPU, so that every device gets the same numbers.
+        device: where the result goes, None is torch's default device; it is drawn on the CPU, so that every device gets
+            the same numbers.
         dtype: of the result; it is drawn in float32 (float64 when that is asked for).
 
     Returns:
@@ -71,12 +72,12 @@ def noise(
     """
     seeds, shape = _whole(seeds), _shape_of(shape)
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.empty((len(seeds), *shape), dtype=drawn)
-    generator = torch.Generator()
+    out = torch.empty((len(seeds), *shape), dtype=drawn, device="cpu")
+    generator = torch.Generator("cpu")
     for row, seed in zip(out, seeds, strict=True):
         generator.manual_seed(seed % 2**64)
-        torch.randn(row.shape, generator=generator, out=row, dtype=drawn)
-    return out.to(device=device, dtype=dtype)
+        torch.randn(row.shape, generator=generator, out=row, dtype=drawn, device="cpu")
+    return out.to(device=torch.get_default_device() if device is None else device, dtype=dtype)
 
 
 def _whole(seeds: Iterable[Any]) -> list[int]:

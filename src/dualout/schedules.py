@@ -136,8 +136,9 @@ class Schedule(Registered, ABC):
     @cached_property
     def _levels(self) -> Level[Tensor]:
         """Every t at once: tables of shape (T,), float64."""
-        # of a class of one's own they may be arrays, or float32
-        alpha, sigma = (torch.as_tensor(table, dtype=torch.float64) for table in self.tables())
+        with torch.device("cpu"):  # whatever torch.set_default_device says
+            # of a class of one's own they may be arrays, or float32
+            alpha, sigma = (torch.as_tensor(table, dtype=torch.float64) for table in self.tables())
         if not alpha.shape == sigma.shape == (self.steps,):
             raise InputError(
                 f"the tables of schedule {self.name!r} have one number for each of its {self.steps} steps; got "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.guidance import ClassifierFree
 from dualout.parameterizations import Dual, Karras, LearnedVariance, Parameterization
+from dualout.randomness import SeededDraw, noise
 from dualout.samplers import DDIM, DDPM, FromDiffusers, Sampler
 from dualout.training.distances import Energy, SlicedWasserstein
 from dualout.training.ema import Ema
@@ -124,3 +127,16 @@ def test_the_guard_notices_a_wait_and_what_does_not_belong_together() -> None:
         ):
             with pytest.raises((AssertionError, RuntimeError)):
                 wrong()
+
+
+@OWN
+def test_the_default_device_is_where_noise_is_and_not_the_tables(sampler: Sampler) -> None:
+    spaced = dataclasses.replace(sampler, spacing="logsnr")
+    with torch.device("meta"):  # as after torch.set_default_device
+        denoiser, x = Denoiser(Conv(5), Dual(), short()), noise(range(2), SHAPE)
+        assert x.is_meta
+        assert noise(range(2), SHAPE, device="cpu").device.type == "cpu"
+        assert spaced.sample(denoiser, x, SeededDraw(range(2), SHAPE)).is_meta
+        assert denoiser.loss(x, torch.tensor([1, 2]), x).total.is_meta
+        assert denoiser.schedule.level(3).alpha.device.type == "cpu"
+    assert spaced.timesteps(denoiser.schedule) == spaced.timesteps(short())

@@ -192,7 +192,7 @@ def guess(network: nn.Module) -> Example:
     channels = getattr(first, "in_channels", None) or getattr(first, "in_features", 1)
     shape = (1, channels, *[32] * (weight.ndim - 2))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
     # not t = 0: networks that are told a noise level may take its logarithm
     return x, torch.ones(1, dtype=torch.long, device=weight.device)
 
