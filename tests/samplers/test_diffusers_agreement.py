@@ -278,6 +278,43 @@ def test_schedules_that_do_not_preserve_variance_are_refused() -> None:
         FromDiffusers(steps=3).sample(denoiser, start())
 
 
-def test_its_own_noise_needs_seeds() -> None:
-    with pytest.raises(InputError, match=r"give draw=dualout\.SeededDraw"):
-        ours(FromDiffusers("DDPMScheduler", steps=3), lambda k: start())
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_a_scheduler_that_draws_by_itself_is_given_the_noise(spacing: str) -> None:
+    theirs = diffusers.DDPMScheduler(**LINEAR, timestep_spacing=spacing)
+    fresh = torch.randn(5, *start().shape, dtype=torch.float64)
+    asked = []
+
+    def draw(k: int) -> Tensor:
+        asked.append(k)
+        return fresh[k]
+
+    got = ours(FromDiffusers(theirs, steps=5), draw)
+    assert asked == ([0, 1, 2, 3, 4] if spacing == "trailing" else [0, 1, 2, 3])
+    torch.testing.assert_close(got, ours(DDPM(5, spacing=spacing, variance="small"), lambda k: fresh[k]), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "name", ["EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler", "SASolverScheduler"]
+)
+def test_noise_given_by_hand_is_that_of_the_seeds(name: str) -> None:
+    sampler = FromDiffusers(getattr(diffusers, name)(**LINEAR, timestep_spacing="trailing"), steps=4)
+    draw = SeededDraw(SEEDS, SHAPE, dtype=torch.float64)
+    seeded = ours(sampler, draw)
+    assert torch.equal(ours(sampler, lambda k: draw(k)), seeded)
+    assert not torch.equal(ours(sampler, lambda k: draw(k + 1)), seeded)
+
+
+def test_a_scheduler_that_draws_twice_a_step_needs_seeds() -> None:
+    class Twice(diffusers.DDPMScheduler):
+        def step(self, output: Tensor, t: int, x: Tensor, generator: Any = None) -> Any:  # type: ignore[override]
+            return super().step(output, t, super().step(output, t, x, generator).prev_sample, generator)
+
+    sampler = FromDiffusers(Twice(**LINEAR), steps=3)
+    assert ours(sampler, SeededDraw(SEEDS, SHAPE)).isfinite().all()
+    with pytest.raises(InputError, match=r"draws more than once a step: give draw=dualout\.SeededDraw"):
+        ours(sampler, lambda k: start())
+
+
+def test_noise_of_another_shape_is_refused_where_a_scheduler_draws() -> None:
+    with pytest.raises(InputError, match=r"draw\(k\) gives noise for each image"):
+        ours(FromDiffusers("DDPMScheduler", steps=3), lambda k: start()[:1])

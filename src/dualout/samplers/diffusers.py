@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dualout.errors import InputError, unknown
 from dualout.prediction import Prediction
@@ -96,7 +98,8 @@ class FromDiffusers(Sampler):
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(state, t)  # some count their steps here
         answer = asked(step.prediction, scheduler, self.clip)
-        x_next = scheduler.step(answer, t, state, **_noise(step, arguments)).prev_sample
+        with _drawn(step, arguments) as noise:
+            x_next = scheduler.step(answer, t, state, **noise).prev_sample
         return x_next if scale_next == 1 else x_next * scale_next
 
 
@@ -278,16 +281,35 @@ def _scale(scheduler: Any, schedule: Schedule, t: int) -> float:
     return float(schedule.scalars(t).alpha) if float(scheduler.init_noise_sigma) != 1 else 1.0
 
 
-def _noise(step: Step, arguments: frozenset[str]) -> dict[str, Any]:
+@contextmanager
+def _drawn(step: Step, arguments: frozenset[str]) -> Iterator[dict[str, Any]]:
     """Fresh noise the way this scheduler takes it."""
-    if step.draw is None:
-        return {}
-    if "variance_noise" in arguments:
-        return {"variance_noise": step.fresh()}
-    if "generator" not in arguments:
-        return {}
-    if not isinstance(step.draw, SeededDraw):
-        raise InputError(
-            "this scheduler draws its own noise from generators: give draw=dualout.SeededDraw(seeds, shape)"
-        )
-    return {"generator": [torch.Generator().manual_seed(int(seed)) for seed in step.draw.at(step.k)]}
+    if step.draw is None or not arguments & {"variance_noise", "generator"}:
+        yield {}
+    elif "variance_noise" in arguments:
+        yield {"variance_noise": step.fresh()}
+    elif isinstance(step.draw, SeededDraw):
+        yield {"generator": [torch.Generator().manual_seed(int(seed)) for seed in step.draw.at(step.k)]}
+    else:
+        with _Given(step):
+            yield {}
+
+
+class _Given(TorchFunctionMode):
+    """Where a scheduler draws by itself, torch.randn gives the step's fresh noise."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step, self.given = step, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A call of torch within the step."""
+        if func is not torch.randn:
+            return func(*args, **(kwargs or {}))
+        if self.given:
+            raise InputError(
+                "this scheduler draws more than once a step: give draw=dualout.SeededDraw(seeds, shape), whose "
+                "generators it can go on with"
+            )
+        self.given = True
+        return self.step.fresh().to((kwargs or {}).get("dtype"))
