@@ -20,7 +20,7 @@ class Prediction:
     x_t: Tensor
     """The noisy image that was looked at, (B, C, H, W)."""
     level: Level
-    """Its noise level: floats, or tensors shaped to broadcast against `x_t`."""
+    """Its noise level: floats, or tensors shaped to broadcast against `x_t`; those of one number an image become so."""
     x0: Tensor
     """The clean image that is believed to be behind it, (B, C, H, W), not clipped."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
@@ -29,6 +29,9 @@ class Prediction:
     direct: Tensor | None = field(default=None, init=False)
     """The noise as the network gave it, where `x0` follows from it alone: `eps`, but for rounding. No argument, so that
     `dataclasses.replace` with another x0 leaves it out, which would contradict it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "level", self.level.over(self.x_t))
 
     @property
     def eps(self) -> Tensor:

@@ -102,6 +102,14 @@ class Level(_Scales[Number], Generic[Number]):
         """The same level, shaped to multiply a batch `x` of shape (B, …), in its dtype and on its device."""
         return self.map(lambda value: _like(value, x))
 
+    def over(self, x: Tensor) -> Level:
+        """The same level, as `like` gives it where its numbers are one an image, (B,).
+
+        Those would be multiplied with the pixels of a row, without a word where images are as wide as they are many.
+        """
+        sigma = self.sigma
+        return self.like(x) if isinstance(sigma, Tensor) and sigma.ndim not in (0, x.ndim) else self
+
 
 CLEAN = Level(1.0, 0.0)
 

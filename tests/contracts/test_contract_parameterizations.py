@@ -12,6 +12,7 @@ from dualout.denoiser import Denoiser
 from dualout.parameterizations import Dual, LearnedVariance, Parameterization
 from dualout.parameterizations.dual import LEARNED
 from dualout.parameterizations.upgraded import Upgraded
+from dualout.prediction import Prediction
 from dualout.schedules import Cosine, Schedule
 from oracles import perfect_output
 from variants import parameterizations, schedule_of
@@ -59,6 +60,22 @@ def test_an_int_and_a_tensor_of_it_agree(parameterization: Parameterization) -> 
             assert one.parts.keys() == other.parts.keys()
             for name, part in one.parts.items():
                 torch.testing.assert_close(part, other.parts[name].expand_as(part), rtol=1e-11, atol=1e-11)
+
+
+@EVERY
+def test_a_level_of_one_number_an_image_is_read_image_by_image(parameterization: Parameterization) -> None:
+    for schedule in SCHEDULES:
+        raw, x_t, x0, t = batch(parameterization, dtype=torch.float64)
+        head = parameterization.head(schedule)
+        raw = raw if head is None else head(raw, t)
+        plain = parameterization.read(raw, x_t, schedule.level(t))
+        shaped = parameterization.read(raw, x_t, schedule.level(t).like(x_t))
+        for p in (plain, Prediction(x_t, schedule.level(t), plain.x0, plain.parts)):
+            assert torch.equal(p.x0, shaped.x0)
+            assert torch.equal(p.eps, shaped.eps)
+            assert all(torch.equal(p.parts[name], part) for name, part in shaped.parts.items())
+            losses = (parameterization.losses(q, x0, x_t) for q in (p, shaped))
+            assert all(torch.equal(a, b) for a, b in zip(*(one.values() for one in losses), strict=True))
 
 
 @EVERY

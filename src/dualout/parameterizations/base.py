@@ -45,7 +45,7 @@ class Parameterization(Registered, ABC):
         Args:
             raw: the network's output, (B, channels(C), H, W).
             x_t: the noisy images it was given, (B, C, H, W).
-            level: their noise level, floats or tensors shaped to broadcast.
+            level: their noise level: floats, or tensors of one number an image, (B,) or shaped to broadcast.
         """
 
     @abstractmethod
@@ -120,6 +120,7 @@ class SingleOutput(Parameterization, ABC):
         """What `believe` makes of it."""
         if raw.shape != x_t.shape:
             check_channels(raw, x_t, (x_t.shape[1],), self.name)
+        level = level.over(x_t)
         p = Prediction(x_t, level, self.believe(raw, x_t, level), {self.symbol: raw})
         return directly(p, raw) if self.is_noise else p
 

@@ -118,7 +118,7 @@ class Dual(Parameterization):
 
     def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
         """Blend the two routes."""
-        channels = x_t.shape[1]
+        channels, level = x_t.shape[1], level.over(x_t)
         given = check_channels(raw, x_t, self.accepts(channels), self.name)
         one, two, logit = raw.split_with_sizes((channels, channels, given - 2 * channels), 1)
         ratio = self._ratio(logit, level)

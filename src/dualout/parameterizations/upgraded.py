@@ -89,7 +89,7 @@ class Upgraded(Parameterization):
 
     def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
         """Blend the trained route and the new one."""
-        channels = x_t.shape[1]
+        channels, level = x_t.shape[1], level.over(x_t)
         check_channels(raw, x_t, (2 * channels + 1,), self.name)
         first, x0, logit = raw.split_with_sizes((channels, channels, 1), 1)
         p = self.base.read(x0 if self.trained == "x0" else first, x_t, level)
