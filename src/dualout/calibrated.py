@@ -58,10 +58,7 @@ class Calibration:
     """How they were found: data, seeds, distance before and after, …"""
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.values.keys() - NEUTRAL.keys())
-        wrong = [k for k, v in self.values.items() if len(v) != len(self.times)]
-        if unknown or wrong:
-            raise InputError(f"a calibration has one number a step of {', '.join(NEUTRAL)}; wrong: {unknown + wrong}")
+        _check(self.times, self.values)
 
     def save(self, run: str | Path) -> Path:
         """Write it beside the weights, as RUN/calibration/SAMPLER.json; returns where."""
@@ -76,7 +73,8 @@ class Calibration:
     def record(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
         values = {k: [round(float(x), 7) for x in v] for k, v in self.values.items()}
-        return {"sampler": self.sampler, "times": list(self.times), "values": values, "protocol": self.protocol}
+        times = [int(t) for t in self.times]
+        return {"sampler": self.sampler, "times": times, "values": values, "protocol": self.protocol}
 
     @classmethod
     def load(cls, run: str | Path, sampler: dict[str, Any]) -> Calibration:
@@ -114,6 +112,13 @@ class Calibration:
         return found
 
 
+def _check(times: Sequence[int], values: Mapping[str, Sequence[float] | Tensor]) -> None:
+    unknown = sorted(values.keys() - NEUTRAL.keys())
+    wrong = [k for k, v in values.items() if len(v) != len(times)]
+    if unknown or wrong:
+        raise InputError(f"a calibration has one number a step of {', '.join(NEUTRAL)}; wrong: {unknown + wrong}")
+
+
 def file_name(sampler: Mapping[str, Any]) -> str:
     """A sampler's settings as a file name: ddim-5-trailing, dpmsolver-10-linspace-order=3."""
     spacing = sampler["spacing"] if isinstance(sampler["spacing"], str) else "own"
@@ -142,7 +147,8 @@ class Calibrated(nn.Module):
     With an x0_trend it remembers the x0 of the step before, so that it follows one trajectory at a time.
 
     Raises:
-        InputError: for a guided denoiser, whose ratio is of one belief and whose x0 of two: guidance goes around.
+        InputError: for a guided denoiser, whose ratio is of one belief and whose x0 of two: guidance goes around; for
+            what is no denoiser; and where there is not one number a step.
     """
 
     def __init__(
@@ -157,9 +163,10 @@ class Calibrated(nn.Module):
             raise InputError(
                 "guidance goes around a calibration, not into it: ClassifierFree(Calibrated(denoiser, …), scale, …)"
             )
+        _check(times, values)
         self.denoiser = denoiser
         self.schedule = schedule_of(denoiser, "a calibration wraps")
-        self.step_of = {t: k for k, t in enumerate(times)}
+        self.step_of = {int(t): k for k, t in enumerate(times)}
         self.values = dict(values)
         self.clip = clip
         self._seen: dict[int, Tensor] = {}

@@ -1,6 +1,7 @@
 """Corrected Predictions stay Predictions, and the fit finds what a trajectory lacks."""
 
 import dataclasses
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, noise, samplers, schedules
-from dualout.calibrated import Calibrated, corrected
+from dualout.calibrated import Calibrated, Calibration, corrected
 from dualout.networks.build import build
 from dualout.randomness import mix
 from dualout.training.calibrate import Fit, fit
@@ -202,6 +203,24 @@ def test_other_time_steps_are_refused():
     denoiser = Calibrated(Denoiser(exact, CleanImage(), SCHEDULE), [999], {"x0_scale": [1.0]})
     with pytest.raises(InputError, match="time steps"):
         denoiser(torch.zeros(1, 1, 2, 2), 5)
+
+
+def test_what_calibrates_nothing_is_refused():
+    denoiser = Denoiser(exact, CleanImage(), SCHEDULE)
+    for values in ({"x0_scale": [1.0]}, {"x0_size": [1.0, 1.0]}):
+        with pytest.raises(InputError, match=r"one number a step of x0_scale, .*; wrong: "):
+            Calibrated(denoiser, [999, 499], values)
+
+
+def test_numbers_of_numpy_and_torch_are_written_down():
+    sampler = samplers.DDIM(steps=2).config()
+    written = Calibration(sampler, [999, 499], {"x0_scale": [1.5, 1.0]}).record()
+    for kind in (np.array, torch.tensor):
+        found = Calibration(sampler, kind([999, 499]), {"x0_scale": kind([1.5, 1.0])})
+        assert json.loads(json.dumps(found.record())) == json.loads(json.dumps(written))
+        x = torch.ones(1, 1, 2, 2)
+        corrected = Calibrated.of(Denoiser(exact, CleanImage(), SCHEDULE), found)
+        assert torch.equal(corrected(x, 999).x0, 1.5 * corrected.denoiser(x, 999).x0)
 
 
 def test_a_time_step_is_known_however_it_is_held():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
@@ -189,6 +191,13 @@ def test_any_small_size_goes_in_and_comes_out(name: str, size: int | tuple[int, 
 def test_every_backbone_has_the_channels_that_were_asked_for(name: str, size: int) -> None:
     config = innermost(on_meta(name, 4, size, 9)).config
     assert (config.in_channels, config.out_channels, config.sample_size) == (4, 9, size)
+
+
+def test_numbers_of_numpy_build_what_pythons_do() -> None:
+    eight = np.int64(8)
+    for size in (eight, (eight, eight)):
+        network = build("tiny:width=8", np.int64(1), size, np.int64(3), np.int64(4))  # type: ignore[arg-type]
+        assert json.dumps(dict(network.config)) == json.dumps(dict(build("tiny:width=8", 1, 8, 3, 4).config))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(LEARNED)))

@@ -10,6 +10,7 @@ from torch import nn
 from dualout import checkpoint
 from dualout.errors import InputError
 from dualout.networks.backbones import Backbone
+from dualout.registry import as_python
 
 
 def build(
@@ -34,6 +35,7 @@ def build(
     Raises:
         InputError: for unknown names and options, and for images that do not fit.
     """
+    size, image_channels, out_channels, classes = map(as_python, (size, image_channels, out_channels, classes))
     height, width = (size, size) if isinstance(size, int) else size
     counts = {"image_channels": image_channels, "height": height, "width": width, "out_channels": out_channels}
     for name, value in (counts | ({} if classes is None else {"classes": classes})).items():
