@@ -21,6 +21,22 @@ def test_help_does_not_wait_for_torch() -> None:
     assert not loaded & {"torch", "numpy", "jsonargparse", *HEAVY}
 
 
+def test_a_commands_help_and_a_flag_that_cannot_be_read_do_not_wait_for_torch() -> None:
+    # but for compare: its grid is read by what it compares
+    code = (
+        "import contextlib\n"
+        "from dualout.cli.main import commands, main\n"
+        "for name in commands():\n"
+        "    if name != 'compare':\n"
+        "        with contextlib.suppress(SystemExit):\n"
+        "            main([name, '--help'])\n"
+        "        assert main([name, '--unheard_of', '1']) == 2, name\n"
+    )
+    loaded = modules_after(code)
+    assert "jsonargparse" in loaded
+    assert not loaded & ({"torch", "numpy", "sympy"} | set(HEAVY) - {"rich"})
+
+
 def test_the_package_alone_does_not_either() -> None:
     assert "torch" not in modules_after("import dualout; dualout.__version__; dir(dualout)")
 
@@ -34,4 +50,5 @@ def test_sampling_needs_torch_and_no_other() -> None:
         "dualout.networks.Backbone.parse('small')"
     )
     assert "torch" in loaded
-    assert not loaded & set(HEAVY)
+    # sympy comes with torch's compiler, and takes as long as torch itself
+    assert not loaded & {"sympy", *HEAVY}

@@ -39,20 +39,28 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
     """
     text = description and _unmarked(description)
     parser = _Parser(prog=f"dualout {command}", description=text, exit_on_error=False)
-    positional = [f for f in dataclasses.fields(options) if f.metadata.get("positional")]  # type: ignore[arg-type]
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
-    helps = attribute_help(options)
-    for f in positional:
-        optional: dict[str, Any] = {} if f.default is dataclasses.MISSING else {"nargs": "?", "default": f.default}
-        kind = types(options)[f.name]
+    # not add_class_arguments: jsonargparse would import all that is imported for type checkers alone, torch with it
+    flags = parser.add_argument_group(_unmarked(options.__doc__ or "").rstrip("."))
+    helps, kinds = attribute_help(options), types(options)
+    for f in dataclasses.fields(options):  # type: ignore[arg-type]
+        kind = kinds[f.name]
+        given: dict[str, Any] = {"help": helps.get(f.name)}
+        if f.default_factory is not dataclasses.MISSING:
+            given["default"] = f.default_factory()
+        elif f.default is not dataclasses.MISSING:
+            given["default"] = f.default
+        if not f.metadata.get("positional"):
+            flags.add_argument(f"--{f.name}", type=kind, **given)
+            continue
+        optional = "default" in given
         if get_origin(kind) is list:
             # one or more
             (kind,) = get_args(kind)
-            optional["nargs"] = "+" if f.default is dataclasses.MISSING else "*"
-        parser.add_argument(f.name, type=kind, help=helps.get(f.name), **optional)
-    parser.add_class_arguments(options, None, skip={f.name for f in positional})
-    for group in parser._action_groups:
-        group.title = group.title and _unmarked(group.title)
+            given["nargs"] = "*" if optional else "+"
+        elif optional:
+            given["nargs"] = "?"
+        parser.add_argument(f.name, type=kind, **given)
     _check_flags(parser, command, arguments)
     arguments = _spell_switches(options, arguments)
     for flag, value in pairwise([*arguments, ""]):

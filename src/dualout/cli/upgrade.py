@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.training.upgrade_config import UpgradeConfig
-from dualout.training.upgrade_run import RECORD, Check, Upgrade
+
+if TYPE_CHECKING:
+    from dualout.training.upgrade_run import Check, Upgrade
 
 
 @dataclass(kw_only=True)
@@ -29,6 +32,7 @@ def run(arguments: list[str]) -> int | None:
     options = parse(Options, "upgrade", arguments, __doc__ or "")
 
     from dualout.training.interrupt import interruptible
+    from dualout.training.upgrade_run import RECORD, Upgrade
 
     with console.stages() as told, Upgrade(options, told) as work:
         if options.dry_run:

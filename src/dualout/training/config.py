@@ -8,11 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dualout.errors import InputError, unknown
-from dualout.parameterizations import Parameterization
-from dualout.randomness import check_seed
 from dualout.registry import Registered, as_python
-from dualout.samplers import Sampler
-from dualout.schedules import Schedule
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -126,7 +122,6 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"--{name} is a whole number, {least} or more; got {value!r}")
-        check_seed(self.seed)
         for name, (low, high, what) in _RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
@@ -145,6 +140,13 @@ class TrainConfig:
             raise unknown("precision", self.precision, PRECISIONS)
         if self.track is not None and self.track not in TRACKERS:
             raise unknown("tracker", self.track, TRACKERS)
+        # --help and a flag that cannot be read do not wait for torch
+        from dualout.parameterizations import Parameterization
+        from dualout.randomness import check_seed
+        from dualout.samplers import Sampler
+        from dualout.schedules import Schedule
+
+        check_seed(self.seed)
         # a spec that cannot be read is told before any work
         if self.parameterization is not None:
             self.parameterization = Parameterization.parse(self.parameterization).spec

@@ -9,7 +9,6 @@ from typing import Any
 from dualout.errors import InputError, unknown
 from dualout.files import refuse_others
 from dualout.training.config import TrainConfig
-from dualout.training.upgrade import SCOPES
 
 FREE = frozenset({"steps", "out", "device", "check_every", "cache", "workers"})
 """What may change when an upgrade goes on."""
@@ -82,6 +81,8 @@ class UpgradeConfig:
     """A directory: new, empty, or of the same upgrade interrupted before; by default runs/upgraded"""
 
     def __post_init__(self) -> None:
+        from dualout.training.upgrade import SCOPES
+
         if self.scope not in SCOPES:
             raise unknown("scope", self.scope, SCOPES)
         if self.start not in ("closed", "zero"):

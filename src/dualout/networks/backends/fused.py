@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
@@ -57,6 +56,9 @@ class Fused(FixedTrajectory):
     def __init__(self, denoiser: Denoiser, sampler: Sampler, noise: Tensor, **conditions: Any) -> None:
         if not sampler.plans_keep or sampler.evaluations != sampler.steps:
             raise InputError(f"the sampler {sampler.spec} looks more than once a step, or has a state of its own")
+        # imported with sympy, which takes as long as torch itself
+        from torch._dynamo import config as dynamo
+
         schedule, read = denoiser.schedule, denoiser.parameterization.read
         times, plan = planned(sampler, schedule)
         super().__init__(noise)
