@@ -1,8 +1,10 @@
 """dualout compare: what is chosen, what is averaged, and that nothing is done twice."""
 
+import gc
 import json
 import os
 import signal
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -93,6 +95,24 @@ def test_a_comparison_that_is_stopped_while_it_trains_goes_on_from_there(
     assert trained == [1, 2, 3, 4, 5]
     found = [next((tmp_path / name / "models").iterdir()) / "model.safetensors" for name in ("whole", "out")]
     assert found[0].read_bytes() == found[1].read_bytes()
+
+
+def test_a_model_is_let_go_when_its_rows_are_there(grid_file, tmp_path, monkeypatch):
+    loaded, load = [], compare.Model.load
+
+    def noticed(*given):
+        model = load(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(compare.Model, "load", noticed)
+    grid = Grid(**yaml.safe_load(grid_file.read_text()) | {"calibrated": [False], "spacings": ["trailing"]})
+    doing = compare.run(grid, tmp_path)
+    rows = next(item for item in doing if isinstance(item, list))
+    gc.collect()
+    # the last one is at hand still
+    assert [ref() is None for ref in loaded] == [True, False]
+    assert Counter(row["method"] for row in rows) == {"eps": 2, "dual": 2, "dual (x0)": 2}
 
 
 def test_a_grid_costs_only_what_is_new(grid_file, capsys):

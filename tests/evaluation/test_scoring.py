@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from dualout import data
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
+from dualout.evaluation import scoring as module
 from dualout.evaluation.features import Digits, Features
 from dualout.evaluation.metrics import Alone, scores
 from dualout.evaluation.protocol import differences, listed, warning
@@ -134,6 +137,22 @@ def test_real_images_score_better_than_the_fake_model(make_model, digits):
     assert good["kid"] < bad["kid"] / 5
     assert good["precision"] > 0.8 > 0.3 > bad["precision"]
     assert good["recall"] > 0.8
+
+
+def test_of_a_scoring_that_has_ended_the_scores_stay_and_not_the_features(make_model, digits, monkeypatch):
+    gathered = []
+
+    class Noticed(Statistics):
+        def __init__(self):
+            super().__init__()
+            gathered.append(weakref.ref(self))
+
+    monkeypatch.setattr(module, "Statistics", Noticed)
+    scoring = Scoring(Sampling(make_model(), build_sampler("ddim", 2)), 10, [Reference.of(digits, Digits())])
+    assert list(scoring.run(5)) == [5, 10]
+    gc.collect()
+    assert [ref() for ref in gathered] == [None]
+    assert scoring.rows() == scoring.rows()
 
 
 def test_too_few_images_and_wrong_shapes_are_refused_before_sampling(make_model, digits):

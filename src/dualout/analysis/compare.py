@@ -108,7 +108,7 @@ def run(grid: Grid, out: Path, listening: Listening = nullcontext) -> Iterator[D
     _check_images(grid)
     results = Results(out)
     references: list[Reference] = []
-    wanted: list[tuple[Training, Scoring]] = []
+    found: list[Row] = []
     for training in grid.models():
         directory = training.directory(out)
         if not (yield from _trained(training, directory, listening)):
@@ -127,16 +127,16 @@ def run(grid: Grid, out: Path, listening: Listening = nullcontext) -> Iterator[D
                         calibrated=calibrated, backend=grid.backend,
                     )  # fmt: skip
                     scoring = Scoring(sampling, grid.images, references, seed)
-                    wanted.append((training, scoring))
-                    if all(results.find(row) for row in scoring.pending()):
-                        continue
-                    batches = -(-grid.images // grid.batch_size)
-                    sampling.prepare(min(grid.batch_size, grid.images), batches * sampler.evaluations)
-                    for count in scoring.run(grid.batch_size):
-                        yield Doing(f"{training.method} seed {training.seed}: {scoring.title}", count, grid.images)
-                    results.add(scoring.rows())
-    found = [(t, row) for t, scoring in wanted for key in scoring.pending() if (row := results.find(key))]
-    yield [{"method": _method(t, row), "training_seed": t.seed, **row} for t, row in found]
+                    if not all(results.find(row) for row in scoring.pending()):
+                        batches = -(-grid.images // grid.batch_size)
+                        sampling.prepare(min(grid.batch_size, grid.images), batches * sampler.evaluations)
+                        for count in scoring.run(grid.batch_size):
+                            yield Doing(f"{training.method} seed {training.seed}: {scoring.title}", count, grid.images)
+                        results.add(scoring.rows())
+                    # rows alone are kept: a scoring holds its model, and the grid may have a hundred
+                    rows = [row for key in scoring.pending() if (row := results.find(key))]
+                    found += [{"method": _method(training, r), "training_seed": training.seed, **r} for r in rows]
+    yield found
 
 
 def _method(training: Training, row: Row) -> str:

@@ -58,19 +58,23 @@ class Scoring:
         self.sampling, self.images, self.references, self.seed = sampling, images, references, seed
         self.group = group or Group()
         self.seconds = 0.0
-        self._statistics = [Statistics() for _ in references]
+        self._scores: list[dict[str, float]] = []
 
     def run(self, batch_size: int = 256) -> Iterator[int]:
         """Make this process's share of the images and look at them; yields how many are done."""
+        # gone when the scores are there: of 10,000 images in Inception's features they are 150 MB, and rows may be many
+        statistics = [Statistics() for _ in self.references]
         began, share = time.perf_counter(), self.group.share(self.images)
         for start in range(share.start, share.stop, batch_size):
             batch = self.sampling.images(range(start, min(start + batch_size, share.stop)))
             self.seconds += time.perf_counter() - began
-            for reference, statistics in zip(self.references, self._statistics, strict=True):
-                statistics.add(reference.features(batch.to(self.sampling.device)))
-            yield self._statistics[0].count if self._statistics else 0
+            for reference, own in zip(self.references, statistics, strict=True):
+                own.add(reference.features(batch.to(self.sampling.device)))
+            yield statistics[0].count if statistics else 0
             began = time.perf_counter()
-        self._statistics = [self.group.merged(statistics) for statistics in self._statistics]
+        merged = [self.group.merged(own) for own in statistics]
+        if self.group.rank == 0:
+            self._scores = [reference.scores(whole) for reference, whole in zip(self.references, merged, strict=True)]
 
     @property
     def title(self) -> str:
@@ -117,9 +121,9 @@ class Scoring:
         """The rows, once `run` has ended."""
         return [
             {k: row[k] for k in KEY if k in row}
-            | reference.scores(statistics)
+            | scores
             | {"nfe": row["nfe"], "seconds": round(self.seconds, 3), "protocol": row["protocol"]}
-            for row, reference, statistics in zip(self.pending(), self.references, self._statistics, strict=True)
+            for row, scores in zip(self.pending(), self._scores, strict=True)
         ]
 
 
