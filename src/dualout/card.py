@@ -49,7 +49,7 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
     sections = [
         f"---\nlibrary_name: {library}\npipeline_tag: unconditional-image-generation\n"
         "tags: [diffusion, dual-output, dualout]\n---",
-        f"# {_cell(card.get('title', 'A ' + parameterization['name'] + ' diffusion model'))}",
+        f"# {_cell(card.get('title', heading(parameterization['name'])))}",
         f"Made with dualout {config.get('dualout', '')}.",
         _table(
             "Model",
@@ -68,6 +68,11 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
     ]
     sections += [_metrics(card["metrics"])] if card.get("metrics") else []
     return "\n\n".join(sections) + "\n"
+
+
+def heading(parameterization: str) -> str:
+    """What a model is called by the name of its parameterization."""
+    return f"{'An' if parameterization.startswith(tuple('aeioux')) else 'A'} {parameterization} diffusion model"
 
 
 def _short(config: dict[str, Any]) -> str:

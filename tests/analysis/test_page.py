@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dualout.analysis import canvas, figures, page, reading
-from dualout.analysis.report import Material, Run, report
+from dualout.analysis.report import Material, Run, comparison, report
 from dualout.analysis.study import Study
 from dualout.analysis.trajectories import Frame
 
@@ -219,6 +219,25 @@ def test_figures_leave_matplotlib_as_it_was():
     before = dict(matplotlib.rcParams)
     canvas.png(figures.models({"dual": rows(), "eps": rows(dual=False)}))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_ratio_that_is_called_equal_has_no_colour():
+    table = comparison(
+        [dict(row, method=m) for m, fd in (("dual", 10.1), ("eps", 10.0)) for row in [EVEN | {"fd": fd}]], "digits"
+    )
+    assert 'class="best">10.00' in table
+    assert ">1.01<" in table
+    assert "bad" not in table
+
+
+EVEN = {"sampler": "ddim", "spacing": "trailing", "steps": 5}
+
+
+def test_a_logarithmic_axis_has_ordinary_numbers():
+    figure = canvas.plot(lambda axes: (axes.plot([1, 2], [0.001, 20_000]), canvas.plain_log(axes)))
+    text = canvas.svg(figure, "wide")
+    assert ">10,000<" in text
+    assert ">0.01<" in text
 
 
 def test_tables_align_words_and_numbers():

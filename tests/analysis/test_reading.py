@@ -3,7 +3,7 @@ import math
 import pytest
 
 from dualout.analysis import reading
-from dualout.analysis.tables import csv_text, json_text, spread
+from dualout.analysis.tables import csv_text, json_text, number, spread
 
 
 def rows(scores, **others):
@@ -71,3 +71,23 @@ def test_tables_are_written_for_every_reader():
     assert json_text({"a": math.nan, "b": [math.inf, 1.0]}) == '{\n "a": null,\n "b": [\n  null,\n  1.0\n ]\n}\n'
     assert spread([None, math.nan, 2.0, 4.0]) == (3.0, pytest.approx(math.sqrt(2)), 2)
     assert spread([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "zeros", "text"),
+    [
+        (1823.4, 3, False, "1,823"),
+        (1000.0, 3, False, "1,000"),
+        (123456.0, 4, False, "123,456"),
+        (1e-4, 3, False, "0.0001"),
+        (260.0, 4, True, "260.0"),
+        (260.0, 4, False, "260"),
+        (12345.0, 3, True, "12,345"),
+        (118.02, 3, True, "118"),
+        (1e30, 4, False, "1e+30"),
+        (math.nan, 4, True, "nan"),
+        (math.inf, 4, True, "inf"),
+    ],
+)
+def test_numbers_are_written_without_powers_of_ten_and_with_their_zeros(value, digits, zeros, text):
+    assert number(value, digits, zeros=zeros) == text

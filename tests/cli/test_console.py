@@ -29,10 +29,10 @@ def environment(**more: str) -> dict[str, str]:
     return own | {"TERM": "xterm-256color"} | more
 
 
-def in_a_terminal(**more: str) -> str:
+def in_a_terminal(program: str = PROGRAM, **more: str) -> str:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**more)
+        [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**more)
     )
     os.close(theirs)
     found = b""
@@ -77,3 +77,36 @@ def test_what_is_piped_is_plain_and_without_progress() -> None:
     assert done.stderr.strip() == "a line of the log"
     assert "wrote out  (two files)" in done.stdout
     assert "1.25" in done.stdout
+
+
+WIDE = """
+from dualout.cli import console
+names = ["sampler", "fd", "kid", "precision", "recall", "seconds"]
+rows = [dict(zip(names, ["ddim", 38.57, 1.272, 0.4567, 0.1234, 0.0742]))]
+console.table(rows, names, "scores")
+"""
+
+
+@pytest.mark.parametrize("width", [120, 44, 20])
+def test_no_digit_is_cut_off_to_fit_a_screen(width: int) -> None:
+    text = in_a_terminal(WIDE, COLUMNS=str(width))
+    assert "scores" in text
+    assert "…" not in text
+    for value in ("ddim", "38.57", "1.272", "0.4567", "0.1234", "0.0742", "precision"):
+        assert value in text
+
+
+def test_numbers_stand_under_each_other() -> None:
+    program = (
+        "from dualout.cli import console; console.table([{'n': 5, 'by': 'a'}, {'n': 120, 'by': 'bc'}], ['n', 'by'])"
+    )
+    text = in_a_terminal(program, COLUMNS="80", NO_COLOR="1")
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in text.splitlines()]
+    assert "    5   a" in lines
+    assert "  120   bc" in lines
+
+
+def test_what_is_counted_is_one_or_many() -> None:
+    from dualout.cli.console import count
+
+    assert [count(n, "image") for n in (0, 1, 2, 50_000)] == ["0 images", "1 image", "2 images", "50,000 images"]

@@ -107,7 +107,7 @@ def test_digits():
     everything = load("digits", split="all")
     assert len(everything) == 1797
     assert everything.shape == (1, 8, 8)
-    assert repr(everything) == "digits:split=all: 1797 images 1×8×8, 10 classes"
+    assert repr(everything) == "digits:split=all: 1,797 images 1×8×8, 10 classes"
     original = load_digits()
     images = everything.batch(np.arange(1797))
     assert images.dtype == torch.uint8

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dualout import Denoiser, Dual, noise, schedules
+from dualout.card import heading
 from dualout.data import order, pixels
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
@@ -48,6 +49,7 @@ def test_images_of_ones_own_are_called_by_their_name(tmp_path, monkeypatch) -> N
     assert run.path == Path("runs/mine-dual")
     card = (run.path / "README.md").read_text()
     assert "# A dual diffusion model of mine" in card
+    assert heading("eps") == "An eps diffusion model"
     assert "digits" not in card
     assert Run(TrainConfig(data="hub:mine"), dataset=mine).config.data == "hub:mine"
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dualout import data
 from dualout.analysis.grid import Grid, Training
-from dualout.analysis.tables import Row, grouped, spread
+from dualout.analysis.tables import Row, grouped, number, spread
 from dualout.calibrated import Calibration
 from dualout.data.pixels import to_model
 from dualout.errors import InputError
@@ -292,10 +292,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
 def _number(mean: float | None, sd: float | None) -> str:
     if mean is None:
         return ""
-    return f"{mean:.3g}" + (f" ± {sd:.2g}" if sd else "")
+    return number(mean, 3, zeros=True) + (f" ± {number(sd, 2)}" if sd else "")
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "" if value is None else number(value, 3) if isinstance(value, float) else str(value)

@@ -83,7 +83,7 @@ def training(rows: Sequence[Row], title: str = "") -> Figure:
 
 
 _PARTS: dict[str, dict[str, Any]] = {
-    "": {"color": COLOURS["ink"], "linestyle": "--"},
+    "": {"color": COLOURS["ink"], "linestyle": "--", "zorder": 3},  # seen where it equals its only part
     "mu": {"color": COLOURS["blue"]},
 }
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dualout.analysis.tables import Row, columns
+from dualout.analysis.tables import Row, columns, number
 from dualout.version import __version__
 
 
@@ -147,10 +147,10 @@ def cell(value: Any) -> str:
     """A number in four digits, and anything else as it is."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)
 
 
-_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?( ± [\d.]+(e[-+]?\d+)?)?$")
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ± [\d.,]+(e[-+]?\d+)?)?$")
 
 
 def _caption(caption: str) -> str:

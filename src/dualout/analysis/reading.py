@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 
 from dualout.analysis.study import Study
-from dualout.analysis.tables import Row, Spread, grouped, measured, spread
+from dualout.analysis.tables import Row, Spread, grouped, measured, number, spread
 
 CELL = ("sampler", "spacing", "steps")
 """What is equal between methods that are compared."""
@@ -152,8 +152,8 @@ def ratio(study: Study) -> list[str]:
         worst = max(known, key=lambda r: r["blend_over_best"])
         middle = median(r["blend_over_best"] for r in known)
         found.append(
-            f"The blend's error of x0, over that of the best constant r at the same t, is {middle:.3g} "
-            f"in the median over t, {worst['blend_over_best']:.3g} at worst (t = {worst['t']})."
+            f"The blend's error of x0, over that of the best constant r at the same t, is {number(middle, 3)} "
+            f"in the median over t, {number(worst['blend_over_best'], 3)} at worst (t = {worst['t']})."
         )
     return found
 
@@ -197,4 +197,4 @@ def paths(studies: Mapping[str, Study]) -> list[str]:
 
 def spread_text(value: Spread) -> str:
     """Mean ± standard deviation."""
-    return f"{value.mean:.4g}" + (f" ± {value.sd:.2g}" if value.n > 1 else "")
+    return number(value.mean, zeros=True) + (f" ± {number(value.sd, 2)}" if value.n > 1 else "")

@@ -119,7 +119,11 @@ def comparison(rows: Sequence[Row], features: str) -> str:
         best = min((s.mean for s in spreads.values()), default=None)
         texts = {m: reading.spread_text(s) for m, s in spreads.items()}
         marks = {m: "best" for m, s in spreads.items() if len(spreads) > 1 and s.mean == best}
-        marks |= {r: "good" if row[r] < 1 else "bad" for r in ratios if r in row}
+        marks |= {
+            r: "good" if row[r] < 1 - reading.EVEN else "bad" if row[r] > 1 + reading.EVEN else ""
+            for r in ratios
+            if r in row
+        }
         numbers = {r: f"{row[r]:.2f}" for r in ratios if r in row}
         group = {"group": f"{row['sampler']}, {row['spacing']} spacing", "marks": marks}
         shown.append({"steps": row["steps"]} | texts | numbers | group)

@@ -52,6 +52,18 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Any, li
     return groups
 
 
+def number(value: float, digits: int = 4, *, zeros: bool = False) -> str:
+    """In so many digits, a large number in all that stand before its point: 1,823 rather than 1.82e+03.
+
+    Args:
+        value: the number.
+        digits: how many that mean something.
+        zeros: keep those at the end, so that numbers under each other have the same precision.
+    """
+    text = f"{value:{'#' if zeros else ''}.{digits}g}".rstrip(".")
+    return f"{value:,.0f}" if "e+" in text and abs(value) < 1e9 else text
+
+
 class Spread(NamedTuple):
     """Several measurements of one thing."""
 

@@ -254,7 +254,9 @@ def _make(
             path = archive(made, Path(directory) / "images.zip")
             # gradio takes a copy before this goes on, and removes it after an hour
             yield {
-                status: said(f"{request.images} images of {len(made)} setting{'s' if len(made) > 1 else ''}."),
+                status: said(
+                    f"{request.images} image{'s' * (request.images > 1)} of {len(made)} setting{'s' * (len(made) > 1)}."
+                ),
                 download: gr.update(value=str(path), visible=True),
             }
     except InputError as error:

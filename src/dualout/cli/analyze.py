@@ -93,7 +93,7 @@ def run(arguments: list[str]) -> int | None:
     study = measure(replace(options, split=split), model, dataset, sampler)
     written = _study.write(study, out, name_of(model))
     _tell(study)
-    console.wrote(out, f"{len(written)} files: tables (CSV, JSON), arrays, {_study.FIGURES}/")
+    console.wrote(out, f"{console.count(len(written), 'file')}: tables (CSV, JSON), arrays, {_study.FIGURES}/")
     console.say(f"took {time.perf_counter() - began:.0f} s")
     return None
 

@@ -141,7 +141,7 @@ def _dry_run(options: Options, model: Model) -> None:
     images = how.trajectories(options.steps)
     rows = {
         "network": f"{type(model.denoiser.network).__name__}, {found.parameters:,} parameters, none of them changed",
-        "fitted": f"{len(names)} numbers at each of {options.steps} steps: {', '.join(names)}",
+        "fitted": f"{len(names)} numbers at each of {console.count(options.steps, 'step')}: {', '.join(names)}",
         "memory": f"about {found.memory / 2**20:,.0f} MiB to sample a batch, and what one step keeps for its gradient",
         "work": f"as much as at most {images:,.0f} images take",
         "time": f"at most about {console.duration(found.seconds * images / how.batch)}",

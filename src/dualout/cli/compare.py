@@ -54,7 +54,8 @@ def _dry_run(options: Options) -> None:
     rows = {
         "models": f"{found.models}, of which {found.trained} are trained already; the largest has "
         f"{found.parameters:,} parameters",
-        "scores": f"{found.scores} sets of {options.images} images, compared by {', '.join(options.features)}",
+        "scores": f"{console.count(found.scores, 'set')} of {options.images:,} images, "
+        f"compared by {', '.join(options.features)}",
         "fits": f"{found.calibrations} calibrations",
         "memory": f"about {found.memory / 2**20:,.0f} MiB beside the images and the libraries, to train",
         "time": f"about {console.duration(found.training)} to train and {console.duration(found.sampling)} to sample, "
@@ -116,10 +117,7 @@ def _write(rows: list[Row], options: Options, out: Path) -> None:
     drawn = {"best": best} | grouped(reported, lambda r: r["spacing"])
     for spacing, own in drawn.items():
         for (features, sampler), of in grouped(own, lambda r: (r["features"], r["sampler"])).items():
-            lines = [
-                {**row, "steps": row["nfe"], "method": row["method"] + (", calibrated" if row["calibrated"] else "")}
-                for row in of
-            ]
+            lines = [{**row, "method": row["method"] + (", calibrated" if row["calibrated"] else "")} for row in of]
             title = f"{sampler}, {'best spacing' if spacing == 'best' else spacing}, {features}"
             name = portable(f"{features}-{sampler}-{spacing}")
             with atomically(out / "figures" / f"{name}.png") as aside:

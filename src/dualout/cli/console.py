@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from dualout.analysis.tables import number
 from dualout.errors import printable
 
 
@@ -105,17 +106,36 @@ def track(items: Iterable[Any], description: str, total: int | None = None) -> I
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: str | None = None) -> None:
-    """Print rows as a table."""
-    grid = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
-    for row in rows:
-        grid.add_row(*(_cell(row.get(column)) for column in columns))
+    """Print rows as a table; on a screen too narrow for it, row by row with the columns' names."""
     if not out.is_terminal:
         # where no one looks at a screen, no digit is cut off to fit it
         out.width = 1000
-    out.print(grid)
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in columns:
+        grid.add_column(column, justify="right" if _numbers(row.get(column) for row in rows) else "left")
+    for row in rows:
+        grid.add_row(*(cell(row.get(column)) for column in columns))
+    for padding in (1, 0):
+        grid.padding = (0, padding)
+        if out.measure(grid, options=out.options.update(width=1000)).maximum <= out.width:
+            out.print(grid)
+            return
+    out.print(f"{title or ''}\n", style="table.title")
+    for row in rows:
+        out.print("  ".join(f"{column} {cell(row[column])}" for column in columns if row.get(column) is not None))
 
 
-def _cell(value: Any) -> str:
+def _numbers(values: Iterable[Any]) -> bool:
+    return all(value is None or isinstance(value, int | float) or value[:1].isdigit() for value in values)
+
+
+def cell(value: Any) -> str:
+    """A number in four digits, and anything else as it is."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def count(many: int, noun: str) -> str:
+    """How many there are of what: 1 image, 1,797 images."""
+    return f"{many:,} {noun}{'' if many == 1 else 's'}"

@@ -277,8 +277,11 @@ def _samples(models: Sequence[Model], seed: int) -> dict[str, np.ndarray]:
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     from dualout.analysis import reading
 
-    table = reading.cells(reading.named(rows))
     ratio = reading.ratio_name(*MODELS)
+    table = []
+    for row in reading.cells(reading.named(rows)):
+        texts = {m: reading.spread_text(s) for m, s in row["spreads"].items()}
+        table.append(row | texts | ({ratio: f"{row[ratio]:.2f}"} if ratio in row else {}))
     columns = [*reading.CELL, *MODELS, ratio]
     console.table(table, columns, "Fréchet distance in the features of a digit classifier (lower is better)")
     for sentence in reading.compare(rows):

@@ -113,7 +113,7 @@ def _evaluate(options: Options, group: Group) -> None:
     _prepare([scoring.sampling for scoring in todo], options, group)
     share = len(group.share(options.images))
     with console.progress("row") as bar:
-        task = bar.add_task("images", total=len(todo) * share, row="", visible=first)
+        task = bar.add_task("images", total=len(todo) * share, row="", visible=first and bool(todo))
         for done, scoring in enumerate(todo):
             bar.update(task, row=scoring.title)
             for count in scoring.run(options.batch_size):
@@ -127,7 +127,7 @@ def _evaluate(options: Options, group: Group) -> None:
     if options.card:
         for name in listed(options.runs):
             console.wrote(put_on_card(name, [row for row in rows if row["run"] == name]))
-    console.wrote(results.path, f"{len(results.rows)} rows")
+    console.wrote(results.path, console.count(len(results.rows), "row"))
     console.wrote(out / "results.csv")
 
 
@@ -136,7 +136,7 @@ def _dry_run(options: Options, group: Group) -> None:
 
     samplings = [sampling for _, sampling in _samplings(options)]
     options = replace(options, data=_data(options, samplings))
-    scores = f"{len(samplings)} combinations of {options.images} images, each by {options.features}"
+    scores = f"{console.count(len(samplings), 'combination')} of {options.images:,} images, each by {options.features}"
     print_cost(options, samplings, options.images, group.size, {"scores": scores, "out": str(_out(options))})
 
 
@@ -157,7 +157,7 @@ def _print(rows: Sequence[Row], options: Options) -> None:
     hidden = set(told) | ({"nfe"} if all(row["nfe"] == row["steps"] for row in rows) else set())
     equal = ", ".join(f"{c} {rows[0][c]}" for c in told if c != "images" and rows[0][c] is not False)
     real = rows[0]["protocol"]["reference"]
-    title = f"{options.images} images against {real['data']} ({real['split']}); {equal}"
+    title = f"{options.images:,} images against {real['data']} ({real['split']}); {equal}"
     console.table(rows, [column for column in COLUMNS if column not in hidden], title)
     for text in sorted({row["protocol"]["warning"] for row in rows if "warning" in row["protocol"]}):
         console.say(f"note: {text}")
@@ -262,17 +262,12 @@ def _references(
         look.check(channels, (size[0], size[1]))
     assert options.data is not None
     found: dict[Shape, list[Reference]] = {}
-    with console.progress() as bar:
-        task = bar.add_task("reference", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
-
+    with console.stages() as told:
         for shape in dict.fromkeys(shapes):
-            dataset, split = real_images(options.data, shape, options.split, progress=show)
+            dataset, split = real_images(options.data, shape, options.split, progress=told)
             names = {"name": options.data, "split": split}
             found[shape] = [
-                Reference.of(dataset, look, **names, device=place, batch_size=options.batch_size, progress=show)
+                Reference.of(dataset, look, **names, device=place, batch_size=options.batch_size, progress=told)
                 for look in features
             ]
     return found

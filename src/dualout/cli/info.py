@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int | None:
             console.out.print(f"\n{title}", style="bold")
         width = max([16, *map(len, rows)])
         for name, value in rows.items():
-            console.out.print(f"  {name:<{width}} {_text(value)}")
+            console.out.print(f"  {name:<{width}} {console.cell(value)}")
     return None
 
 
@@ -221,7 +221,3 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -92,14 +92,14 @@ def run(arguments: list[str]) -> int | None:
     making = generate(sampling, options.images, out, store=options.format, batch_size=options.batch_size, part=part)
     already = next(making)
     if already:
-        console.say(f"{already} images are there already, and are kept")
+        console.say(f"{console.count(already, 'image')} {'is' if already == 1 else 'are'} there already, and kept")
     with console.progress() as bar:
         task = bar.add_task("images", total=-(-options.images // part[1]), completed=already)
         for done in making:
             bar.update(task, completed=done)
     if part[0] == 0:
-        what = "images.npz" if options.format == "npz" else "000000.png …"
-        console.wrote(out, f"{options.images} images, {what}")
+        what = "images.npz" if options.format == "npz" else "000000.png" + " …" * (options.images > 1)
+        console.wrote(out, f"{console.count(options.images, 'image')}, {what}")
         if part[1] == 1 and _grid(out):
             console.wrote(out / "grid.png")
         console.wrote(out / PROTOCOL, "how they were made")

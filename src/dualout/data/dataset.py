@@ -81,9 +81,9 @@ class Dataset:
         return self.batch([index])[0]
 
     def __repr__(self) -> str:
-        kind = "latents" if self.latents else "images"
-        classes = f", {len(self.classes)} classes" if self.labels is not None else ""
-        return f"{self.name}: {len(self)} {kind} {'×'.join(map(str, self.shape))}{classes}"
+        kind = ("latent" if self.latents else "image") + "s" * (len(self) != 1)
+        classes = f", {len(self.classes)} class{'es' * (len(self.classes) != 1)}" if self.labels is not None else ""
+        return f"{self.name}: {len(self):,} {kind} {'×'.join(map(str, self.shape))}{classes}"
 
     @property
     def shape(self) -> tuple[int, int, int]:

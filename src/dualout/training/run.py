@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 import yaml
 
+from dualout.card import heading
 from dualout.checkpoint import read_config
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
@@ -281,7 +282,7 @@ class Run:
         if config.init:
             about["started from"] = config.init
         ema.card = {
-            "title": f"A {ema.parameterization.name} diffusion model of {config.data}",
+            "title": f"{heading(ema.parameterization.name)} of {config.data}",
             "training": about | self._about,
             "data": data_on_card(dataset),
         }
