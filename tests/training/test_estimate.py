@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from dualout.networks.backends import graph
 from dualout.training.config import TrainConfig
 from dualout.training.estimate import estimate
 from dualout.training.setup import assemble
@@ -42,3 +45,14 @@ def test_weights_and_gradients_are_left_as_they_were():
     assert all(p.grad is None for p in job.denoiser.parameters())
     assert cost.parameters == cost.trained == sum(b.numel() for b in before)
     assert cost.memory > 4 * 5 * cost.parameters
+
+
+def test_no_graph_is_recorded(monkeypatch):
+    """It would be of one size of batch, and several are timed."""
+    job = assemble(TrainConfig(data="digits", network="tiny:width=8", batch_size=4, device="cpu"))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("recorded")
+
+    monkeypatch.setattr(graph, "Recording", refuse)
+    assert estimate(job._replace(config=replace(job.config, graph=True))).step > 0

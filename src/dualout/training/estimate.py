@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ class Estimate(NamedTuple):
 
 def estimate(job: Job) -> Estimate:
     """Measure forward and backward passes of a few images; the job's weights are not changed."""
-    config, denoiser = job.config, job.denoiser
+    # a recording is of one size of batch, and here there are several
+    config, denoiser = replace(job.config, graph=False), job.denoiser
     learner = Learner(denoiser, config)
     images = config.batch_size // config.accumulate
     with closing(Batches(job.dataset, config, denoiser.schedule.steps).after(0)) as coming:
