@@ -294,4 +294,4 @@ def test_a_training_killed_as_it_writes_what_it_is_begins_again(tmp_path, monkey
     assert (tmp_path / "train.yaml").read_text() == "steps: 1\n"
 
 
-WHAT = {"config": {}, "precision": "fp32", "denoiser": {}, "data": {}}
+WHAT = {"config": {"steps": 1}, "precision": "fp32", "denoiser": {}, "data": {}}
