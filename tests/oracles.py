@@ -15,9 +15,10 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from dualout.denoiser import Denoiser
+from dualout.levels import Level
 from dualout.parameterizations import CleanImage, Parameterization
 from dualout.prediction import Prediction
-from dualout.schedules import FromBetas, Level, Schedule
+from dualout.schedules import FromBetas, Schedule
 
 
 @dataclass(frozen=True)

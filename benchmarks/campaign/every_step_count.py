@@ -18,7 +18,8 @@ from torch import Tensor
 from campaign.harness import Count, scaled
 from dualout.prediction import Prediction
 from dualout.samplers import DDIM, DDPM, IPNDM, SPACINGS, DPMSolver, FromDiffusers, Heun, Sampler, UniPC
-from dualout.schedules import CLEAN, Linear, Schedule
+from dualout.levels import CLEAN
+from dualout.schedules import Linear, Schedule
 
 MEAN, SPREAD = 0.3, 0.3
 PIXELS = 256

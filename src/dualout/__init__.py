@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dualout.denoiser import Denoiser, Loss
     from dualout.errors import InputError
     from dualout.guidance import ClassifierFree
+    from dualout.levels import Level
     from dualout.networks.widen import widen
     from dualout.parameterizations import (
         CleanImage,
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     from dualout.prediction import Prediction
     from dualout.randomness import SeededDraw, noise
     from dualout.samplers import Sampler
-    from dualout.schedules import Level, Schedule
+    from dualout.schedules import Schedule
 
 _HOME = {
     "dualout.calibrated": ("Calibrated", "Calibration"),
     "dualout.denoiser": ("Denoiser", "Loss"),
     "dualout.errors": ("InputError",),
     "dualout.guidance": ("ClassifierFree",),
+    "dualout.levels": ("Level",),
     "dualout.networks.widen": ("widen",),
     "dualout.parameterizations": (
         "CleanImage", "Dual", "Epsilon", "Flow", "Karras", "LearnedVariance", "Parameterization", "Velocity",
@@ -42,7 +44,7 @@ _HOME = {
     "dualout.prediction": ("Prediction",),
     "dualout.randomness": ("SeededDraw", "noise"),
     "dualout.samplers": ("Sampler",),
-    "dualout.schedules": ("Level", "Schedule"),
+    "dualout.schedules": ("Schedule",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _PACKAGES = (

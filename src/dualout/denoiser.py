@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dualout import bounded, checkpoint, hub
 from dualout.errors import InputError
+from dualout.levels import HALF, Level
 from dualout.parameterizations.base import Parameterization, Route, check_channels
 from dualout.prediction import Prediction
-from dualout.schedules import HALF, Level, Schedule
+from dualout.schedules import Schedule
 
 Network = nn.Module | Callable[..., Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dualout.schedules import Level
+from dualout.levels import Level
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,111 +15,17 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dualout.errors import InputError
+from dualout.levels import Level, Posterior
 from dualout.registry import Registered
-
-Scalar = Tensor | float
-Number = TypeVar("Number", bound=Tensor | float)
-
-
-HALF = frozenset((torch.float16, torch.bfloat16))
-"""Types that noise levels, and images on their way, are never computed in."""
-
-_numbers: dict[tuple[float, torch.dtype], Tensor] = {}
-
-
-def number(value: Scalar, like: Tensor) -> Tensor:
-    """A number to multiply `like` with, as a tensor without dimensions.
-
-    torch makes one of a Python number too, and casts it, each time: at the size of one image that is half of the time
-    of the product. These are kept.
-    """
-    if not isinstance(value, float):  # a tensor, of a step that is compiled
-        return torch.as_tensor(value)
-    key = value, like.dtype
-    found = _numbers.get(key)
-    if found is None:
-        # on the CPU, from where a kernel on any device takes it as an argument
-        with torch.inference_mode(False):
-            found = torch.tensor(value, dtype=like.dtype, device="cpu")
-        if type(found) is Tensor:  # and not a tracer's
-            if len(_numbers) >= 10_000:
-                _numbers.clear()
-            _numbers[key] = found
-    return found
-
-
-class Posterior(NamedTuple, Generic[Number]):
-    """q(x_{t−1} | x_t, x0) over one of the T steps (DDPM, Ho et al. 2020, equations 6 and 7)."""
-
-    gain: Number
-    """Of x0 in its mean: √ᾱ_{t−1}·β_t/(1−ᾱ_t). It is 1 at t = 0, and less elsewhere."""
-    large: Number
-    """β_t: the variance that the step adds."""
-    small: Number
-    """β̃_t = β_t·(1−ᾱ_{t−1})/(1−ᾱ_t): its variance; at t = 0, where there is none, that of t = 1."""
-
-
-class _Scales(NamedTuple, Generic[Number]):
-    alpha: Number
-    sigma: Number
-
-
-class Level(_Scales[Number], Generic[Number]):
-    """A noise level: ``x_t = alpha · x0 + sigma · eps``; ``alpha, sigma = level``.
-
-    Each entry is one number for the whole batch (a float or a 0-d tensor) or a tensor with one number an image.
-    """
-
-    posterior: Posterior[Number] | None = None
-    """The step to the level before; levels that are none of a schedule's know of none."""
-
-    def __new__(cls, alpha: Number, sigma: Number, posterior: Posterior[Number] | None = None) -> Self:
-        """A level of three entries, of which two are unpacked."""
-        level = super().__new__(cls, alpha, sigma)
-        level.posterior = posterior
-        return level
-
-    @property
-    def gain(self) -> Number | None:
-        """Of x0 in the posterior's mean."""
-        return None if self.posterior is None else self.posterior.gain
-
-    def map(self, change: Callable[[Any], Any]) -> Level:
-        """The level with each of its numbers changed."""
-        posterior = None if self.posterior is None else Posterior(*map(change, self.posterior))
-        return Level(change(self.alpha), change(self.sigma), posterior)
-
-    def like(self, x: Tensor) -> Level:
-        """The same level, shaped to multiply a batch `x` of shape (B, …), in its dtype and on its device."""
-        return self.map(lambda value: _like(value, x))
-
-    def over(self, x: Tensor) -> Level:
-        """The same level, as `like` gives it where its numbers are one an image, (B,).
-
-        Those would be multiplied with the pixels of a row, without a word where images are as wide as they are many.
-        """
-        sigma = self.sigma
-        return self.like(x) if isinstance(sigma, Tensor) and sigma.ndim not in (0, x.ndim) else self
-
-
-CLEAN = Level(1.0, 0.0)
-
-
-def _like(value: Scalar, x: Tensor) -> Scalar:
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device=x.device, dtype=x.dtype)
-    return value if value.ndim in (0, x.ndim) else value.view(-1, *[1] * (x.ndim - 1))
-
 
 _MOST = 100_000
 """Steps of a schedule, of which each has its numbers in tables; more is a slip, or damage."""

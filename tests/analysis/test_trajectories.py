@@ -7,9 +7,9 @@ import torch
 
 import dualout
 from dualout.analysis.trajectories import Gaussian, drift, exact_variances, film
+from dualout.levels import CLEAN
 from dualout.parameterizations.dual import blend
 from dualout.samplers import DDIM, DDPM, DPMSolver, FromDiffusers
-from dualout.schedules import CLEAN
 
 SCHEDULE = dualout.schedules.Linear()
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dualout.errors import InputError
-from dualout.schedules import Level, Schedule
+from dualout.levels import Level
+from dualout.schedules import Schedule
 from variants import schedules
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dualout import Denoiser, Epsilon, noise
+from dualout.levels import Level
 from dualout.prediction import Prediction
 from dualout.samplers import DDIM
-from dualout.schedules import Level, Linear
+from dualout.schedules import Linear
 
 
 def test_eps_follows_from_x0() -> None:

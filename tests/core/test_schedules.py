@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dualout.errors import InputError
-from dualout.schedules import CLEAN, EDM, Cosine, FromBetas, Level, Linear, RectifiedFlow, ScaledLinear, Schedule
+from dualout.levels import CLEAN, Level
+from dualout.schedules import EDM, Cosine, FromBetas, Linear, RectifiedFlow, ScaledLinear, Schedule
 
 
 def products(betas: np.ndarray) -> np.ndarray:

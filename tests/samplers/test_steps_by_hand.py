@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dualout.errors import InputError
+from dualout.levels import Level
 from dualout.parameterizations import Dual
 from dualout.prediction import Prediction
 from dualout.samplers import DDIM, DDPM, IPNDM, DPMSolver, Heun, Sampler, UniPC
 from dualout.samplers.ipndm import adams_bashforth
-from dualout.schedules import EDM, Cosine, Level, Linear, RectifiedFlow, Schedule
+from dualout.schedules import EDM, Cosine, Linear, RectifiedFlow, Schedule
 from oracles import constant_denoiser, toy_denoiser
 
 T = 50

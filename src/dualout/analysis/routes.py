@@ -33,13 +33,14 @@ from torch import Tensor
 
 from dualout.analysis.tables import Row
 from dualout.errors import InputError
+from dualout.levels import Level
 from dualout.networks.device import double
 from dualout.parameterizations.base import subtract
 from dualout.parameterizations.dual import optimal_ratio
 from dualout.prediction import Prediction
 from dualout.randomness import mix, noise
 from dualout.samplers.base import Denoises
-from dualout.schedules import Level, Schedule
+from dualout.schedules import Schedule
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 10

@@ -24,10 +24,10 @@ from dualout.card import render
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
 from dualout.export.directory import whole
+from dualout.levels import Level
 from dualout.networks.adapter import config_of
 from dualout.networks.backends import quiet
 from dualout.prediction import Prediction
-from dualout.schedules import Level
 from dualout.version import __version__
 
 MODEL, KEY, FORMAT = "model.onnx", "dualout", 1

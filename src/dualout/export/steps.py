@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
+from dualout.levels import Level
 from dualout.prediction import Prediction
 from dualout.samplers.diffusers import check_schedule
 from dualout.samplers.spacing import space
-from dualout.schedules import Level, Schedule
+from dualout.schedules import Schedule
 
 _OWN = ("model_output", "timestep", "sample")
 _OWN_SIGMAS = (

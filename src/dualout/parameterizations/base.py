@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
+from dualout.levels import Level, Scalar, number
 from dualout.prediction import Prediction, directly
 from dualout.registry import Registered
-from dualout.schedules import Level, Scalar, Schedule, number
+from dualout.schedules import Schedule
 
 Route = str | float
 """Which output to believe: "mix" (all, as trained), "eps", "x0", "velocity", "flow", or a fixed ratio in [0, 1]."""

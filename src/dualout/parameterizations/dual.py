@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError, unknown
+from dualout.levels import Level, Scalar
 from dualout.parameterizations.base import Parameterization, Route, SingleOutput, check_channels, log, mean_square
 from dualout.parameterizations.clean import CleanImage
 from dualout.parameterizations.epsilon import Epsilon
 from dualout.prediction import Prediction, directly
-from dualout.schedules import Level, Scalar, Schedule
+from dualout.schedules import Schedule
 
 LEARNED = ("pixel", "channel", "image", "step")
 RATIOS = (*LEARNED, "velocity", "flow")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dualout.levels import Level, Scalar
 from dualout.parameterizations.base import SingleOutput, subtract
-from dualout.schedules import Level, Scalar
 
 
 @dataclass(frozen=True)

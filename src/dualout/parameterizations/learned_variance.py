@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
+from dualout.levels import Level, Scalar
 from dualout.parameterizations.base import Parameterization, Route, check_channels, log
 from dualout.parameterizations.epsilon import Epsilon
 from dualout.prediction import Prediction, directly
-from dualout.schedules import Level, Scalar, Schedule
+from dualout.schedules import Schedule
 
 
 @dataclass(frozen=True)

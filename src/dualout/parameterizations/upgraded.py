@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
+from dualout.levels import HALF, Level, Scalar
 from dualout.parameterizations.base import Parameterization, Route, check_channels, mean_square, subtract
 from dualout.parameterizations.clean import CleanImage
 from dualout.parameterizations.dual import Dual, blend, check_ratio, ratio_of, spread, untaught
 from dualout.parameterizations.epsilon import Epsilon
 from dualout.prediction import Prediction, directly
-from dualout.schedules import HALF, Level, Scalar, Schedule
+from dualout.schedules import Schedule
 
 RATIOS = ("closed", "pixel", "velocity", "flow")
 SHUT = 120.0

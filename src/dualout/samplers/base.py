@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from dualout.errors import InputError, unknown
+from dualout.levels import CLEAN, HALF, Level, Scalar, number
 from dualout.prediction import Prediction
 from dualout.randomness import Draw
 from dualout.registry import Registered
 from dualout.samplers.spacing import SPACINGS, Spacing, space
-from dualout.schedules import CLEAN, HALF, Level, Scalar, Schedule, number, schedule_of
+from dualout.schedules import Schedule, schedule_of
 
 
 class Denoises(Protocol):

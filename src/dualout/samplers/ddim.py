@@ -11,8 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dualout.errors import InputError
+from dualout.levels import Level
 from dualout.samplers.base import Sampler, Step, add, combine, visited
-from dualout.schedules import Level, Schedule
+from dualout.schedules import Schedule
 
 
 class _Coefficients(NamedTuple):

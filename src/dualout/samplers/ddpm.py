@@ -11,9 +11,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dualout.errors import InputError, unknown
+from dualout.levels import Level
 from dualout.prediction import Prediction
 from dualout.samplers.base import Sampler, Step, add, visited
-from dualout.schedules import Level, Schedule
+from dualout.schedules import Schedule
 
 VARIANCES = ("large", "small")
 """What needs nothing of the network."""

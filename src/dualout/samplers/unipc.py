@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from dualout.errors import InputError
+from dualout.levels import Level
 from dualout.samplers.base import Sampler, Step, combine, visited
 from dualout.samplers.dpmsolver import half_log_snr
-from dualout.schedules import Level, Schedule
+from dualout.schedules import Schedule
 
 
 class _Update(NamedTuple):

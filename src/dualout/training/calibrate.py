@@ -23,11 +23,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from dualout.calibrated import NEUTRAL, Calibrated, Calibration
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
+from dualout.levels import Level
 from dualout.networks.precision import Precision
 from dualout.prediction import Prediction
 from dualout.randomness import check_seed, mix
 from dualout.samplers.base import Denoises, Sampler
-from dualout.schedules import Level, Schedule
+from dualout.schedules import Schedule
 from dualout.training.comparison import FEWEST, UPDATES, Comparison, Far
 from dualout.training.distances import Distance
 from dualout.training.starts import Numbers, Start, moved_times

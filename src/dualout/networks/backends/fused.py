@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
+from dualout.levels import Level
 from dualout.networks.backends.trajectory import FixedTrajectory
 from dualout.prediction import Prediction
 from dualout.randomness import Draw
 from dualout.samplers import Sampler
 from dualout.samplers.base import Step, begun, planned
-from dualout.schedules import Level
 
 TOLERANCE = 1e-5
 """How far images after a step may be from those of eager torch: the root mean square, of that of the images."""
