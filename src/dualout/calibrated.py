@@ -12,7 +12,7 @@ standard deviation 0.30 into 0.11. A calibration corrects what a step sees, at i
 since what few steps lose depends on the variance of the data, of which images have little in fine detail, and on how x0
 goes on between one step and the next: with x0_trend = h/2h₋, h the step in log(alpha/sigma) and h₋ the one before, DDIM
 is DPM-Solver++ 2M. A Prediction it stays, so that every sampler that reads x_t, x0 and eps from Predictions is
-corrected alike; UniPC's corrector makes x_t anew from x0, so that there the numbers of eps count in the first step alone.
+corrected alike. UniPC's corrector makes x_t anew from x0: there the numbers of eps count in the first step alone.
 """
 
 from __future__ import annotations
