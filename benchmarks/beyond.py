@@ -34,7 +34,6 @@ from dualout.randomness import noise
 from dualout.samplers import Sampler
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "beyond"
-BLEND = "dual:gate=balanced:blend_weight=1.0"
 CLASSES = 10
 
 
@@ -47,11 +46,13 @@ class Question:
     scales: tuple[float | None, ...] = (None,)
 
 
+SINGLE = {"eps": "eps", "x0": "x0", "v": "velocity"}
+DUAL = {"dual": "dual", "dual-blend": "dual-blend"}
 QUESTIONS = {
-    "guidance": Question({"eps": "eps", "dual": "dual", "blend": BLEND}, scales=(1.0, 1.5, 2.0, 3.0)),
-    "latents": Question({"eps": "eps", "v": "velocity", "dual": "dual", "blend": BLEND}, ("ddim:clip=null",)),
+    "guidance": Question({**SINGLE, **DUAL}, scales=(1.0, 1.5, 2.0, 3.0)),
+    "latents": Question({**SINGLE, **DUAL}, ("ddim:clip=null",)),
     # DDIM on these levels is Euler's method
-    "flow": Question({"flow": "flow", "dual-ends": "dual:ratio=flow", "blend": BLEND}, ("ddim", "heun")),
+    "flow": Question({"flow": "flow", "dual-ends": "dual:ratio=flow", "dual-blend": "dual-blend"}, ("ddim", "heun")),
 }
 
 
