@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from dualout.cli.main import commands, main
 from dualout.cli.options import parse
@@ -185,6 +187,30 @@ def test_every_command_is_run_or_there_is_a_reason() -> None:
     targets = re.findall(r"^([\w-]+):", (HOME / "Makefile").read_text(), re.M)
     for target in {t for text in texts for t in re.findall(r"(?:^ +|`)make ([\w-]+)", text, re.M)}:
         assert target in targets, target
+
+
+def reference(page: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What a page of the reference shows: names, with the options that stand below them."""
+    found = re.findall(r"^::: ([\w.]+)\n((?: {4}.*\n)*)", page.read_text(encoding="utf-8"), re.M)
+    return [(name, (yaml.safe_load(text) or {}).get("options", {}) if text else {}) for name, text in found]
+
+
+def test_the_reference_shows_what_there_is() -> None:
+    pages = [page for page in PAGES if page.parent.name == "api"]
+    shown = [entry for page in pages for entry in reference(page)]
+    assert len({name for name, _ in shown}) == len(shown)
+    for name, options in shown:
+        there = pkgutil.resolve_name(name)
+        for member in options.get("members") or ():
+            assert hasattr(there, member) or member in there.__annotations__, f"{name} has no {member}"
+    names = {name for name, _ in shown}
+    assert {f"dualout.cli.{command}.Options" for command in commands()} <= names
+    # what has a module of its own name is not shown with its package
+    for package in ("data", "evaluation", "networks", "parameterizations", "samplers", "training"):
+        module = importlib.import_module(f"dualout.{package}")
+        assert module.__name__ in names
+        hidden = {path.stem for path in Path(str(module.__file__)).parent.glob("*.py")} & set(module.__all__)
+        assert {f"{module.__name__}.{name}" for name in hidden} <= names
 
 
 def test_a_command_that_is_not_run_is_found() -> None:
