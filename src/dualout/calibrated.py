@@ -147,8 +147,8 @@ class Calibrated(nn.Module):
     With an x0_trend it remembers the x0 of the step before, so that it follows one trajectory at a time.
 
     Raises:
-        InputError: for a guided denoiser, whose ratio is of one belief and whose x0 of two: guidance goes around; for
-            what is no denoiser; and where there is not one number a step.
+        InputError: for a guided denoiser (put guidance around `Calibrated`, not inside); for what is no denoiser; and
+            where there is not one number a step.
     """
 
     def __init__(

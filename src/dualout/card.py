@@ -30,7 +30,7 @@ images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise)
 ```
 
 Or with any ONNX runtime: `model.onnx` takes noisy images `x_t` (B, C, H, W) and their time steps `t` (B,), 0 … T−1, and
-gives the clean images `x0` and the noise `eps` it believes in. Its metadata `dualout` hold the noise schedule.""",
+gives the clean images `x0` and the noise `eps` that it predicts. Its metadata `dualout` hold the noise schedule.""",
 }
 
 

@@ -30,7 +30,7 @@ class Loss(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """Maps noisy images to a belief about the clean ones.
+    """Maps noisy images to a prediction of the clean ones.
 
     Args:
         network: a module or callable ``(x_t, t, **conditions)`` that returns a tensor, a tuple that begins with one, or
@@ -67,7 +67,7 @@ class Denoiser(nn.Module):
         self._follow_network()
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
-        """Look at noisy images.
+        """Predict the clean images, and the noise, from noisy images.
 
         Args:
             x_t: noisy images, (B, C, H, W); half precision is read in float32.
@@ -93,11 +93,11 @@ class Denoiser(nn.Module):
         return f"parameterization={self.parameterization.spec}, schedule={self.schedule.name} of {self.schedule.steps}"
 
     def raw(self, x_t: Tensor, time: Tensor, level: Level, **conditions: Any) -> Tensor:
-        """What the network says, before it is read: (B, channels, H, W).
+        """The network's raw output, (B, channels, H, W).
 
         Args:
             x_t: noisy images, (B, C, H, W).
-            time: what the network is told of their time step, (B,).
+            time: their time step, as the network takes it, (B,).
             level: their noise level, floats or tensors shaped to broadcast.
             conditions: passed on to the network.
         """
@@ -128,7 +128,7 @@ class Denoiser(nn.Module):
             conditions: passed on to the network.
 
         Raises:
-            InputError: when the shapes do not agree, or as a look does.
+            InputError: when the shapes do not agree, or as `forward` does.
         """
         if (given := getattr(noise, "shape", None)) != x0.shape:
             raise InputError(
@@ -149,7 +149,7 @@ class Denoiser(nn.Module):
         return Loss(total, parts)
 
     def route(self, route: Route) -> Denoiser:
-        """The same network with only one of its outputs believed; the weights are shared, not copied.
+        """The same network with only one of its outputs used; the weights are shared, not copied.
 
         Args:
             route: "mix" (all, as trained), "eps", "x0", "velocity", "flow", or a fixed ratio from 0 to 1.

@@ -1,6 +1,6 @@
 """What a user can do something about.
 
-An `InputError` is raised for anything a user gave that cannot be used: the message says what was wrong, what
+An `InputError` is raised for anything a user gave that cannot be used: the message says what is wrong, what
 came, and what to do. The command line prints it without a traceback and exits with code 2.
 """
 

@@ -16,9 +16,9 @@ from dualout.schedules import schedule_of
 class ClassifierFree(nn.Module):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, equation 6).
 
-    x0 = x0(∅) + scale · (x0(condition) − x0(∅)), which at fixed x_t is the same as guiding eps. Both beliefs come
-    from one call of the network, on a batch of 2B. Where a calibration has corrected x_t too, it is guided as x0 is,
-    and so is eps; `Calibrated` goes inside, since a ratio belongs to one belief.
+    x0 = x0(∅) + scale · (x0(condition) − x0(∅)), which at fixed x_t is the same as guiding eps. Both predictions
+    come from one call of the network, on a batch of 2B. Where a calibration has corrected x_t too, x_t and eps are
+    guided as x0 is; `Calibrated` goes inside, since a ratio belongs to one prediction.
 
     Args:
         denoiser: trained with its condition left out at times.
@@ -43,7 +43,7 @@ class ClassifierFree(nn.Module):
         return f"scale={self.scale}"
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
-        """Look at noisy images under `conditions`, guided away from the unconditional belief.
+        """Predict under `conditions`, guided away from the unconditional prediction.
 
         Raises:
             InputError: where a condition that there is a null of is missing, or no tensor with a row an image.

@@ -87,7 +87,7 @@ class Level(_Scales[Number], Generic[Number]):
         return self.map(lambda value: _like(value, x))
 
     def over(self, x: Tensor) -> Level:
-        """The same level, as `like` gives it where its numbers are one an image, (B,).
+        """The same level, as `like` gives it where it has one number for each image, (B,).
 
         Those would be multiplied with the pixels of a row, without a word where images are as wide as they are many.
         """

@@ -1,4 +1,4 @@
-"""What a network said, whatever it was trained to say."""
+"""A network's output, whatever it was trained to predict."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dualout.levels import Level
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """A belief about the clean image, at one noise level.
+    """A prediction of the clean image, at one noise level.
 
     Invariant: ``level.alpha · x0 + level.sigma · eps == x_t``.
     """
 
     x_t: Tensor
-    """The noisy image that was looked at, (B, C, H, W)."""
+    """The noisy image that it was made from, (B, C, H, W)."""
     level: Level
     """Its noise level: floats, or tensors shaped to broadcast against `x_t`; those of one number an image become so."""
     x0: Tensor
-    """The clean image that is believed to be behind it, (B, C, H, W), not clipped."""
+    """The predicted clean image, (B, C, H, W), not clipped."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the network gave, by name: `eps` and `x0` (B, C, H, W), `ratio` in (0, 1), broadcastable to them;
+    """The network's outputs, by name: `eps` and `x0` (B, C, H, W), `ratio` in (0, 1), broadcastable to them;
     `variance`, the place between β̃ and β of a learned variance (see `parameterizations.LearnedVariance`)."""
     direct: Tensor | None = field(default=None, init=False)
     """The noise as the network gave it, where `x0` follows from it alone: `eps`, but for rounding. No argument, so that

@@ -35,16 +35,16 @@ class Grid:
     """
 
     methods: dict[str, Any] = field(default_factory=lambda: {"eps": "eps", "dual": "dual"})
-    """By name: a parameterization, or a mapping of training options that differ from `train`, with `routes` if others
-    than mix are to be read"""
+    """Methods by name: a parameterization, or a mapping of training options that differ from `train`, with `routes` to
+    evaluate others than mix"""
     train: dict[str, Any] = field(default_factory=dict)
     """Options of dualout train that all methods share: data, network, steps, batch_size, …"""
     training_seeds: list[int] = field(default_factory=lambda: [0])
-    """One model of each method is trained for each"""
+    """Training seeds; one model of each method is trained for each"""
     samplers: list[str] = field(default_factory=lambda: ["ddim", "dpmsolver"])
-    """With options as in dpmsolver:order=3"""
+    """Samplers, with options as in dpmsolver:order=3"""
     spacings: list[str] = field(default_factory=lambda: ["trailing", "linspace"])
-    """Which time steps; the best of them is chosen for each method"""
+    """Spacings; the best is chosen for each method"""
     steps: list[int] = field(default_factory=lambda: [5, 10, 20])
     """Numbers of steps"""
     calibrated: list[bool] = field(default_factory=lambda: [False])
@@ -54,23 +54,23 @@ class Grid:
     calibration: dict[str, Any] = field(default_factory=dict)
     """Options of the fit: iterations, batch, lr, distance"""
     features: list[str] = field(default_factory=lambda: ["digits"])
-    """What images are compared by; the first is the one that spacings are chosen by"""
+    """Feature networks that images are compared in; spacings are chosen by the first"""
     images: int = 2000
-    """Made for each score"""
+    """Number of images for each score"""
     split: str = "test"
-    """Of the data, that samples are compared with"""
+    """Split of the data that samples are compared with"""
     choose_seeds: list[int] = field(default_factory=lambda: [0])
     """Sets of samples that the best spacing is chosen on"""
     report_seeds: list[int] = field(default_factory=lambda: [1])
     """Sets of samples that are reported"""
     baseline: str | None = None
-    """The method that ratios are taken to; by default the first"""
+    """Method that the others are divided by in the summary; by default the first"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
     precision: str = "fp32"
-    """Of the networks when images are made: fp32, bf16, fp16, auto; of their training it is an option of `train`"""
+    """Number format of the networks in sampling: fp32, bf16, fp16, auto; for training it is an option of `train`"""
     backend: str = "eager"
-    """What computes the networks when images are made: eager, graph, compile, openvino, onnx, or auto"""
+    """What runs the networks in sampling: eager, graph, compile, openvino, onnx, or auto"""
     batch_size: int = 256
     """Images sampled at a time"""
 

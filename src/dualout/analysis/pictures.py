@@ -39,7 +39,7 @@ def ratio_maps(maps: Mapping[int, Tensor], title: str = "", columns: int = 6) ->
 
 
 def film(frames: Sequence[Frame], image: int = 0, title: str = "") -> Figure:
-    """A picture a step: the noisy image, the belief, each route's, and the ratio beside them."""
+    """A column a step: the noisy image, the predicted x0, x0 by each route, and the ratio."""
     lines = [("x_t", [f.x_t for f in frames]), ("x0", [f.x0 for f in frames])]
     dual = frames[0].ratio is not None and frames[0].direct is not None
     if dual:

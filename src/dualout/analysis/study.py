@@ -120,12 +120,12 @@ class Study:
         if not self.frames:
             return []
         sampler = self.protocol.get("sampler", "the sampler")
-        both = "" if self.frames[0].ratio is None else ", each route's belief alone, and the weight r of the direct one"
+        both = "" if self.frames[0].ratio is None else ", x0 by each route alone, and the weight r of the direct one"
         return [
             Drawing(
                 "film", "From noise to image",
-                f"Each column is one step of {sampler}, its t above: the noisy image, the image that is believed to be "
-                f"behind it{both}.",
+                f"Each column is one step of {sampler}, its t above: the noisy image, the predicted clean "
+                f"image{both}.",
                 pictures.film(self.frames),
             )
         ]  # fmt: skip
@@ -135,7 +135,7 @@ class Study:
         found = [
             Drawing(
                 "ratio", "The learned weight r over t",
-                "r = 0 believes the subtractive route, r = 1 the direct one. The squares are the weight of least "
+                "r = 0 uses the subtractive route, r = 1 the direct one. The squares are the weight of least "
                 "error, measured on held-out images.",
                 figures.ratio(rows),
             )
@@ -222,7 +222,7 @@ def together(studies: Mapping[str, Study]) -> list[Drawing]:
         ),
         Drawing(
             "clipped", "Clipped pixels",
-            f"Share of the believed pixels outside the range of images, at each step of {sampler}.",
+            f"Share of the predicted pixels outside the range of images, at each step of {sampler}.",
             figures.per_step(paths, "clipped", "pixels clipped, %", scale=100),
         ),
         Drawing(

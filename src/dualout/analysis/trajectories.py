@@ -16,7 +16,7 @@ What of the shortfall the exact denoiser shares is the sampler's; the rest is th
 | `drift_0` … | the same of channel 0 … |
 | `sd` | of a pixel over seeds, root mean square over pixels, after the step |
 | `sd_exact`, `sd_data` | of the exact denoiser with the same sampler; of noisy data at that level |
-| `clipped` | share of the believed pixels outside the clipping range |
+| `clipped` | share of the predicted pixels outside the clipping range |
 | `ratio_mean` | of the learned r |
 """
 
@@ -47,7 +47,7 @@ class Frame(NamedTuple):
     x_t: Tensor
     """The noisy images before the step, (B, C, H, W)."""
     x0: Tensor
-    """The clean images that are believed in, clipped as the sampler clips."""
+    """The predicted clean images, clipped as the sampler clips."""
     x_next: Tensor
     """The images after the step."""
     subtractive: Tensor | None

@@ -59,7 +59,7 @@ class Setting:
 
     @property
     def read(self) -> Route:
-        """The route that is believed."""
+        """The route that is used."""
         if self.route not in ROUTES:
             raise unknown("route", self.route, ROUTES)
         return self.ratio if (route := ROUTES[self.route]) is None else route
@@ -94,7 +94,7 @@ class Progress(NamedTuple):
     step: int
     steps: int
     picture: np.ndarray
-    """What is believed so far, all images side by side, uint8 (H, W, C)."""
+    """The clean images as predicted so far, all images side by side, uint8 (H, W, C)."""
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""Look inside a trained model: errors of its two routes, its ratio, and what happens on the way from noise to image.
+"""Analyze a trained model: the errors of its two routes, its learned ratio, and its sampling trajectories.
 
-On images that training has not seen: the error over t of the two routes and of their blend, where they cross, the
-learned ratio against the best one, and its calibration. On images that are made: drift of the mean, spread against an
-exact denoiser, clipped pixels, and a film of the belief and the ratio step by step. Single-output models are measured
-in what they have.
+On held-out images: the error of x0 over t by the two routes (x0 computed from eps, and x0 as predicted) and by their
+blend, where the routes cross, and the learned ratio beside the best one. On generated images: drift of the mean,
+contrast beside an exact denoiser's, clipped pixels, and a film of x0 and the ratio step by step. Of single-output
+models, what applies to them.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ class Options:
     split: str = "test"
     """test (held out from training), train or all"""
     images: int = 1000
-    """How many of them, at most"""
+    """How many real images, at most"""
     repeats: int = 1
-    """How many noises each of them is given"""
+    """How many times each of them is noised"""
     points: int = 20
-    """Intervals of the grid of t"""
+    """Number of intervals that t is divided into"""
     sampler: str = "ddim"
-    """Of the film and the statistics on the way, with options as in ddim:eta=0.5"""
+    """Sampler of the film and of the trajectory statistics, with options as in ddim:eta=0.5"""
     steps: int = 10
-    """Of the sampler"""
+    """Steps of the sampler"""
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
     samples: int = 256
-    """How many images are made for the statistics on the way"""
+    """How many images are made for the trajectory statistics"""
     film: int = 4
-    """How many images are filmed; the report shows the first"""
+    """How many images get a film, every step of one image side by side; the report shows the first"""
     seed: int = 0
-    """Of the noise, and of the first image that is made"""
+    """Seed of the noise, and of the first generated image"""
     batch_size: int = 256
     """How many images at a time"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
     out: str | None = None
-    """A directory: new, empty, or of an analysis before; by default RUN/analysis"""
+    """Output directory: new, empty, or of an earlier analysis; by default RUN/analysis"""
 
     def __post_init__(self) -> None:
         least = {"images": 1, "repeats": 1, "points": 1, "samples": 2, "film": 1, "batch_size": 1}

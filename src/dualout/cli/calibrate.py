@@ -1,12 +1,11 @@
-"""Fit a few numbers a step to what a K-step trajectory wants; minutes, with the weights left as they are.
+"""Calibrate a few-step sampler to a model: fit its time steps and a few numbers for each step, not the weights.
 
-First the time steps are moved to where the images come nearer to real ones. Then the numbers (a scale on x0, on eps and
-on the fine detail of each, how far x0's change since the step before goes on, and for dual output a gain and shift of
-the ratio's logit) are found by gradients through all K steps, against the training images. A sampler of first
-order begins twice, as it is and as DPM-Solver++ 2M, and what is ahead halfway goes on. Noise that the fit never sees
-decides that, and whether and when to stop, against all images, held-out ones among them. All are written beside the
-weights, and ``--calibrated`` of sample and evaluate applies them. Judge them as anything else: with dualout evaluate,
-by seeds, images and features that were not used here.
+Takes minutes for small networks. First the time steps are moved to where the generated images are nearer to the
+training images. Then the numbers (a scale on x0, on eps and on the fine detail of each; how far x0 is extrapolated from
+the previous step; for dual output a gain and a shift of the ratio's logit) are fitted by gradients through all K steps.
+First-order samplers start twice, as they are and as DPM-Solver++ 2M, and the better half-way result goes on. That
+choice, and when to stop, is made with noise that the fit never uses. The result is written beside the weights;
+``--calibrated`` of sample and evaluate applies it. Evaluate it with seeds, images and features that were not used here.
 """
 
 from __future__ import annotations
@@ -38,38 +37,37 @@ class Options:
     sampler: str = "ddim"
     """ddim, ddpm, dpmsolver, unipc, ipndm, heun; with options as in dpmsolver:order=3"""
     steps: int = 5
-    """Of the sampler, K: the numbers hold for this many"""
+    """Number of steps K; the calibration holds for this number only"""
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
     data: str | None = None
-    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's; by
+    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; resized to the model's size; by
     default what the model was trained on"""
     split: str = "train"
-    """Which part of them; the other part is for judging"""
+    """Which part of the real images; the other part is for evaluation"""
     images: int = 20000
-    """How many of them at most"""
+    """How many real images at most"""
     numbers: str | None = None
-    """Which to fit, of x0_scale, eps_scale, x0_fine, eps_fine, x0_trend, ratio_gain, ratio_shift; by default all that
-    the model has"""
+    """Which numbers to fit, of x0_scale, eps_scale, x0_fine, eps_fine, x0_trend, ratio_gain, ratio_shift; by default
+    all that the model has"""
     iterations: int = 300
-    """Updates of the numbers"""
+    """Number of updates"""
     batch_size: int = 192
-    """Images made an update; they are compared with up to 2,048 real ones"""
+    """Images made for each update; they are compared with up to 2,048 real ones"""
     lr: float = 0.03
     """Adam's learning rate, which falls to 0 along a cosine"""
     distance: str = "sliced"
-    """sliced (Wasserstein) or energy"""
+    """Distance between generated and real images: sliced (Wasserstein) or energy"""
     own_features: bool = True
-    """Compare images by what the model's own network makes of them, beside pixels and a fixed random conv net"""
+    """Compare images in features of the model's own network, beside pixels and a fixed random network"""
     move_times: int = 3
-    """Rounds in which time steps are moved to where the images are nearer, before the numbers are fitted; 0 keeps the
-    spacing"""
+    """Rounds of moving the time steps to lower the distance, before the numbers are fitted; 0 keeps the spacing"""
     seed: int = 0
-    """Of the noise, the order of the images and the random features"""
+    """Seed of the noise, the order of the images and the random features"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
     precision: str = "fp32"
-    """Of the model's network while images are made for the fit: fp32, bf16, fp16, auto"""
+    """Number format of the network during the fit: fp32, bf16, fp16, auto"""
     dry_run: bool = False
     """Print the configuration, what is fitted and what memory and time to expect, and stop"""
 

@@ -1,8 +1,8 @@
-"""Train methods at equal budget and compare them: seeds, samplers, spacings, steps, calibrated or not.
+"""Train methods at equal budget and compare them over seeds, samplers, spacings, steps and calibration.
 
-A grid is a YAML file (--config). What was done before is kept: models by the content of their configuration, scores by
-their protocol, so that an added row costs only itself, and an interrupted comparison goes on. Writes table.csv and
-table.json (a row for each score, with its protocol), summary.csv, summary.md and figures.
+The grid is a YAML file (--config). Models and scores that exist already are reused, so that an addition costs only its
+own time and an interrupted comparison goes on. Writes table.csv and table.json (a row for each score, with its
+protocol), summary.csv, summary.md and figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Options(Grid):
     """The options of ``dualout compare``."""
 
     out: str = "runs/compare"
-    """A directory: new, empty, or of this command"""
+    """Output directory: new, empty, or of this command"""
     dry_run: bool = False
     """Print the grid, its models and what time to expect, and stop"""
 

@@ -1,4 +1,4 @@
-"""Print a script with which the Tab key completes commands, options and values: bash, zsh or fish.
+"""Print a shell completion script (bash, zsh or fish), for commands, options and values.
 
 bash: eval "$(dualout completion bash)" in ~/.bashrc. zsh: eval "$(dualout completion zsh)" in ~/.zshrc, after
 compinit. fish: dualout completion fish > ~/.config/fish/completions/dualout.fish.

@@ -1,8 +1,8 @@
-"""See what dual output gives over ε, on real digits, in a few minutes: train, sample, score, look inside, report.
+"""Compare dual output with ε-prediction on real digits, in a few minutes: train, sample, score, analyze, report.
 
 Trains a dual-output model and an ε model with the same network, data order and budget; makes images with both in 5, 10
-and 20 steps of DDIM and DPM-Solver++ at two spacings; scores them against real digits; and draws what was found.
-Interrupted, it goes on where it was when the same command is given again.
+and 20 steps of DDIM and DPM-Solver++ at two spacings; scores them against real digits; and writes a report.
+Given again, an interrupted demo goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Options:
     """The options of ``dualout demo``."""
 
     out: str = "runs/demo"
-    """A directory: new, empty, or of a demo that was interrupted"""
+    """Output directory: new, empty, or of a demo that was interrupted"""
     steps: int = 1800
-    """Steps of each training, of 64 images"""
+    """Training steps of each model, of 64 images each"""
     images: int = 1000
     """How many images are made for each score"""
     seed: int = 0
-    """Of the first weights, the order of the data and the noise"""
+    """Seed of the initial weights, the order of the data and the noise"""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -1,9 +1,9 @@
-"""Score what trained models make against real images: FD, KID, precision, recall.
+"""Score the images of trained models against real ones: Fréchet distance, KID, precision, recall.
 
 Every combination of run, route, sampler, spacing, number of steps, seed and number of images is one row of results.json
-and results.csv, written when it is finished, with the protocol that tells which numbers can be compared. The same
-command again goes on where it was interrupted. With torchrun, every process makes its share of the images, and the
-first scores them all. Set s of N images is made from the seeds s·N … s·N + N − 1: no two sets have one in common.
+and results.csv, written when it is finished, with the protocol that tells which numbers can be compared. Given again,
+an interrupted command goes on where it stopped. With torchrun, every process makes its share of the images, and the
+first scores them all. Set s of N images is made from the seeds s·N … s·N + N − 1, so that sets do not overlap.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ class Options:
     """The options of ``dualout evaluate``."""
 
     runs: str = field(metadata={"positional": True, "commas": True})
-    """Directories of runs or checkpoints, or names of Hugging Face Hub repositories; several with commas between"""
+    """Directories of runs or checkpoints, or names of Hugging Face Hub repositories; comma-separated"""
     data: str | None = None
-    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; made as large as the model's; by
-    default what the models were trained on, and digits where that is not written down"""
+    """The real images: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER, hub:NAME; resized to the model's size; by
+    default what the models were trained on, and digits where that is not recorded"""
     split: str = "test"
-    """Which part of them: test (which training does not see), train, all"""
+    """Which part of the real images: test (held out from training), train, all"""
     images: int = 2000
-    """How many to make for each row; scores of fewer than 10,000 are for comparison among themselves"""
+    """How many to make for each row; scores of fewer than 10,000 compare only among themselves"""
     samplers: str = "ddim"
     """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in ddim:eta=0.5 or ddim:clip=null"""
     steps: str = "10"
-    """Numbers of steps; as with samplers, spacings, routes, seeds and features, several with commas between"""
+    """Numbers of steps; comma-separated, like samplers, spacings, routes, seeds and features"""
     spacings: str = "trailing"
     """trailing, leading, linspace, quadratic, logsnr"""
     routes: str = "mix"
-    """Which output of a dual model to believe: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
+    """Which output of a dual model to use: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
     seeds: str = "0"
-    """Which sets of images, as in 0,1"""
+    """Which sets of images to make, as in 0,1; each has seeds of its own"""
     features: str = "digits"
-    """What images are compared by: digits, pixels, random, lite0, inception, classifier:path=FILE; several give a row
-    each"""
+    """Feature networks that images are compared in: digits, pixels, random, lite0, inception, classifier:path=FILE;
+    several give a row each"""
     guidance: float | None = None
-    """For models of classes: scale of classifier-free guidance"""
+    """For class-conditional models: scale of classifier-free guidance"""
     out: str | None = None
-    """A directory: new, empty, or of this command; by default `evaluation` in the run's directory"""
+    """Output directory: new, empty, or of this command; by default `evaluation` in the run's directory"""
     card: bool = False
     """Write the scores on the model card of each checkpoint"""
     batch_size: int = 256
@@ -69,9 +69,9 @@ class Options:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
     precision: str = "fp32"
-    """Of the model's network: fp32, bf16, fp16, auto"""
+    """Number format of the model's network: fp32, bf16, fp16, auto"""
     backend: str = "eager"
-    """What computes the network: eager, graph, compile, openvino, onnx, or auto, which takes the fastest"""
+    """What runs the network: eager, graph, compile, openvino, onnx, or auto, which takes the fastest"""
     calibrated: bool = False
     """Apply what dualout calibrate found for each sampler, spacing and number of steps"""
     dry_run: bool = False

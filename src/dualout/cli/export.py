@@ -1,9 +1,9 @@
-"""Write a model for other programs, a pipeline of diffusers or ONNX, or bring one of theirs here.
+"""Export a model as a diffusers pipeline or ONNX, or convert other code's weights into a checkpoint.
 
 A pipeline is loaded with dualout.export.DualOutputPipeline.from_pretrained; its network is an ordinary model of
-diffusers. An ONNX file takes noisy images and their time steps and gives clean images, noise and ratio; it is put in
-place when ONNX Runtime agrees with torch. --format dualout takes what dualout upgrade takes, somebody's file of weights
-for instance, and writes a checkpoint that sample, evaluate and the other commands read.
+diffusers. An ONNX file takes noisy images and their time steps and returns clean images, noise and ratio; it is written
+only if ONNX Runtime agrees with torch. --format dualout takes any source of dualout upgrade, a file of weights for
+instance, and writes a checkpoint that sample, evaluate and the other commands read.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ class Options:
     schedule: str | None = None
     """With --format dualout, of a diffusers model without its scheduler: linear, scaledlinear, cosine …"""
     out: str | None = None
-    """A directory: new, empty, or of the same command before; by default RUN-FORMAT"""
+    """Output directory: new, empty, or of the same command before; by default RUN-FORMAT"""
     route: str = "mix"
-    """Which output of a dual model to believe: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
+    """Which output of a dual model to use: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
     sampler: str = "ddim"
     """Whose scheduler a pipeline gets: ddim, ddpm, dpmsolver, unipc; with --calibrated, whose calibration is taken"""
     steps: int = 20
-    """With --calibrated, of its sampler; a pipeline is told its number of steps when it is called"""
+    """With --calibrated, the number of steps that it is for; a pipeline gets its number of steps when it is called"""
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace"""
     clip: bool = True
-    """Clip believed clean images to the range of images at every step"""
+    """Clip the predicted clean image to the range of images at every step"""
     calibrated: bool = False
-    """Take what dualout calibrate found for this sampler, spacing and number of steps along"""
+    """Export the calibration for this sampler, spacing and number of steps too"""
     opset: int = 20
-    """With --format onnx, the version of its operators"""
+    """With --format onnx, the version of the ONNX operator set"""
     tolerance: float = 1e-4
-    """How far a pipeline that is read again, or ONNX Runtime, may be from the model"""
+    """Largest difference between the model and the exported pipeline or ONNX file"""
     push_to_hub: str | None = None
-    """Upload it, too: to this repository of the Hugging Face Hub, NAME/REPOSITORY"""
+    """Also upload it to this repository of the Hugging Face Hub, NAME/REPOSITORY"""
     private: bool | None = None
-    """With --push_to_hub, whether a new repository is seen by its owner only"""
+    """With --push_to_hub, whether a new repository is private"""
 
 
 def run(arguments: list[str]) -> int | None:
@@ -182,7 +182,7 @@ def _pipeline(
         del again
         if not difference <= options.tolerance:
             raise InputError(
-                f"the pipeline, read again, believes in other images, by {difference:.2g}, which is more than "
+                f"the pipeline, read again, predicts other images, by {difference:.2g}, which is more than "
                 f"--tolerance {options.tolerance:g}; nothing was written"
             )
     console.wrote(out, f"a pipeline of diffusers with {type(pipeline.scheduler).__name__}")

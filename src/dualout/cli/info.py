@@ -1,4 +1,4 @@
-"""What is installed, what this machine computes well, and what a run is."""
+"""Show what is installed, what this machine computes fast, and what a run is."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Make one self-contained web page of runs: curves, samples, scores, analyses, protocols.
+"""Collect runs in one self-contained web page: curves, samples, scores, analyses, protocols.
 
-Takes whatever is there: metrics and samples of a training, results.json of evaluations, and what dualout analyze wrote.
+Includes whatever is there: metrics and samples of a training, results.json of evaluations, and analyses.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Options:
     runs: list[str] = field(metadata={"positional": True})
     """Directories of runs, of results, or of several runs"""
     out: str = "report.html"
-    """The page"""
+    """File to write"""
     title: str | None = None
-    """Above the page"""
+    """Title of the page"""
 
 
 def run(arguments: list[str]) -> int | None:

@@ -1,7 +1,7 @@
 """Make images with a trained model.
 
-Image i is made from seed + i, whatever the batch. An interrupted command goes on where it stopped when it is given
-again; with torchrun, every process makes its share.
+Image i is made from seed + i, whatever the batch size. Given again, an interrupted command goes on where it stopped;
+with torchrun, every process makes its share.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ class Options:
     run: str = field(metadata={"positional": True})
     """A run's directory, a checkpoint's, or the name of a Hugging Face Hub repository"""
     images: int = 64
-    """How many"""
+    """How many images to make"""
     sampler: str = "ddim"
     """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in ddim:eta=0.5"""
     steps: int = 20
-    """From 1 to the length of the model's schedule"""
+    """Number of steps, from 1 to the length of the model's schedule"""
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
     seed: int = 0
-    """Of the first image; image i is made from seed + i"""
+    """Seed of the first image; image i is made from seed + i"""
     route: str = "mix"
-    """Which output of a dual model to believe: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
+    """Which output of a dual model to use: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
     clip: bool = True
-    """Clip believed clean images to the range of images at every step"""
+    """Clip the predicted clean image to the range of images at every step"""
     class_label: str | None = None
-    """For models of classes: one, by number or name, or several, comma-separated, that images take in turn; by default
-    all in turn"""
+    """For class-conditional models: a class, by number or name, or several, comma-separated, that images take in turn;
+    by default all in turn"""
     guidance: float | None = None
-    """For models of classes: scale of classifier-free guidance; 1 is none"""
+    """For class-conditional models: scale of classifier-free guidance; 1 is none"""
     out: str = "out"
-    """A directory: new, empty, or of the same command interrupted before"""
+    """Output directory: new, empty, or of the same command, interrupted"""
     format: str = "png"
-    """png, a file an image; or npz, one images.npz with `images` uint8 N×H×W or N×H×W×C"""
+    """png, one file for each image; or npz, one images.npz with `images` uint8 N×H×W or N×H×W×C"""
     batch_size: int = 64
     """How many images at a time"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
     precision: str = "fp32"
-    """Of the network: fp32, bf16, fp16, auto"""
+    """Number format of the network: fp32, bf16, fp16, auto"""
     backend: str = "eager"
-    """What computes the network: eager, graph, compile, openvino, onnx, or auto, which takes the fastest"""
+    """What runs the network: eager, graph, compile, openvino, onnx, or auto, which takes the fastest"""
     calibrated: bool = False
     """Apply what dualout calibrate found for this sampler, spacing and number of steps"""
     dry_run: bool = False

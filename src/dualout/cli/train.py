@@ -1,6 +1,6 @@
-"""Train a diffusion model, or go on with one.
+"""Train a diffusion model, or resume a run.
 
-An interrupted run goes on where it was when it is given the same --out; Ctrl-C and SIGTERM write a checkpoint first.
+A run resumes when it is given the same --out; Ctrl-C and SIGTERM write a checkpoint first.
 With torchrun or accelerate launch, several processes share each batch.
 """
 

@@ -1,8 +1,8 @@
-"""Give a trained model a second output: it samples as before, and better where held-out images say so.
+"""Give a trained model a second output, used only where it lowers the error on held-out images.
 
 The source may be a checkpoint of dualout or of diffusers, or a file of weights; it is only read. The directory that is
-written is a checkpoint for sample, evaluate, calibrate, export and train --init. An interrupted upgrade goes on when
-the same command is given again.
+written is a checkpoint for sample, evaluate, calibrate, export and train --init. Given again, an interrupted upgrade
+goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images to learn from: one source a file, found by name; `load` gives them as a Dataset."""
+"""Images to train on: data sources by name, and `load`, which gives one as a `Dataset`."""
 
 from dualout.data.arrays import Arrays
 from dualout.data.base import SPLITS, Source, open_source

@@ -1,4 +1,4 @@
-"""Images that can be asked for by number."""
+"""Images that are accessed by index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Making images in numbers, and scoring them against real ones."""
+"""Making many images, and scoring them against real ones."""
 
 from dualout.evaluation.features import Features, NetworkFeatures
 from dualout.evaluation.generate import generate

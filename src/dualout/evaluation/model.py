@@ -30,7 +30,7 @@ class Model:
         run: where it came from, as it was named.
         denoiser: ready to use, on its device.
         shape: (C, H, W) of its images.
-        classes: how many classes it can be told as ``class_labels``; None when it takes none. The number `classes`
+        classes: how many classes it is conditioned on (``class_labels``); None when it takes none. The number `classes`
             itself stands for no class.
         details: which weights these are, as plain JSON values.
         class_names: what the classes are called, where that is known.

@@ -58,12 +58,12 @@ class Reference:
 
         Args:
             dataset: the real images.
-            features: how to look at them.
+            features: the feature network.
             name: what the data are called in the protocol; None takes the dataset's name.
             split: what part of the data they are, for the protocol.
             device: where to compute features, and to compare them.
             batch_size: how many at a time.
-            progress: told how it goes.
+            progress: called with how far it is.
 
         Raises:
             InputError: when the features do not take such images, or there are too few of them.

@@ -28,14 +28,14 @@ from dualout.schedules import Schedule
 def build_sampler(
     spec: str, steps: int, spacing: str | None = None, schedule: Schedule | None = None, clip: bool = True
 ) -> Sampler:
-    """A sampler from what the command line says of it.
+    """A sampler from its options on the command line.
 
     Args:
         spec: its name, perhaps with options: ``ddim``, ``ddpm:variance=small``.
         steps: K.
         spacing: a name of `dualout.samplers.SPACINGS`; None leaves it to the sampler.
         schedule: checked for having K steps.
-        clip: False turns the clipping of believed clean images off.
+        clip: False turns the clipping of predicted clean images off.
 
     Raises:
         InputError: for unknown names, K < 1, K > T, or `steps` or `spacing` given twice.
@@ -63,9 +63,9 @@ class Sampling:
     """A model, a sampler and seeds: all that image i depends on.
 
     Attributes:
-        model: what believes.
+        model: the denoiser, with its checkpoint.
         sampler: how it goes from noise to images.
-        route: which of the network's outputs is believed.
+        route: which of the network's outputs is used.
         seed: of image 0; image i is made from seed + i, whatever batch it is in.
         labels: the class of image i is labels[i mod their number]; None is all classes in turn where the model takes
             classes.
@@ -147,7 +147,7 @@ class Sampling:
 
     @property
     def evaluations(self) -> int:
-        """How many times the network looks at an image (NFE); guidance looks twice each time."""
+        """How many times the network is evaluated for an image (NFE); with guidance, twice as often."""
         return self.sampler.evaluations * (1 if self.guidance is None else 2)
 
     def images(self, indices: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a sampling to rows of scores: images are made, looked at and forgotten, a batch at a time."""
+"""From a sampling to rows of scores: images are made, their features kept, and the images dropped, batch by batch."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Scoring:
         self._scores: list[dict[str, float]] = []
 
     def run(self, batch_size: int = 256) -> Iterator[int]:
-        """Make this process's share of the images and look at them; yields how many are done."""
+        """Make this process's share of the images and their features; yields how many are done."""
         # gone when the scores are there: of 10,000 images in Inception's features they are 150 MB, and rows may be many
         statistics = [Statistics() for _ in self.references]
         began, share = time.perf_counter(), self.group.share(self.images)

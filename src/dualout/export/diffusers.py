@@ -69,7 +69,7 @@ class DualOutputPipeline(DiffusionPipeline):
             is of its kind and has this timestep_spacing; None is the scheduler's own.
 
     Raises:
-        InputError: when the scheduler has another noise schedule, or asks for something else.
+        InputError: when the scheduler has another noise schedule, or needs another prediction.
     """
 
     unet: Any
@@ -201,7 +201,7 @@ class DualOutputPipeline(DiffusionPipeline):
             class_labels: one an image, or one for all, for networks that are told.
             guidance_scale: of classifier-free guidance away from "no class", the last of the network's; 1 is none.
             conditions: further arguments of the network, by name.
-            route: which output to believe: "mix", "eps", "x0", "velocity", "flow" or a fixed ratio.
+            route: which output to use: "mix", "eps", "x0", "velocity", "flow" or a fixed ratio.
             calibrated: correct the steps by the stored calibration.
             height, width: in pixels, where the network does not say.
             callback_on_step_end: called as (pipeline, step, time step, {name: tensor}) after each step; what it

@@ -67,7 +67,7 @@ def write_onnx(
 ) -> dict[str, Any]:
     """Write DIRECTORY/model.onnx and README.md.
 
-    The batch is of any size; the images are of one. Networks that are told classes have a third input, class_labels.
+    The batch is of any size; the images are of one. Class-conditional networks have a third input, class_labels.
 
     Args:
         denoiser: the model; it is computed in float32.
@@ -116,7 +116,7 @@ def write_onnx(
 
 
 class _Graph(nn.Module):
-    """What is translated: everything from noisy images to the belief."""
+    """What is translated: everything from noisy images to the prediction."""
 
     def __init__(self, denoiser: Denoiser, calibration: Calibration | None) -> None:
         super().__init__()

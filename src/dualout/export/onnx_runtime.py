@@ -164,7 +164,7 @@ class OnnxDenoiser(nn.Module):
         return {name: _array(torch.as_tensor(value), len(x_t)) for name, value in inputs.items()}
 
     def route(self, route: Route) -> OnnxDenoiser:
-        """The same network with only one of its outputs believed; see `Denoiser.route`."""
+        """The same network with only one of its outputs used; see `Denoiser.route`."""
         view = object.__new__(OnnxDenoiser)
         nn.Module.__init__(view)
         view.record, view.schedule, view.runtime, view.network = self.record, self.schedule, self.runtime, self.network

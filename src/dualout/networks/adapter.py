@@ -42,5 +42,5 @@ def innermost(network: Any) -> Any:
 
 
 def config_of(network: Any) -> dict[str, Any]:
-    """The constructor's arguments of the network itself, where it tells them, as diffusers' models do."""
+    """The constructor's arguments of the network itself, where it has them, as diffusers' models do."""
     return dict(getattr(innermost(network), "config", {}))

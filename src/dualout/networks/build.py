@@ -29,7 +29,7 @@ def build(
         image_channels: C.
         size: height and width in pixels, or the side of a square.
         out_channels: `Parameterization.channels(C)`.
-        classes: how many classes the network is told as ``class_labels``, or None. Index `classes`, the last, stands
+        classes: how many classes it is conditioned on (``class_labels``), or None. Index `classes`, the last, stands
             for "no class" (classifier-free guidance).
 
     Raises:

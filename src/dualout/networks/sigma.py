@@ -1,4 +1,4 @@
-"""Networks that are told the noise level instead of the time."""
+"""Networks that take the noise level instead of the time step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SigmaConditioned(Adapter):
     Args:
         network: the network.
         schedule: the noise levels that t counts; the denoiser's.
-        log: the network is told c_noise = ln(σ) / 4 instead (EDM, Karras et al. 2022, arXiv 2206.00364, table 1).
+        log: the network takes c_noise = ln(σ) / 4 instead (EDM, Karras et al. 2022, arXiv 2206.00364, table 1).
         exploding: the network sees x_t / alpha = x0 + σ·eps, the noisy image of variance-exploding schedules, instead
             of x_t.
     """

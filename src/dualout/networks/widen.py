@@ -35,17 +35,17 @@ def widen(
     example: Example | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Give a trained network more output channels; what it gave before it gives still, until trained: bit for bit, on a
-    GPU to `ROUNDING`.
+    """Give a trained network more output channels; its old outputs are unchanged until it is trained: bit for bit on a
+    processor, to `ROUNDING` on a GPU.
 
     ``Denoiser(widen(network, 2 * C + 1), Dual(), schedule).route("eps")`` samples exactly as the eps-network did.
 
     Args:
-        network: a module; one that torch.compile made, or parts of it, are taken out of the wrapping, an adapter of
-            `dualout.networks` has the network in it widened.
+        network: a module. What torch.compile made of it is unwrapped; of an adapter of `dualout.networks`, the network
+            inside is widened.
         channels: how many output channels it will have.
-        layer: the layer that makes them, by name; None looks its architecture up in `dualout.networks.output`, or
-            else traces which layer it is.
+        layer: the name of the output layer; None looks up the architecture in `dualout.networks.output`, or else finds
+            the layer by tracing a call.
         places: where the old channels go, by index; None is first, in order. An x0-network's would be C … 2C − 1.
         init: fills the new rows' weights in place, say `torch.nn.init.xavier_uniform_`; their biases are 0.
         example: arguments of one call, (x_t, t) or (x_t, t, {name: condition}), to trace and to check with.

@@ -1,4 +1,4 @@
-"""How a network's output is read: one class a file, found by name."""
+"""Parameterizations: how a network's output is turned into a `Prediction`, and what training minimizes."""
 
 from dualout.parameterizations.base import Parameterization, SingleOutput
 from dualout.parameterizations.clean import CleanImage

@@ -18,7 +18,7 @@ from dualout.registry import Registered
 from dualout.schedules import Schedule
 
 Route = str | float
-"""Which output to believe: "mix" (all, as trained), "eps", "x0", "velocity", "flow", or a fixed ratio in [0, 1]."""
+"""Which output to use: "mix" (all, as trained), "eps", "x0", "velocity", "flow", or a fixed ratio in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Parameterization(Registered, ABC):
 
     @abstractmethod
     def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
-        """The belief behind a raw output.
+        """The prediction that follows from a raw output.
 
         Args:
             raw: the network's output, (B, channels(C), H, W).
@@ -103,22 +103,22 @@ class SingleOutput(Parameterization, ABC):
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
-        """What the network should say of x_t = alpha·x0 + sigma·eps."""
+        """What the network should output for x_t = alpha·x0 + sigma·eps."""
 
     @abstractmethod
     def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
-        """The clean image behind a raw output; both (B, C, H, W)."""
+        """The clean image that follows from a raw output; both (B, C, H, W)."""
 
     @abstractmethod
     def gain(self, level: Level) -> Scalar:
-        """How many times an error of the output is as large in the clean image."""
+        """The factor by which an error of the output becomes an error of the clean image."""
 
     def channels(self, image_channels: int) -> int:
         """C."""
         return image_channels
 
     def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
-        """What `believe` makes of it."""
+        """A Prediction of the clean image that `believe` gives."""
         if raw.shape != x_t.shape:
             check_channels(raw, x_t, (x_t.shape[1],), self.name)
         level = level.over(x_t)
@@ -132,7 +132,7 @@ class SingleOutput(Parameterization, ABC):
 
 
 def subtract(eps: Tensor, x_t: Tensor, level: Level) -> Tensor:
-    """The clean image that a believed noise leaves: (x_t − sigma·eps) / alpha."""
+    """The clean image that follows from a predicted noise: (x_t − sigma·eps) / alpha."""
     if isinstance(level.alpha, float) and isinstance(level.sigma, float):
         return torch.add(x_t, eps, alpha=-level.sigma).mul_(number(1 / level.alpha, x_t))
     return (x_t - level.sigma * eps) / level.alpha

@@ -42,7 +42,7 @@ LEARNED = ("pixel", "channel", "image", "step")
 RATIOS = (*LEARNED, "velocity", "flow")
 GATES = ("posterior", "balanced")
 BLEND = {"gate": "balanced", "blend_weight": 1.0, "eps_weight": 0.3}
-"""Dual output that is taught its blend: what few steps sampled best in docs/results."""
+"""Dual output whose blend is trained too: the best in few steps in most of docs/results."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Dual(Parameterization):
         x0_weight: weight of the second output's loss, |x0 − x0_θ|².
         blend_weight: weight of the blend's own error in v, |v − v_mix|² with v_mix = alpha·eps_mix − sigma·x0_mix. It
             reaches both outputs and the ratio; the paper has none.
-        first: what the first output is; believed where the ratio is 0. Not a clean image, nor `second` noise: among
+        first: what the first output is; used alone where the ratio is 0. Not a clean image, nor `second` noise: among
             the parts, `ratio` is the weight of `x0`, and `eps` is what the other route says.
-        second: what the second output is; believed where the ratio is 1.
+        second: what the second output is; used alone where the ratio is 1.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dual-blend": BLEND}
@@ -219,7 +219,7 @@ def spread(ratio: Scalar, x_t: Tensor) -> Tensor:
 
 
 def ratio_of(route: Route) -> str | float:
-    """The ratio that believes one route.
+    """The ratio that uses one route.
 
     Raises:
         InputError: for a route that dual output has not.

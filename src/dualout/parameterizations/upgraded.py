@@ -44,7 +44,7 @@ class Upgraded(Parameterization):
 
     Attributes:
         base: how the trained output is read.
-        ratio: "closed": the trained output alone is believed, bit for bit as before; "pixel": the gate is open where
+        ratio: "closed": the trained output alone is used, bit for bit as before; "pixel": the gate is open where
             the table opens it; "velocity" and "flow": as in `Dual`; or a fixed number from 0 to 1 (x0 only).
         gate_weight: weight of the gate's loss, which is that of ``Dual(gate="balanced")``.
     """
@@ -68,7 +68,7 @@ class Upgraded(Parameterization):
 
     @property
     def closed(self) -> float:
-        """The ratio that believes the trained output alone."""
+        """The ratio that uses the trained output alone."""
         return 1.0 if self.trained == "x0" else 0.0
 
     @property

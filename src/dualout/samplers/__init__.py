@@ -1,4 +1,4 @@
-"""From noise to images in K steps: one class a file, found by name."""
+"""Samplers: from noise to images in K steps."""
 
 from dualout.registry import discover
 from dualout.samplers.base import Moment, Sampler

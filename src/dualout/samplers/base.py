@@ -1,6 +1,6 @@
 """The loop that all samplers share.
 
-A sampler looks at K noise levels in turn. Everything it needs to know about them is computed before the first step,
+A sampler visits K noise levels in turn. Everything it needs to know about them is computed before the first step,
 in float64, as plain numbers (`plan`); a step then is a few multiplications and additions of images (`advance`).
 """
 
@@ -37,7 +37,7 @@ class Denoises(Protocol):
         ...
 
     def __call__(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
-        """Look at noisy images."""
+        """Predict the clean images."""
         ...
 
 
@@ -49,11 +49,11 @@ class _Look(NamedTuple):
     x_t: Tensor
     """The noisy images before the step, (B, C, H, W)."""
     prediction: Prediction
-    """What the denoiser made of them."""
+    """The denoiser's prediction from them."""
 
 
 class Moment(_Look):
-    """One step of a trajectory; ``k, t, x_t, prediction = moment``."""
+    """One step of a trajectory: ``k, t, x_t, prediction = moment``, and the images after it, `x_next`."""
 
     x_next: Tensor
     """The images after the step; after the last one, the result."""
@@ -75,9 +75,9 @@ class Sampler(Registered, ABC):
 
     Attributes:
         steps: K, from 1 to the schedule's T.
-        spacing: which time steps: a name of `dualout.samplers.SPACINGS`, the steps themselves, decreasing, or a
-            function of the schedule and K that gives them.
-        clip: the range that believed clean images are clipped to, or None. They are clipped once, after any blending.
+        spacing: which time steps are visited: a name in `dualout.samplers.SPACINGS`, a decreasing list of K time steps,
+            or a function of the schedule and K that returns one.
+        clip: the range that predicted clean images are clipped to, or None. They are clipped once, after any blending.
         order: the order of convergence, as K grows, to the solution of the sampler's equation.
     """
 
@@ -139,7 +139,7 @@ class Sampler(Registered, ABC):
         """Make images.
 
         Args:
-            denoiser: what believes.
+            denoiser: the model, plain, guided or calibrated.
             noise: standard normal, (B, C, H, W); `dualout.noise` makes it, one seed an image. It is multiplied by
                 √(alpha² + sigma²) of the first level, so that images x_t to begin with are given divided by that; it
                 is 1 but for flow and EDM.
@@ -213,7 +213,7 @@ class Sampler(Registered, ABC):
             warnings.warn(_IGNORED.format(self.spec), stacklevel=4)
 
     def clipped(self, x0: Tensor) -> Tensor:
-        """Believed clean images, within the range."""
+        """Predicted clean images, clipped to the range."""
         return x0 if self.clip is None else x0.clamp(*self.clip)
 
     def scaled(self, factor: Scalar, x0: Tensor) -> Tensor:

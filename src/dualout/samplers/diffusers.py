@@ -37,9 +37,9 @@ class FromDiffusers(Sampler):
 
     A scheduler with a setting `clip_sample` clips by itself, as it is set; for the others x0 is clipped before it is
     handed over, as eps, x0 or v, whichever its `prediction_type` asks for; with `variance_type="learned_range"`, a
-    learned variance goes with it. Schedulers that look twice a step (Heun, KDPM2) or between the discrete time steps
-    are refused. What a scheduler does is left to it: DDIM's goes T // K on, wherever the next of its time steps is, and
-    DDPM's, with a large variance, leaves noise in the images unless the last of them is 0.
+    learned variance goes with it. Schedulers with two evaluations a step (Heun, KDPM2) or between the discrete time
+    steps are refused. A scheduler's own behaviour is kept: DDIM's goes T // K on, wherever the next of its time steps
+    is, and DDPM's, with a large variance, leaves noise in the images unless the last time step is 0.
 
     Attributes:
         scheduler: a scheduler, whose noise schedule must be the denoiser's; or the name of one of diffusers' classes,
@@ -75,7 +75,7 @@ class FromDiffusers(Sampler):
         return super().fields() | ({"spacing": None} if own else {})
 
     def plan(self, schedule: Schedule, times: Sequence[int]) -> list[_Stage]:
-        """One scheduler, made ready, and what it is told at each step."""
+        """One scheduler, made ready, and its time step at each step."""
         scheduler = _ready(self.scheduler, schedule, self.steps, None if isinstance(self.spacing, _OwnTimes) else times)
         clips = clips_itself(type(scheduler))
         if isinstance(self.scheduler, str) and clips:
@@ -111,7 +111,7 @@ def asked(p: Prediction, scheduler: Any, clip: tuple[float, float] | None) -> Te
 
     Args:
         p: the prediction.
-        scheduler: whose `prediction_type` says what it takes.
+        scheduler: whose `prediction_type` says which output it takes.
         clip: the range of x0, for schedulers that have no setting `clip_sample` themselves.
 
     Returns:

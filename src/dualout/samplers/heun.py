@@ -17,8 +17,8 @@ from dualout.schedules import Schedule
 class Heun(Sampler):
     """Heun's second-order steps (EDM, Karras et al. 2022, arXiv 2206.00364, algorithm 1, without churn).
 
-    In u = sigma/alpha, where d(x_t/alpha)/du = eps: a DDIM step, a second look where it led, and the step again with
-    the mean of both eps. The last step, to no noise, has one look, so K steps cost 2K − 1 evaluations.
+    In u = sigma/alpha, where d(x_t/alpha)/du = eps: a DDIM step, a second evaluation where it led, and the step again
+    with the mean of both eps. The last step, to no noise, has one evaluation, so K steps cost 2K − 1.
     """
 
     order: int = field(default=2, init=False)

@@ -1,4 +1,4 @@
-"""Training: a generator of steps, and runs in directories that go on from where they were."""
+"""Training: a generator of steps, and runs in directories, which can be resumed."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""K-step calibration: fit a few numbers a step to what a K-step trajectory wants.
+"""K-step calibration: fit a few numbers for each step of a K-step trajectory.
 
 The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, from
 the uncalibrated start and, for samplers of first order, from DPM-Solver++ 2M's, against a distance between made and
@@ -125,7 +125,7 @@ def fit(
         how: the settings.
         numbers: which to fit, of `calibrated.NEUTRAL`; None is all that the parameterization has.
         precision: of the network when images are made; None is float32. How far images are is measured in float32.
-        told: what the denoiser is told of classes, where it knows some.
+        told: the class labels that the denoiser is conditioned on, where it is.
 
     Raises:
         InputError: for too few images, or numbers that there are not.

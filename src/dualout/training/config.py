@@ -1,4 +1,4 @@
-"""What a training is made of: the flags and the YAML keys of ``dualout train``."""
+"""The configuration of a training: the flags and the YAML keys of ``dualout train``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ that `accumulate` and the number of processes change a network's own dropout, wh
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """A training.
+    """The configuration of a training.
 
     Raises:
         InputError: for a value that cannot be used.
@@ -34,9 +34,9 @@ class TrainConfig:
     size: int | None = None
     """Height and width to crop and resize the images to; by default they are taken as they are"""
     grey: bool | None = None
-    """Whether to turn images grey (true) or to colour (false); by default they are taken as they are"""
+    """Convert images to greyscale (true) or colour (false); by default they are taken as they are"""
     cache: str | None = None
-    """Where decoded images are kept, and mapped from; needed from 2 GiB of them on"""
+    """Folder where decoded images are kept and memory-mapped from; needed for more than 2 GiB of them"""
     strict: float = 0.01
     """Share of the image files that may be unreadable; they are left out"""
     flip: bool = False
@@ -45,20 +45,20 @@ class TrainConfig:
     """A backbone's name (tiny, small, ddpm-cifar10 …), or in YAML its class and arguments; by default tiny, or that of
     --init"""
     parameterization: str | None = None
-    """What the network learns to output: dual, eps, x0, velocity, flow or karras, perhaps with options, such as
-    dual:ratio=channel:gate=balanced; by default dual, or that of --init"""
+    """What the network learns to predict: dual (as published), dual-blend (our variant), eps, x0, velocity, flow or
+    karras (EDM), perhaps with options, as in dual:ratio=channel; by default dual, or that of --init"""
     schedule: str | None = None
-    """The noise levels: linear, cosine, scaledlinear, rectifiedflow …; by default linear, or that of --init"""
+    """Noise schedule: linear, cosine, scaledlinear, rectifiedflow …; by default linear, or that of --init"""
     conditional: bool = False
-    """Learn each class of the data, for classifier-free guidance"""
+    """Condition the network on the classes of the data, for classifier-free guidance"""
     label_dropout: float = 0.1
     """Share of the images whose class is withheld, with --conditional"""
     steps: int = 3000
-    """How many times the weights are updated; a run that is finished goes on when this is raised"""
+    """Number of weight updates; a finished run is trained further when this is raised"""
     batch_size: int = 128
-    """Images an update, over all processes"""
+    """Images per update, over all processes"""
     accumulate: int = 1
-    """Parts that a batch is taken in, to save memory"""
+    """Number of parts that a batch is processed in, to save memory"""
     lr: float = 1e-3
     """Learning rate of AdamW, constant after the warm-up, so that a run can always be made longer"""
     warmup: int = 100
@@ -66,33 +66,33 @@ class TrainConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging of the gradient and of its square"""
+    """AdamW's decay rates of the two moment averages"""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 leaves it alone"""
+    """Largest norm of the gradient; 0 turns clipping off"""
     ema: float = 0.999
-    """How much of the averaged weights, which are the ones that are used, is kept at a step"""
+    """Decay per step of the exponential moving average of the weights; sampling uses the averaged weights"""
     ema_warmup: bool = True
-    """Let --ema rise to its value as (1 + n) / (10 + n), so that the first weights are forgotten early; false where
-    they are good ones, those of --init, and a short training is to be averaged over as many steps as --ema says"""
+    """Let --ema rise to its value as (1 + n) / (10 + n), so that the initial weights are forgotten early; false for a
+    short training from good weights (--init), to average over as many steps as --ema says"""
     precision: str = "auto"
-    """Of the network: fp32, bf16 or fp16; auto takes what is fastest here (dualout info tells). The loss, the weights
-    and their averages are always fp32"""
+    """Number format of the network: fp32, bf16 or fp16; auto takes the fastest on this machine (see dualout info). The
+    loss, the weights and their averages are always fp32"""
     channels_last: bool | None = None
     """Memory layout of the images; by default on GPUs only, where it is faster"""
     compile: bool = False
     """Compile the network with torch.compile: minutes at first, then up to 1.2 times faster on CPU and more on GPU"""
     graph: bool | None = None
-    """Record forward and backward passes as a CUDA graph, which spares the processor the launching of their kernels; by
-    default on one GPU. A network that does not do the same at each step needs false"""
+    """Replay forward and backward passes as a CUDA graph, which saves launching their kernels one by one; by default on
+    one GPU. A network whose operations differ from step to step needs false"""
     fsdp: bool = False
-    """Divide the weights, their average and the optimizer's memory among the processes (FSDP2), for networks too large
-    for one GPU; with torchrun or accelerate launch"""
+    """Shard the weights, their average and the optimizer state over the processes (FSDP2), for networks too large for
+    one GPU; with torchrun or accelerate launch"""
     seed: int = 0
-    """Of the first weights, the order of the data, the time steps and the noise"""
+    """Seed of the initial weights, the order of the data, the time steps and the noise"""
     init: str | None = None
-    """A checkpoint, directory or Hub id, whose weights to start from"""
+    """Checkpoint, a directory or Hub id, whose weights to start from"""
     out: str | None = None
-    """Where the run goes, and where it is resumed from; by default runs/DATA-PARAMETERIZATION"""
+    """Directory of the run, which is resumed if it exists; by default runs/DATA-PARAMETERIZATION"""
     checkpoint_every: int = 500
     """Steps between checkpoints"""
     keep: int = 1
@@ -110,7 +110,7 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
     track: str | None = None
-    """Also send the metrics to tensorboard, trackio or wandb"""
+    """Also send the metrics to tensorboard, trackio or wandb (extra track)"""
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -1,4 +1,4 @@
-"""Where the new route of an upgraded model may be believed: measured on held-out images, bin by bin of t.
+"""Where the new route of an upgraded model may be used: measured on held-out images, bin by bin of t.
 
 With the trained route's error a = x0 − x0_old, the blend's squared error is a quadratic of the ratio,
 
@@ -63,7 +63,7 @@ def opened(errors: Errors, closed: float) -> list[float]:
 
     Args:
         errors: measured ones.
-        closed: the ratio that believes the trained route alone, 0 or 1.
+        closed: the ratio that uses the trained route alone, 0 or 1.
     """
     trained = errors.of(closed)
     wins = torch.ones(len(trained), dtype=torch.bool)

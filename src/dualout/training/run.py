@@ -54,7 +54,7 @@ class Run:
             stay as they are.
         dataset: to learn from, where it is not to be loaded; it gives `config.data` its name where that is left out.
         about: further rows for the model card's table of the training.
-        progress: told how far loading the images is.
+        progress: called with how far loading the images is.
 
     Raises:
         InputError: on entering, for anything that cannot be used: also when the directory is of a run with another

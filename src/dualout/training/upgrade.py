@@ -1,6 +1,6 @@
-"""From one output to two: any trained diffusion model becomes a dual one, and is never worse than it was.
+"""From one output to two: any trained diffusion model becomes a dual-output one, with no larger error than before.
 
-    before                       the gate is closed: the trained output alone is believed, bit for bit
+    before                       the gate is closed: the trained output alone is used, bit for bit
     closed form                  the new rows, by least squares, with the rest as it is (`dualout.training.readout`)
     fine-tuning                  of the new rows, the last block or everything, by `dualout.training.Run`
     after each                   the gate is opened where held-out images say so (`dualout.training.opening`)

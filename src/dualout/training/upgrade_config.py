@@ -1,4 +1,4 @@
-"""What an upgrade is told, and what may change of it when it goes on."""
+"""The configuration of an upgrade, and what of it may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FREE = frozenset({"steps", "out", "device", "check_every", "cache", "workers"})
 
 @dataclass(kw_only=True)
 class UpgradeConfig:
-    """An upgrade.
+    """The configuration of an upgrade.
 
     Raises:
         InputError: for a value that cannot be used.
@@ -31,48 +31,48 @@ class UpgradeConfig:
     size: int | None = None
     """Height and width to crop and resize the images to; by default they are taken as they are"""
     grey: bool | None = None
-    """Whether to turn images grey (true) or to colour (false); by default they are taken as they are"""
+    """Convert images to greyscale (true) or colour (false); by default they are taken as they are"""
     cache: str | None = None
-    """Where decoded images are kept, and mapped from; needed from 2 GiB of them on"""
+    """Folder where decoded images are kept and memory-mapped from; needed for more than 2 GiB of them"""
     flip: bool = False
     """Mirror every second image, at random, when fine-tuning"""
     adapter: str | None = None
     """For files: plain (with options, as in plain:network=small:size=28), starter-cnn, mnist-ddpm"""
     layer: str | None = None
-    """The network's output layer, by name, where it cannot be found"""
+    """Name of the network's output layer, where it is not found automatically"""
     parameterization: str | None = None
-    """Of a diffusers model without its scheduler: what it was trained to predict, eps, x0 or velocity"""
+    """For a diffusers model without its scheduler: what it was trained to predict, eps, x0 or velocity"""
     schedule: str | None = None
-    """Of a diffusers model without its scheduler: linear, scaledlinear, cosine …"""
+    """For a diffusers model without its scheduler: linear, scaledlinear, cosine …"""
     scope: str = "closed"
     """What is trained: closed (the new rows, by least squares, in one pass), rows (the new rows, by gradients), last
     (the last block) or all"""
     start: str = "closed"
-    """How the new rows begin: closed (by least squares) or zero"""
+    """How the new rows are initialized: closed (by least squares) or zero"""
     images: int = 4000
-    """Images in the pass of the least squares"""
+    """Number of images for the least-squares fit"""
     pixels: int = 256
-    """Positions of each batch of them that it looks at"""
+    """Number of pixel positions of each batch that the least-squares fit uses"""
     steps: int = 600
-    """How many times the weights are updated, with --scope rows, last or all"""
+    """Number of weight updates, with --scope rows, last or all"""
     batch_size: int = 64
-    """Images an update"""
+    """Images per update"""
     lr: float = 5e-4
     """Learning rate of AdamW, constant after the warm-up"""
     warmup: int = 50
     """Steps in which the learning rate rises to its value"""
     ema: float = 0.99
-    """How much of the averaged weights is kept at a step"""
+    """Decay per step of the exponential moving average of the weights"""
     precision: str = "auto"
-    """Of the network while it is trained: fp32, bf16, fp16, auto"""
+    """Number format of the network in training: fp32, bf16, fp16, auto"""
     check_every: int = 100
-    """Steps between looks at the held-out images, at which the gate may open"""
+    """Steps between checks on the held-out images, which decide where the blend uses the new output"""
     held_out: int = 128
-    """Images that are not trained on, and decide where the gate opens; at most a quarter of all"""
+    """Images that are not trained on, and decide where the blend uses the new output; at most a quarter of all"""
     bins: int = 20
-    """Parts of the noise levels that are decided on apart"""
+    """Number of ranges of noise levels for which that is decided separately"""
     seed: int = 0
-    """Of the order of the images, the time steps and the noise"""
+    """Seed of the order of the images, the time steps and the noise"""
     workers: int = 1
     """Threads that prepare batches ahead"""
     device: str = "auto"

@@ -137,7 +137,7 @@ class Digits(_OfFile):
 
 @dataclass(frozen=True)
 class Classifier(_OfFile):
-    """A classifier of one's own: ``classifier:path=FILE.safetensors``, trained by benchmarks/train_classifier.py."""
+    """A classifier that you train: ``classifier:path=FILE.safetensors``, trained by benchmarks/train_classifier.py."""
 
     path: str
 
