@@ -179,6 +179,11 @@ class Calibrated(nn.Module):
     if TYPE_CHECKING:  # torch's is of Any
         __call__: Callable[..., Prediction]
 
+    @property
+    def follows(self) -> bool:
+        """Whether it goes on from the step before, which then has to be of the same batch."""
+        return "x0_trend" in self.values
+
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
         """Look at noisy images at one of the K time steps.
 

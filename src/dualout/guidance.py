@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,16 +24,21 @@ class ClassifierFree(nn.Module):
     Args:
         denoiser: trained with its condition left out at times.
         scale: 0 is unconditional, 1 is plain conditional, above 1 is guided.
+        interval: the noise levels, sigma / alpha from above the first number to the second, that are guided; at others
+            the network is asked under the condition alone (Kynkäänniemi et al. 2024, arXiv 2404.07724). None is all.
         null: the conditions that stand for "none", by name: tensors of one row, or numbers.
     """
 
-    def __init__(self, denoiser: nn.Module, scale: float, **null: Tensor | float) -> None:
+    def __init__(
+        self, denoiser: nn.Module, scale: float, *, interval: Sequence[float] | None = None, **null: Tensor | float
+    ) -> None:
         super().__init__()
         if not null:
             raise InputError("guidance needs to know what stands for no condition, say class_labels=10")
         self.schedule = schedule_of(denoiser, "guidance wraps")
         self.denoiser = denoiser
         self.scale = float(scale)
+        self.interval = None if interval is None else _checked(interval)
         self.null = null
 
     if TYPE_CHECKING:  # torch's is of Any
@@ -40,7 +46,14 @@ class ClassifierFree(nn.Module):
 
     def extra_repr(self) -> str:
         """What `repr` says besides the denoiser."""
-        return f"scale={self.scale}"
+        return f"scale={self.scale}" + ("" if self.interval is None else f", interval={self.interval}")
+
+    def guides(self, t: int) -> bool:
+        """Whether time step `t` is guided."""
+        if self.interval is None:
+            return True
+        alpha, sigma = self.schedule.scalars(t)
+        return bool(self._inside(sigma / alpha))
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
         """Predict under `conditions`, guided away from the unconditional prediction.
@@ -51,18 +64,33 @@ class ClassifierFree(nn.Module):
         missing = self.null.keys() - conditions.keys()
         if missing:
             raise InputError(f"guidance needs the condition {', '.join(sorted(missing))}; pass it to sample()")
+        scale: Tensor | float = self.scale
+        if not isinstance(t, Tensor) and not self.guides(t):
+            if not self.doubles(t):
+                return self.denoiser(x_t, t, **conditions)
+            scale = 1.0
         both = {name: self._beside(name, value) for name, value in conditions.items()}
         twice = torch.cat([t, t]) if isinstance(t, Tensor) and t.numel() > 1 else t
         doubled = torch.cat([x_t, x_t])
         p = self.denoiser(doubled, twice, **both)
         b = len(x_t)
         level = p.level.map(lambda v: v[:b] if isinstance(v, Tensor) and v.ndim else v)
-        seen = x_t if p.x_t is doubled else self._guided(p.x_t)
-        return Prediction(seen, level, self._guided(p.x0), {k: v[:b] for k, v in p.parts.items()})
+        if self.interval is not None and isinstance(t, Tensor):
+            alpha, sigma = self.schedule.level(t)
+            scale = torch.where(self._inside(sigma / alpha), self.scale, 1.0).to(x_t).view(-1, *[1] * (x_t.ndim - 1))
+        seen = x_t if p.x_t is doubled else _guided(p.x_t, scale)
+        return Prediction(seen, level, _guided(p.x0, scale), {k: v[:b] for k, v in p.parts.items()})
 
-    def _guided(self, both: Tensor) -> Tensor:
-        given, none = both.chunk(2)
-        return torch.lerp(none, given, self.scale)
+    def doubles(self, t: int) -> bool:
+        """Whether the network is asked for both beliefs at time step `t`.
+
+        What goes on from the step before has to have known that one by both, guided or not.
+        """
+        return self.guides(t) or getattr(self.denoiser, "follows", False)
+
+    def _inside(self, noise: Any) -> Any:
+        low, high = self.interval or (0.0, math.inf)
+        return (noise > low) & (noise <= high)
 
     def _beside(self, name: str, value: Any) -> Any:
         if name in self.null and not (isinstance(value, Tensor) and value.ndim):
@@ -73,3 +101,18 @@ class ClassifierFree(nn.Module):
         # a number is filled in where the others are: nothing is copied to the device
         null = null.to(value).expand_as(value) if isinstance(null, Tensor) else torch.full_like(value, null)
         return torch.cat([value, null])
+
+
+def _guided(both: Tensor, scale: Tensor | float) -> Tensor:
+    given, none = both.chunk(2)
+    return torch.lerp(none, given, scale)
+
+
+def _checked(interval: Sequence[float]) -> tuple[float, float]:
+    try:
+        low, high = map(float, interval)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"an interval of guidance is two noise levels (low, high), got {interval!r}") from error
+    if not 0 <= low < high:
+        raise InputError(f"an interval of guidance has 0 <= low < high, noise levels sigma / alpha; got {interval!r}")
+    return low, high

@@ -111,6 +111,51 @@ def test_calibrated_beliefs_are_guided_in_noise_as_in_images() -> None:
         Calibrated(ClassifierFree(denoiser, 2.5, label=NULL), [7], values)
 
 
+LEVELS = [float(s / a) for a, s in map(Cosine(T).scalars, range(T))]
+WITHIN = (LEVELS[10], LEVELS[30])
+
+
+def test_an_interval_of_noise_levels_alone_is_guided() -> None:
+    denoiser, x, label = both()
+    everywhere, within = (ClassifierFree(denoiser, 2.5, interval=i, label=NULL) for i in (None, WITHIN))
+    # above the first, up to the second
+    for t, inside in ((5, False), (10, False), (11, True), (30, True), (31, False)):
+        calls.clear()
+        p = within(x, t, label=label)
+        assert (calls, within.guides(t)) == ([6 if inside else 3], inside)
+        assert torch.equal(p.x0, (everywhere if inside else denoiser)(x, t, label=label).x0)
+    # a time step for each image: each as it would be alone
+    together = within(x, torch.tensor([10, 11, 31]), label=label)
+    for b, t in enumerate((10, 11, 31)):
+        alone = within(x[b : b + 1], t, label=label[b : b + 1])
+        torch.testing.assert_close(together.x0[b : b + 1], alone.x0, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(within(x, torch.tensor(11), label=label).x0, everywhere(x, 11, label=label).x0)
+
+
+def test_a_trend_is_followed_by_both_beliefs_into_the_interval() -> None:
+    # x0_trend needs the step before, of a batch of both; outside of the interval it is there, and does not count
+    denoiser, x, label = both()
+    times = [40, 20, 5]
+    values = {"x0_trend": [0.0, 0.4, 0.7], "eps_scale": [1.1, 1.2, 0.9]}
+    both_ways = ClassifierFree(Calibrated(denoiser, times, values), 2.5, interval=WITHIN, label=NULL)
+    given = Calibrated(denoiser, times, values)
+    none = Calibrated(denoiser, times, values)
+    for t in times:
+        calls.clear()
+        p, a = both_ways(x, t, label=label), given(x, t, label=label)
+        b = none(x, t, label=torch.full((3,), NULL))
+        assert calls[0] == 6
+        expected = b.x0 + 2.5 * (a.x0 - b.x0) if t == 20 else a.x0
+        torch.testing.assert_close(p.x0, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("interval", [(2.0, 1.0), (1.0, 1.0), (-1.0, 2.0), (0.0, float("nan")), (1.0,), "ab", 3.0])
+def test_an_interval_is_two_rising_levels(interval: object) -> None:
+    denoiser, *_ = both()
+    with pytest.raises(InputError, match="an interval of guidance"):
+        ClassifierFree(denoiser, 2.0, interval=interval, label=NULL)  # type: ignore[arg-type]
+
+
 def test_what_is_missing_is_named() -> None:
     denoiser, x, _ = both()
     with pytest.raises(InputError, match="what stands for no condition"):

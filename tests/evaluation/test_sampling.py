@@ -71,6 +71,29 @@ def test_guidance(make_model):
     assert int((none.int() - Sampling(model, sampler, labels=[3]).images(range(3)).int()).abs().max()) <= 1
 
 
+def test_an_interval_of_guidance_counts_what_it_looks_at(make_model):
+    model, heun = make_model(classes=3), build_sampler("heun", 3)
+    schedule = model.denoiser.schedule
+    times = heun.timesteps(schedule)
+    levels = [float(s / a) for a, s in map(schedule.scalars, times)]
+    # the second of three levels: Heun looks at 0, 1, 1, 2, 2
+    within = (levels[2], levels[1])
+    sampling = Sampling(model, heun, labels=[0], guidance=3.0, guidance_interval=within)
+    assert sampling.evaluations == 5 + 2
+    assert sampling.protocol()["guidance_interval"] == list(within)
+    images = [
+        Sampling(model, heun, labels=[0], guidance=g, guidance_interval=i).images(range(3))
+        for g, i in ((3.0, within), (3.0, None), (None, None), (3.0, (0.0, 1e9)))
+    ]
+    assert torch.equal(images[1], images[3])
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+    with pytest.raises(InputError, match=r"holds none of the noise levels .* of heun"):
+        Sampling(model, heun, guidance=3.0, guidance_interval=(levels[0], levels[0] + 1))
+    with pytest.raises(InputError, match="say --guidance too"):
+        Sampling(model, heun, guidance_interval=within)
+
+
 def test_images_that_are_not_finite_are_named(make_model):
     model = make_model()
     network = model.denoiser.network

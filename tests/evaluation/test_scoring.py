@@ -1,3 +1,4 @@
+import csv
 import gc
 import json
 import weakref
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from dualout import data
+from dualout.analysis.reading import method
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
 from dualout.evaluation import scoring as module
@@ -194,15 +196,20 @@ def test_results_are_kept_as_they_come(make_model, digits, tmp_path):
     assert len(lines) == 3
 
 
-def test_scales_of_guidance_are_told_apart_in_the_table(make_model, digits, tmp_path):
+def test_guidance_is_told_apart_in_the_table(make_model, digits, tmp_path):
     reference, results = Reference.of(digits, Features.parse("random")), Results(tmp_path)
-    for scale in (0.0, 2.0):
-        scoring = Scoring(Sampling(make_model(classes=3), build_sampler("ddim", 2), guidance=scale), 10, [reference])
+    for scale, interval in ((0.0, None), (2.0, None), (2.0, (0.2, 500.0))):
+        sampling = Sampling(make_model(classes=3), build_sampler("ddim", 2), guidance=scale, guidance_interval=interval)
+        scoring = Scoring(sampling, 10, [reference])
         list(scoring.run())
         results.add(scoring.rows())
-    header, *lines = (tmp_path / "results.csv").read_text().splitlines()
-    assert header.endswith(",seconds,guidance")
-    assert [line.rsplit(",", 1)[1] for line in lines] == ["0.0", "2.0"]
+    rows = list(csv.DictReader((tmp_path / "results.csv").open(newline="")))
+    assert [(row["guidance"], row["guidance_interval"]) for row in rows] == [
+        ("0.0", ""),
+        ("2.0", ""),
+        ("2.0", "0.2,500"),
+    ]
+    assert [method(row) for row in results.rows][1:] == ["dual, guidance 2", "dual, guidance 2 at 0.2,500"]
 
 
 def test_other_files_are_not_taken_for_results(tmp_path):

@@ -441,6 +441,13 @@ def test_classes_and_guidance() -> None:
     expected = samplers.DDIM(5).sample(guided, start(), class_labels=labels)
     got = out(pipeline, class_labels=labels, guidance_scale=3.0)
     torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    within = ClassifierFree(denoiser, 3.0, interval=(0.5, 5.0), class_labels=3)
+    expected = samplers.DDIM(5).sample(within, start(), class_labels=labels)
+    given = out(pipeline, class_labels=labels, guidance_scale=3.0, guidance_interval=(0.5, 5.0))
+    torch.testing.assert_close(given, expected, rtol=2e-4, atol=2e-4)
+    assert not torch.allclose(given, got, rtol=2e-4, atol=2e-4)
+    with pytest.raises(InputError, match="guidance_scale how much"):
+        out(pipeline, class_labels=labels, guidance_interval=(0.5, 5.0))
     one = samplers.DDIM(5).sample(denoiser, start(), class_labels=torch.tensor([2, 2, 2]))
     torch.testing.assert_close(out(pipeline, class_labels=2), one, **CLOSE)
     torch.testing.assert_close(out(pipeline, conditions={"class_labels": labels}), out(pipeline, class_labels=labels))

@@ -21,8 +21,10 @@ def method(row: Row) -> str:
     route = row.get("route")
     if "method" not in row and route not in (None, "", "mix"):
         name += f" ({route} route)"
-    if row.get("guidance") is not None and (guided := f", guidance {row['guidance']:g}") not in name:
-        name += guided
+    if row.get("guidance") is not None:
+        levels = row.get("guidance_interval")
+        guided = f", guidance {row['guidance']:g}" + (f" at {levels}" if levels else "")
+        name += "" if guided in name else guided
     calibrated = row.get("calibrated") and not name.endswith(", calibrated")
     return name + (", calibrated" if calibrated else "")
 

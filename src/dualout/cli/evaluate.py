@@ -60,6 +60,8 @@ class Options:
     several give a row each"""
     guidance: float | None = None
     """For class-conditional models: scale of classifier-free guidance"""
+    guidance_interval: str | None = None
+    """Which noise levels are guided: two values of sigma / alpha, LOW,HIGH, as in 0.2,5; by default all"""
     out: str | None = None
     """Output directory: new, empty, or of this command; by default `evaluation` in the run's directory"""
     card: bool = False
@@ -190,7 +192,7 @@ def _scorings(options: Options, group: Group) -> list[Scoring]:
 def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     """Every combination, with the seed that it is called by."""
     from dualout.evaluation.model import Model
-    from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
+    from dualout.evaluation.sampling import Sampling, build_sampler, parse_interval, parse_route
     from dualout.evaluation.scoring import check_count, first_seed
     from dualout.networks.device import device
 
@@ -210,6 +212,7 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
                 route,
                 first_seed(seed, options.images),
                 guidance=options.guidance,
+                guidance_interval=parse_interval(options.guidance_interval),
                 precision=options.precision,
                 calibrated=options.calibrated,
                 backend=options.backend,

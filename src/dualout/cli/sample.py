@@ -46,6 +46,8 @@ class Options:
     by default all in turn"""
     guidance: float | None = None
     """For class-conditional models: scale of classifier-free guidance; 1 is none"""
+    guidance_interval: str | None = None
+    """Which noise levels are guided: two values of sigma / alpha, LOW,HIGH, as in 0.2,5; by default all"""
     out: str = "out"
     """Output directory: new, empty, or of the same command, interrupted"""
     format: str = "png"
@@ -70,7 +72,7 @@ def run(arguments: list[str]) -> int | None:
 
     from dualout.evaluation.generate import PROTOCOL, generate
     from dualout.evaluation.model import Model
-    from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
+    from dualout.evaluation.sampling import Sampling, build_sampler, parse_interval, parse_route
     from dualout.networks.device import device
 
     part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -82,6 +84,7 @@ def run(arguments: list[str]) -> int | None:
         options.seed,
         labels=None if options.class_label is None else _labels(options.class_label, model.class_names),
         guidance=options.guidance,
+        guidance_interval=parse_interval(options.guidance_interval),
         precision=options.precision,
         calibrated=options.calibrated,
         backend=options.backend,

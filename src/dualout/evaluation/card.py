@@ -8,10 +8,11 @@ from typing import Any
 
 from dualout import checkpoint
 from dualout.card import render
+from dualout.evaluation.scoring import OPTIONAL
 from dualout.files import write_json, write_text
 
 _SETTINGS = ("route", "sampler", "spacing", "steps", "nfe", "seed", "features", "images")
-_OPTIONAL = ("calibrated", "guidance")
+_OPTIONAL = ("calibrated", *OPTIONAL)
 _SCORES = ("fd", "kid", "precision", "recall")
 
 

@@ -58,6 +58,24 @@ def parse_route(text: str) -> Route:
         return text
 
 
+def parse_interval(text: str | None) -> tuple[float, float] | None:
+    """Two noise levels with a comma between: which are guided."""
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise InputError(
+            f"--guidance_interval is two noise levels (sigma / alpha) with a comma between, as in 0.2,5; got {text}"
+        ) from None
+    return low, high
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """As `parse_interval` reads it."""
+    return ",".join(f"{level:g}" for level in interval or ())
+
+
 @dataclass(eq=False)
 class Sampling:
     """A model, a sampler and seeds: all that image i depends on.
@@ -70,6 +88,8 @@ class Sampling:
         labels: the class of image i is labels[i mod their number]; None is all classes in turn where the model takes
             classes.
         guidance: scale of classifier-free guidance; None is none.
+        guidance_interval: the noise levels that are guided, sigma / alpha from above the first number to the second;
+            None is all.
         precision: of the network: "fp32", "bf16", "fp16", "auto".
         calibrated: apply the calibration that was found for this sampler.
         backend: what computes the network: "eager", "graph", "compile", "openvino", "onnx", or "auto", the one that
@@ -86,6 +106,7 @@ class Sampling:
     seed: int = 0
     labels: Sequence[int] | None = None
     guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     precision: str = "fp32"
     calibrated: bool = False
     backend: str = "eager"
@@ -111,10 +132,23 @@ class Sampling:
             if list(self.calibration.times) != self.sampler.timesteps(self.model.denoiser.schedule):
                 self.stepping = self.sampler.at(self.calibration.times)
         if self.guidance is not None and self.model.classes is not None:
-            view = ClassifierFree(view, self.guidance, class_labels=self.model.classes)
+            view = ClassifierFree(view, self.guidance, interval=self.guidance_interval, class_labels=self.model.classes)
+            self._check_guided(view)
+        elif self.guidance_interval is not None:
+            raise InputError("an interval of guidance needs a scale: say --guidance too, such as --guidance 2")
         self.view = view
         self._sample: Callable[..., Tensor] = partial(self.stepping.sample, view)
         self._steps = "eager"
+
+    def _check_guided(self, view: ClassifierFree) -> None:
+        schedule = self.model.denoiser.schedule
+        times = self.stepping.timesteps(schedule)
+        if not any(map(view.guides, times)):
+            sigma_alpha = [schedule.scalars(t).sigma / schedule.scalars(t).alpha for t in times]
+            raise InputError(
+                f"--guidance_interval {interval_text(view.interval)} holds none of the noise levels (sigma / alpha) of "
+                f"{self.sampler.spec}: {', '.join(f'{level:.3g}' for level in sigma_alpha)}"
+            )
 
     def _own_calibration(self) -> Calibration:
         if self.route != "mix":
@@ -147,8 +181,11 @@ class Sampling:
 
     @property
     def evaluations(self) -> int:
-        """How many times the network is evaluated for an image (NFE); with guidance, twice as often."""
-        return self.sampler.evaluations * (1 if self.guidance is None else 2)
+        """How many times the network is evaluated for an image (NFE); twice at a step that is guided."""
+        if not isinstance(self.view, ClassifierFree):
+            return self.sampler.evaluations
+        looks = self.stepping.looks(self.stepping.timesteps(self.model.denoiser.schedule))
+        return sum(1 + self.view.doubles(t) for t in looks)
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """The images with these numbers, as one batch: uint8 (B, C, H, W), on the CPU.
@@ -226,6 +263,8 @@ class Sampling:
         """What the network is called with in the first, the middle and the last step, were they all of pure noise."""
         start = noise([self.seed + i for i in indices], self.model.shape, device=self.device)
         times = self.stepping.timesteps(self.model.denoiser.schedule)
+        if isinstance(self.view, ClassifierFree):
+            times = [t for t in times if self.view.doubles(t)]
         listening = _Listening(network)
         self._reading.network = listening
         try:
@@ -257,6 +296,7 @@ class Sampling:
             "precision": self.chosen.name,
             "calibration": None if self.calibration is None else self.calibration.record(),
             "pixels": "clipped to [−1, 1], rounded to 0 … 255",
+            **({} if self.guidance_interval is None else {"guidance_interval": list(self.guidance_interval)}),
         } | ({} if self.backend == "eager" else {"backend": self.backend})
 
     def computed(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dualout.evaluation.group import Group
 from dualout.evaluation.metrics import NEIGHBOURS
 from dualout.evaluation.protocol import differences, warning
 from dualout.evaluation.reference import Reference
-from dualout.evaluation.sampling import Sampling
+from dualout.evaluation.sampling import Sampling, interval_text
 from dualout.evaluation.statistics import Statistics
 from dualout.files import explained, read_json, write_json, write_text
 
@@ -23,7 +23,9 @@ COLUMNS = (
     "run", "parameterization", "route", "sampler", "spacing", "steps", "seed", "features", "calibrated",
     "fd", "kid", "precision", "recall", "images", "nfe", "seconds",
 )  # fmt: skip
-KEY = (*COLUMNS[:9], "images", "guidance")
+OPTIONAL = ("guidance", "guidance_interval")
+"""Columns of rows that have them."""
+KEY = (*COLUMNS[:9], "images", *OPTIONAL)
 """What tells one row from another: all that is asked for in the words of a command."""
 
 
@@ -93,9 +95,10 @@ class Scoring:
             learnt = (self.sampling.model.details.get("trained_on") or {}).get("fingerprint")
             known = reference.images["fingerprint"] == learnt
             note = warning(self.images, reference.images["count"], known)
-            guided = {} if self.sampling.guidance is None else {"guidance": self.sampling.guidance}
+            guided: Row = {"guidance": self.sampling.guidance}
+            guided |= {"guidance_interval": interval_text(self.sampling.guidance_interval) or None}
             rows.append(
-                guided
+                {name: value for name, value in guided.items() if value is not None}
                 | {
                     "run": self.sampling.model.run,
                     "parameterization": self.sampling.model.denoiser.parameterization.spec,
@@ -188,7 +191,7 @@ class Results:
     def _write(self) -> None:
         write_json(self.path, self.rows, indent=1)
         table = io.StringIO()
-        columns = [*COLUMNS, *(["guidance"] if any("guidance" in row for row in self.rows) else [])]
+        columns = [*COLUMNS, *(name for name in OPTIONAL if any(name in row for row in self.rows))]
         writer = csv.DictWriter(table, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: row.get(k) for k in columns} for row in self.rows)

@@ -179,6 +179,7 @@ class DualOutputPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         class_labels: Tensor | Sequence[int] | int | None = None,
         guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
         conditions: dict[str, Any] | None = None,
         route: Route = "mix",
         calibrated: bool = False,
@@ -200,6 +201,8 @@ class DualOutputPipeline(DiffusionPipeline):
             latents: the first noise itself, standard normal, (B, C, H, W); signals and videos are made from it only.
             class_labels: one an image, or one for all, for networks that are told.
             guidance_scale: of classifier-free guidance away from "no class", the last of the network's; 1 is none.
+            guidance_interval: the noise levels, sigma / alpha from above the first number to the second, that are
+                guided; None is all.
             conditions: further arguments of the network, by name.
             route: which output to use: "mix", "eps", "x0", "velocity", "flow" or a fixed ratio.
             calibrated: correct the steps by the stored calibration.
@@ -222,7 +225,7 @@ class DualOutputPipeline(DiffusionPipeline):
         if noise.ndim != 4 and output_type in ("pil", "np"):
             raise InputError(f'output_type {output_type!r} is for images; signals and videos are "pt" or "latent"')
         told = self._told(class_labels, conditions, len(noise), device)
-        denoiser = self._denoiser(route, calibrated, guidance_scale, told)
+        denoiser = self._denoiser(route, calibrated, guidance_scale, guidance_interval, told)
         extra = self._arguments(eta, generator)
         clip = self.config["clip"]
 
@@ -267,7 +270,9 @@ class DualOutputPipeline(DiffusionPipeline):
             told["class_labels"] = labels.expand(count)
         return told
 
-    def _denoiser(self, route: Route, calibrated: bool, guidance_scale: float, told: dict[str, Any]) -> Any:
+    def _denoiser(
+        self, route: Route, calibrated: bool, scale: float, interval: Sequence[float] | None, told: dict[str, Any]
+    ) -> Any:
         denoiser: Any = self.denoiser
         if route != "mix":
             if calibrated:
@@ -275,11 +280,13 @@ class DualOutputPipeline(DiffusionPipeline):
             denoiser = denoiser.route(route)
         if calibrated and self.calibration:
             denoiser = Calibrated.of(denoiser, self.calibration)
-        if guidance_scale != 1:
+        if interval is not None and scale == 1:
+            raise InputError("guidance_interval says where to guide, and guidance_scale how much: give that too")
+        if scale != 1:
             classes = self.unet.config.get("num_class_embeds")
             if not classes or "class_labels" not in told:
                 raise InputError("guidance_scale needs a network that is told classes, and class_labels")
-            denoiser = ClassifierFree(denoiser, guidance_scale, class_labels=classes - 1)
+            denoiser = ClassifierFree(denoiser, scale, interval=interval, class_labels=classes - 1)
         return denoiser
 
     def _arguments(self, eta: float, generator: Any) -> dict[str, Any]:

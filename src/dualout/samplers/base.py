@@ -118,6 +118,10 @@ class Sampler(Registered, ABC):
         """How many times the network is called (NFE)."""
         return self.steps
 
+    def looks(self, times: Sequence[int]) -> list[int]:
+        """The time step of each call of the network, of K that are visited."""
+        return list(times)
+
     def timesteps(self, schedule: Schedule) -> list[int]:
         """The K time steps that are visited, decreasing."""
         return space(self.spacing, schedule, self.steps)

@@ -28,6 +28,10 @@ class Heun(Sampler):
         """How many times the network is called (NFE)."""
         return 2 * self.steps - 1
 
+    def looks(self, times: Sequence[int]) -> list[int]:
+        """The time step of each call of the network, of K that are visited: all but the first are looked at twice."""
+        return [*times[:1], *(t for t in times[1:] for _ in range(2))]
+
     def plan(self, schedule: Schedule, times: Sequence[int]) -> list[EpsStep]:
         """DDIM's coefficients."""
         return [EpsStep.between(t, s) for t, s in pairwise(visited(schedule, times))]
