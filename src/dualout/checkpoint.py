@@ -27,6 +27,8 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX = "model_index.json"
 """Of a pipeline of diffusers."""
 FORMAT = 1
+COUNT = "out_channels"
+"""What widening changes of a network beside its layers."""
 
 
 def describe(network: Any) -> dict[str, Any]:
@@ -99,6 +101,9 @@ def _described(network: Any) -> dict[str, Any]:
         n: _described(m) for n, m in network.named_modules() if n and m not in within and getattr(m, "stands_in", False)
     }
     described = {"class": name, "arguments": {k: _plain(v) for k, v in arguments.items()}}
+    if layers and isinstance(count := vars(network).get(COUNT), int) and COUNT not in arguments:
+        # the constructor counts by itself, and knows of no more than it makes
+        described[COUNT] = count
     return described | ({"layers": layers} if layers else {})
 
 
@@ -122,6 +127,8 @@ def construct(description: Any) -> nn.Module:
         network = cls(**(arguments | inner))
         for name, layer in layers.items():
             network.set_submodule(name, construct(layer), strict=True)
+        if isinstance(count := description.get(COUNT), int):
+            setattr(network, COUNT, count)
     except InputError:
         raise
     except Exception as error:  # constructors raise whatever damaged arguments lead them to
@@ -265,7 +272,8 @@ def _take_precision(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     # layers of several precisions do not take each other's output
     if len(found) == 1 and found <= _PRECISIONS:
-        for own in [*module.parameters(), *module.buffers()]:
+        # what is not in the file, such as tables of noise levels, stays as precise as it is
+        for own in module.state_dict(keep_vars=True).values():
             if own.is_floating_point():
                 own.data = own.data.to(*found)
 

@@ -24,6 +24,14 @@ class Adapter(nn.Module, ABC):
             raise InputError(f"{type(self).__name__} adapts a network, a module or callable; got {network!r}")
         self.network = network
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Adapter:
+        tables = {name: self._buffers[name] for name in self._non_persistent_buffers_set}
+        super()._apply(fn, recurse)
+        # what the network is told of noise and time stays as precise as it is, whatever the network's precision
+        for name, table in tables.items():
+            self._buffers[name] = table.to(self._buffers[name].device)
+        return self
+
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:

@@ -79,7 +79,12 @@ class Plain(Output):
 class ConvOut(Plain):
     """diffusers' UNets end with a convolution."""
 
-    classes = ("diffusers.UNet2DModel", "diffusers.UNet2DConditionModel", "diffusers.UNet3DConditionModel")
+    classes = (
+        "diffusers.UNet2DModel",
+        "diffusers.UNet2DConditionModel",
+        "diffusers.UNet3DConditionModel",
+        "diffusers.UNetSpatioTemporalConditionModel",
+    )
     layer: str = "conv_out"
 
     def check(self, network: Any) -> None:
@@ -157,9 +162,13 @@ class DiT(Patches):
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer(Patches):
-    """PixArt's and Stable Diffusion 3's."""
+    """PixArt's, Stable Diffusion 3's and HunyuanDiT's."""
 
-    classes = ("diffusers.PixArtTransformer2DModel", "diffusers.SD3Transformer2DModel")
+    classes = (
+        "diffusers.PixArtTransformer2DModel",
+        "diffusers.SD3Transformer2DModel",
+        "diffusers.HunyuanDiT2DModel",
+    )
     layer: str = "proj_out"
 
 

@@ -119,7 +119,8 @@ def folded(network: nn.Module, inner: nn.Module, name: str, example: Example, ou
         return None
     if seen.shape != output.shape:
         return None
-    sets = [tuple(channel.unique().tolist()) for channel in seen.movedim(1, 0)]
+    # an adapter may change the sign
+    sets = [tuple(channel.abs().unique().tolist()) for channel in seen.movedim(1, 0)]
     for kind in (Plain, Interleaved):
         made = kind(layer=name, each=each)
         if sets == [tuple(float(row) for row in rows) for rows in made.rows(channels, each).tolist()]:
