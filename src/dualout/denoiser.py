@@ -52,6 +52,7 @@ class Denoiser(nn.Module):
             raise InputError(f"schedule is, say, dualout.schedules.Linear(); got {schedule!r}")
         if not callable(network):
             raise InputError(f"a network is a module or function (x_t, t, **conditions); got {network!r}")
+        _check_told(network, schedule)
         self.network = network
         self.parameterization = parameterization
         self.schedule = schedule
@@ -281,6 +282,18 @@ def _widened(images: Tensor) -> Tensor:
 def _check_times(t: Tensor, images: Tensor) -> None:
     if t.ndim > 1 or t.numel() not in (1, len(images)):
         raise InputError(f"{len(images)} images have one time step, or one each; got t of shape {tuple(t.shape)}")
+
+
+def _check_told(network: Any, schedule: Schedule) -> None:
+    """Refuse a network whose adapters tell it the noise levels of another schedule."""
+    while isinstance(network, nn.Module):
+        told = getattr(network, "schedule", schedule)
+        if isinstance(told, Schedule) and told != schedule:
+            raise InputError(
+                f"the network is told the noise levels of {told!r} by its {type(network).__name__}, and the denoiser "
+                f"counts those of {schedule!r}: say the same for both"
+            )
+        network = getattr(network, "network", None)
 
 
 def _rebuilt(directory: Path, described: Any) -> nn.Module:

@@ -7,6 +7,7 @@ from dualout.networks.diffusers import adapted
 from dualout.networks.flowtime import FlowTime
 from dualout.networks.heads import Heads
 from dualout.networks.keyword import Keyword
+from dualout.networks.listed import Listed
 from dualout.networks.output import Output
 from dualout.networks.positional import Positional
 from dualout.networks.scaled import ScaledTime
@@ -25,6 +26,7 @@ __all__ = [
     "FlowTime",
     "Heads",
     "Keyword",
+    "Listed",
     "Output",
     "Positional",
     "ScaledTime",

@@ -25,11 +25,11 @@ class Adapter(nn.Module, ABC):
         self.network = network
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Adapter:
-        tables = {name: self._buffers[name] for name in self._non_persistent_buffers_set}
+        own = {name: self.get_buffer(name) for name in self._non_persistent_buffers_set}
         super()._apply(fn, recurse)
         # what the network is told of noise and time stays as precise as it is, whatever the network's precision
-        for name, table in tables.items():
-            self._buffers[name] = table.to(self._buffers[name].device)
+        for name, table in own.items():
+            self._buffers[name] = table.to(self.get_buffer(name).device)
         return self
 
     @property

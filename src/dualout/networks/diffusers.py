@@ -14,6 +14,7 @@ from dualout.errors import InputError
 from dualout.networks.adapter import Adapter, innermost
 from dualout.networks.flowtime import FlowTime
 from dualout.networks.keyword import Keyword
+from dualout.networks.listed import Listed
 from dualout.networks.output import Interleaved, Plain, named
 from dualout.networks.scaled import ScaledTime
 from dualout.networks.sides import ChannelsAt, Concatenated
@@ -42,6 +43,10 @@ def _tokens(network: nn.Module, **options: Any) -> Adapter:
 
 def _channels_at(network: nn.Module, side: int) -> Adapter:
     return ChannelsAt(Keyword(network), side)
+
+
+def _listed(network: nn.Module) -> Adapter:
+    return Listed(Keyword(network, "t"), ["cap_feats"])
 
 
 def _told_floats(network: nn.Module) -> Adapter:
@@ -86,6 +91,7 @@ CONVENTIONS: dict[str, Convention] = {
         _FRAMES_FIRST, partial(SigmaConditioned, log=True), "velocity", ("image_latents",)
     ),
     "WanTransformer3DModel": Convention(time=FlowTime),
+    "ZImageTransformer2DModel": Convention(_listed, partial(FlowTime, scale=1.0, backwards=True)),
 }
 """By class. A network that is not here is put behind adapters by hand."""
 
@@ -108,8 +114,7 @@ def adapted(
     Raises:
         InputError: for another network, or where the schedule is missing.
     """
-    name = type(network).__name__
-    convention = CONVENTIONS.get(name) if named(type(network)) == f"diffusers.{name}" else None
+    name, convention = type(network).__name__, _known(network)
     if convention is None:
         raise InputError(
             f"how a {name} is called is not known here: put it behind adapters of dualout.networks by hand, such as "
@@ -127,10 +132,39 @@ def adapted(
     return found if convention.time is None or schedule is None else convention.time(found, schedule)
 
 
+def elsewhere(network: nn.Module) -> str:
+    """What to do with a network whose channels are not the second side of its output."""
+    if _known(network) is not None:
+        return f"A {type(network).__name__} is widened behind dualout.networks.adapted(network, schedule)"
+    return (
+        "A network whose output has its channels at another side is widened behind "
+        "dualout.networks.ChannelsAt(network, side), one of packed tokens behind dualout.networks.Tokens(network)"
+    )
+
+
+def _known(network: nn.Module) -> Convention | None:
+    names = (cls.__name__ for cls in type(network).__mro__ if named(cls) == f"diffusers.{cls.__name__}")
+    return next((CONVENTIONS[name] for name in names if name in CONVENTIONS), None)
+
+
+_LAYERS = {
+    "Kandinsky5Transformer3DModel": "out_layer.out_layer",
+    "Lumina2Transformer2DModel": "norm_out.linear_2",
+    "PRXTransformer2DModel": "final_layer.linear",
+}
+"""Output layers of transformers that call them otherwise than `proj_out`."""
+
+
 def _volume(network: Any) -> int:
     """How many pixels a patch of this network has."""
     size = network.config.patch_size
     return (prod(size) if isinstance(size, Sequence) else size**2) * (network.config.get("patch_size_t") or 1)
+
+
+def _found(network: Any) -> dict[str, Any]:
+    """Its output layer, and how many rows of it a channel has."""
+    layers = [_LAYERS[cls.__name__] for cls in type(network).__mro__ if cls.__name__ in _LAYERS]
+    return {"layer": layers[0] if layers else "proj_out", "each": _volume(network)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,30 +195,33 @@ class Sequences(Plain):
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks(Plain):
-    """A linear map to patches, a channel's pixels next to each other."""
+    """Transformers that end with a linear map to patches, a channel's pixels next to each other."""
 
     classes = (
         "diffusers.CogVideoXTransformer3DModel",
         "diffusers.ConsisIDTransformer3DModel",
         "diffusers.CogView3PlusTransformer2DModel",
         "diffusers.HunyuanVideoTransformer3DModel",
+        "diffusers.Kandinsky5Transformer3DModel",
+        "diffusers.PRXTransformer2DModel",
     )
     layer: str = "proj_out"
 
     @classmethod
     def of(cls, network: Any) -> Self:
-        """As many rows a channel as this network's patch has pixels."""
-        return cls(each=_volume(network))
+        """By this network's patches."""
+        return cls(**_found(network))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Volumes(Interleaved):
-    """A linear map to patches, a pixel's channels next to each other."""
+    """Transformers that end with a linear map to patches, a pixel's channels next to each other."""
 
     classes = (
         "diffusers.AllegroTransformer3DModel",
         "diffusers.AuraFlowTransformer2DModel",
         "diffusers.LatteTransformer3DModel",
+        "diffusers.Lumina2Transformer2DModel",
         "diffusers.MochiTransformer3DModel",
         "diffusers.SanaTransformer2DModel",
         "diffusers.SanaVideoTransformer3DModel",
@@ -195,18 +232,28 @@ class Volumes(Interleaved):
 
     @classmethod
     def of(cls, network: Any) -> Self:
-        """As many rows a channel as this network's patch has pixels."""
-        return cls(each=_volume(network))
+        """By this network's patches."""
+        return cls(**_found(network))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lumina(Interleaved):
-    """Its last norm ends with the linear map."""
+class ZImage(Interleaved):
+    """A last layer for each size of patches."""
 
-    classes = ("diffusers.Lumina2Transformer2DModel",)
-    layer: str = "norm_out.linear_2"
+    classes = ("diffusers.ZImageTransformer2DModel",)
+    layer: str = ""
 
     @classmethod
     def of(cls, network: Any) -> Self:
-        """As many rows a channel as this network's patch has pixels."""
-        return cls(each=_volume(network))
+        """That of the only size, or of the first, which `check` refuses."""
+        size, frames = network.config.all_patch_size[0], network.config.all_f_patch_size[0]
+        return cls(layer=f"all_final_layer.{size}-{frames}.linear", each=size**2 * frames)
+
+    def check(self, network: Any) -> None:
+        """Refuse networks of several sizes."""
+        if len(network.config.all_patch_size) > 1:
+            sizes = ", ".join(map(str, network.config.all_patch_size))
+            raise InputError(
+                f"this ZImageTransformer2DModel has a last layer for each of its sizes of patches, {sizes}, and one is "
+                "widened: it cannot be"
+            )

@@ -25,9 +25,9 @@ class Tokens(Adapter):
     Args:
         network: the network.
         patch: the height and width of a patch, in pixels (of latents): 2 for Flux.
-        places: how the network is told where tokens lie. "ids": `img_ids` and `txt_ids` of `axes` numbers a token (Flux);
-            "shapes": `img_shapes`, (frames, rows, columns) an image (QwenImage); "sizes": `num_frames`, `height` and
-            `width` (LTX); "none": it is not.
+        places: how the network is told where tokens lie. "ids": `img_ids` and `txt_ids` of `axes` numbers a token
+            (Flux); "shapes": `img_shapes`, (frames, rows, columns) an image (QwenImage); "sizes": `num_frames`,
+            `height` and `width` (LTX); "none": it is not.
         axes: of ids, how many numbers: 3 is (0, row, column), where those of a text are zero; 4 is (0, row, column, 0),
             where a text's last is its token's number (Flux 2).
     """

@@ -14,6 +14,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.adapter import Adapter
 from dualout.networks.device import double
+from dualout.networks.diffusers import elsewhere
 from dualout.networks.output import Output, Plain, named, output_of
 from dualout.networks.trace import Example, call, folded, guess, listed, trace
 from dualout.networks.wide import KINDS, Wide, layers_of, rows_of, wider
@@ -76,7 +77,11 @@ def widen(
             output = folded(network, inner, layer, example, call(network, example)) or output
     elif output is None:
         example = guess(inner) if example is None else example
-        output = trace(network, inner, example)
+        try:
+            output = trace(network, inner, example)
+        except InputError as error:
+            # an adapter says already where they are
+            raise InputError(f"{error}. {elsewhere(inner)}" if network is inner else str(error)) from error
     elif example is None and named(type(inner)) not in output.classes:
         # one derived from the class may do more than that
         example = _callable(network, inner)
@@ -87,7 +92,7 @@ def widen(
     if before is not None and before.shape[1:2] != (count,):
         raise InputError(
             f"layer {output.layer!r} makes {count} channels, and this {type(inner).__name__} gives an output of shape "
-            f"{tuple(before.shape)}, whose second side are not those"
+            f"{tuple(before.shape)}, whose second side are not those; {elsewhere(inner)}"
         )
     places = _places(range(count) if places is None else places, count, channels, inner)
     old = {name: inner.get_submodule(name) for name in (output.layer, *output.beside)}
