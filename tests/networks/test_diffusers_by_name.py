@@ -6,6 +6,7 @@ Small instances with random weights.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 import dualout
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
+from dualout.evaluation.model import Model
 from dualout.networks import FlowTime, Keyword, adapted
 from dualout.networks.diffusers import CONVENTIONS
 from dualout.networks.wide import Wide
@@ -422,6 +424,13 @@ def test_cogvideox_agrees_with_diffusers_own_loop() -> None:
     torch.testing.assert_close(end.transpose(1, 2), x, rtol=1e-4, atol=1e-4)
 
 
+def test_the_guide_names_them_all_with_what_they_predict() -> None:
+    guide = (Path(__file__).parents[2] / "docs/guide/upgrade.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(flow|velocity|eps)`.*?\| (.*) \|$", guide, re.MULTILINE)
+    named = {name: predicts for predicts, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert named == {name: convention.predicts for name, convention in CONVENTIONS.items()}
+
+
 def test_a_network_of_packed_tokens_counts_its_rows() -> None:
     for name, count in [("FluxTransformer2DModel", 4 * 9), ("QwenImageTransformer2DModel", 9)]:
         inner = upgrade(denoiser(name)).network.network.network.network  # type: ignore[union-attr]
@@ -469,6 +478,12 @@ def test_a_denoiser_of_another_schedule_than_its_network_is_told_is_refused() ->
     network = adapted(made("WanTransformer3DModel"), FLOW)
     with pytest.raises(InputError, match=r"is told the noise levels of .*shift=3.* by its FlowTime"):
         dualout.Denoiser(network, dualout.Flow(), RectifiedFlow())
+
+
+def test_commands_say_that_they_tell_no_text(tmp_path: Path) -> None:
+    upgrade(denoiser("WanTransformer3DModel")).save_pretrained(tmp_path, image={"channels": 4, "size": [8, 8]})
+    with pytest.raises(InputError, match="one that is told more, as text, samples in Python"):
+        Model.load(tmp_path)
 
 
 def test_one_derived_from_a_known_network_is_adapted_as_it() -> None:

@@ -46,6 +46,7 @@ def test_channels_are_where_the_network_has_them(side: int) -> None:
     assert torch.equal(ChannelsAt(network, side)(X, T), X)
     assert network.told["x"].shape[side] == 3
     assert torch.equal(network.told["x"].select(side, 1), X[:, 1])
+    assert network.told["x"].is_contiguous()
 
 
 def test_a_network_of_channels_at_the_end_is_widened() -> None:

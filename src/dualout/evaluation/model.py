@@ -91,8 +91,9 @@ class Model:
         except Exception as error:  # networks raise whatever damaged arguments lead them to
             raise InputError(
                 f"{self.run}: its network ({self.details['network']}) cannot look at images of {self.shape} (C, H, W): "
-                f"{type(error).__name__}: {first_line(error)[:200]}. {checkpoint.CONFIG} is damaged, or of "
-                "another network"
+                f"{type(error).__name__}: {first_line(error)[:200]}. Commands tell a network its time and class: one "
+                f"that is told more, as text, samples in Python. Or {checkpoint.CONFIG} is damaged, or of another "
+                "network"
             ) from error
 
     @property

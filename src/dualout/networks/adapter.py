@@ -29,7 +29,8 @@ class Adapter(nn.Module, ABC):
         super()._apply(fn, recurse)
         # what the network is told of noise and time stays as precise as it is, whatever the network's precision
         for name, table in own.items():
-            self._buffers[name] = table.to(self.get_buffer(name).device)
+            if not table.is_meta:
+                self._buffers[name] = table.to(self.get_buffer(name).device)
         return self
 
     @property

@@ -114,7 +114,8 @@ def adapted(
     Raises:
         InputError: for another network, or where the schedule is missing.
     """
-    name, convention = type(network).__name__, _known(network)
+    inner = getattr(network, "_orig_mod", network)
+    name, convention = type(inner).__name__, _known(inner)
     if convention is None:
         raise InputError(
             f"how a {name} is called is not known here: put it behind adapters of dualout.networks by hand, such as "

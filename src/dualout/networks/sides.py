@@ -36,7 +36,9 @@ class ChannelsAt(Adapter):
         """The network's output, (B, channels, …), for noisy images (B, C, …) at time steps (B,)."""
         if not -x_t.ndim < self.side < x_t.ndim:
             raise InputError(f"images of shape {tuple(x_t.shape)} have no side {self.side} for their channels")
-        return tensor_of(self.network(x_t.movedim(1, self.side), t, **conditions)).movedim(self.side, 1)
+        # networks look at their images' memory, too
+        there = x_t.movedim(1, self.side).contiguous()
+        return tensor_of(self.network(there, t, **conditions)).movedim(self.side, 1)
 
 
 class Concatenated(Adapter):
