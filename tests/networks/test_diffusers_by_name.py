@@ -497,3 +497,45 @@ def test_one_derived_from_a_known_network_is_adapted_as_it() -> None:
     x, t = dualout.noise(range(2), shape), torch.tensor([3, 700])
     with torch.no_grad():
         assert dualout.widen(network, 9, example=(x, t, conditions))(x, t, **conditions).sample.shape[1] == 9
+
+
+SOUND = {
+    "StableAudioDiTModel": (
+        {
+            **HEADS, **BOTH, "sample_size": 16, "num_key_value_attention_heads": 2, "cross_attention_dim": 8,
+            "time_proj_dim": 8, "global_states_input_dim": 6, "cross_attention_input_dim": 12,
+        },
+        {"global_hidden_states": like_normal(2, 1, 6), "rotary_embedding": rotary(17, 4)},
+    ),
+    "StableAudio3DiTModel": (
+        {
+            "io_channels": 4, "patch_size": 2, "embed_dim": 128, "depth": 1, "num_heads": 2, "cond_token_dim": 12,
+            "global_cond_dim": 6, "local_add_cond_dim": 0, "timestep_features_dim": 8, "num_memory_tokens": 2,
+        },
+        {"global_hidden_states": like_normal(2, 6)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOUND)
+@torch.no_grad()
+def test_new_channels_of_sound_go_past_what_mixes_the_old(name: str, tmp_path: Path) -> None:
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    torch.manual_seed(3)
+    arguments, conditions = SOUND[name]
+    network = Keyword(getattr(diffusers, name)(**arguments).eval())
+    for parameter in network.parameters():
+        parameter.normal_(0, 0.1)
+    x, t = like_normal(2, 4, 16), torch.tensor([0.3, 0.7])
+    before = network(x, t, **TEXT, **conditions).sample
+    # an x0-network's places, and once more as many
+    wide = dualout.widen(dualout.widen(network, 9, places=[4, 5, 6, 7]), 12)
+    after = wide(x, t, **TEXT, **conditions).sample
+    assert after.shape == (2, 12, 16)
+    assert torch.equal(after[:, 4:8], before)
+    assert not after[:, [0, 1, 2, 3, 8, 9, 10, 11]].any()
+    model = dualout.Denoiser(wide, dualout.Dual(), dualout.schedules.Cosine())
+    model.save_pretrained(tmp_path)
+    loaded = dualout.Denoiser.from_pretrained(tmp_path).network
+    assert torch.equal(loaded(x, t, **TEXT, **conditions).sample, after)  # type: ignore[operator]

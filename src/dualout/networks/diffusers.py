@@ -238,6 +238,20 @@ class Volumes(Interleaved):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audio(Interleaved):
+    """Transformers of sound end with a linear map, and a convolution that is added to its result."""
+
+    classes = ("diffusers.StableAudioDiTModel", "diffusers.StableAudio3DiTModel")
+    layer: str = "proj_out"
+    past: tuple[str, ...] = ("postprocess_conv",)
+
+    @classmethod
+    def of(cls, network: Any) -> Self:
+        """As many rows a channel as this network's patch has moments."""
+        return cls(each=network.config.get("patch_size", 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZImage(Interleaved):
     """A last layer for each size of patches."""
 

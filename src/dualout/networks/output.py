@@ -31,6 +31,9 @@ class Output(Registered, ABC):
     beside: tuple[str, ...] = ()
     """Layers with as many rows, whose results are added to its own."""
 
+    past: tuple[str, ...] = ()
+    """Convolutions afterwards that mix the channels, and are added to them: the new ones go past."""
+
     @classmethod
     def of(cls, network: Any) -> Self:
         """The entry for one network, where its layer's name depends on that."""

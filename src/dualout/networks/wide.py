@@ -97,6 +97,38 @@ class WideLinear(Wide, nn.Linear):
         return self.apart(lambda weight, bias: F.linear(input, weight, bias), dim=-1)
 
 
+class PartialConv1d(nn.Conv1d):
+    """Conv1d of some of its input's channels, where it has them; in the others' place its output is zero.
+
+    Args:
+        arguments: those of Conv1d.
+        total: how many channels input and output have.
+        places: which of them are the convolution's, in order.
+    """
+
+    stands_in: ClassVar[bool] = True
+    """A checkpoint names it beside the network's class and arguments, which do not tell of it."""
+
+    def __init__(self, *arguments: Any, total: int, places: Sequence[int], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.total, self.places = total, list(places)
+        if not len(self.places) == self.in_channels == self.out_channels or not set(places) <= set(range(total)):
+            raise InputError(f"places are {self.in_channels} of {total} channels; got {self.places}")
+        self.register_buffer("index", torch.tensor(self.places, device=self.weight.device), persistent=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {name: getattr(self, name) for name in (*_WideConv.names, "total", "places")} | {
+            "bias": self.bias is not None
+        }
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, total, L) -> (B, total, L)."""
+        y = super().forward(input.index_select(1, self.index))  # type: ignore[arg-type]
+        return y.new_zeros(len(y), self.total, *y.shape[2:]).index_copy(1, self.index, y)  # type: ignore[arg-type]
+
+
 KINDS: dict[type[nn.Module], type[Wide]] = {
     nn.Conv1d: WideConv1d,
     nn.Conv2d: WideConv2d,
@@ -154,3 +186,22 @@ def wider(layer: nn.Module, rows: int, places: Sequence[int], init: Callable[[Te
         wide.bias[list(places)] = bias
         wide.bias.requires_grad_(bias.requires_grad)
     return wide.train(layer.training)
+
+
+def partial(layer: nn.Module, total: int, places: Sequence[int]) -> PartialConv1d:
+    """A convolution of all channels as one of as many among `total`, its weights shared.
+
+    Args:
+        layer: a Conv1d, or what this made of one.
+        total: how many channels there will be.
+        places: where each of the old channels goes, by index.
+    """
+    if isinstance(layer, PartialConv1d):
+        places = [places[old] for old in layer.places]
+    elif type(layer) is not nn.Conv1d:
+        raise InputError(f"a {type(layer).__name__} is no Conv1d, whose new channels can go past it")
+    options = {name: getattr(layer, name) for name in _WideConv.names}
+    found = PartialConv1d(**options, bias=layer.bias is not None, total=total, places=places, device="meta")
+    found.weight, found.bias = layer.weight, layer.bias
+    found.index = torch.tensor(list(places), device=layer.weight.device)
+    return found.train(layer.training)

@@ -17,7 +17,7 @@ from dualout.networks.device import double
 from dualout.networks.diffusers import elsewhere
 from dualout.networks.output import Output, Plain, named, output_of
 from dualout.networks.trace import Example, call, folded, guess, listed, trace
-from dualout.networks.wide import KINDS, Wide, layers_of, rows_of, wider
+from dualout.networks.wide import KINDS, Wide, layers_of, partial, rows_of, wider
 from dualout.registry import as_python
 
 ROUNDING = 1e-2
@@ -98,6 +98,9 @@ def widen(
     old = {name: inner.get_submodule(name) for name in (output.layer, *output.beside)}
     fills = {name: init if name == output.layer else nn.init.zeros_ for name in old}
     wide = {name: _wider(inner, output, name, channels, places, fill) for name, fill in fills.items()}
+    for name in output.past:
+        old[name] = inner.get_submodule(name)
+        wide[name] = partial(old[name], channels, places)
     _replace(inner, output, wide, channels)
     if example is not None and before is not None and before.device.type != "meta":
         try:
