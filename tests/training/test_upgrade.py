@@ -247,6 +247,24 @@ def test_the_closed_form_finds_its_way_through_patches() -> None:
     assert error < x0.square().mean()
 
 
+def test_conditions_need_not_have_a_row_an_image() -> None:
+    class Positioned(Toy):
+        def forward(self, x: Tensor, t: Tensor, rows: Tensor, strength: float) -> Tensor:
+            return super().forward(x + strength * rows.view(-1, 1), t)
+
+    told = {"rows": torch.linspace(0, 1, 5), "strength": 0.5}
+    batches = [batch._replace(conditions=told) for batch in toy_batches()]
+    network, example = Positioned(nn.Conv2d(3, 1, 3, padding=1)), (batches[0].x0, batches[0].t, told)
+    after = upgrade(Denoiser(network, Epsilon(), SCHEDULE), example=example)
+    moments, rows = readout.collect(after, "last", slice(1, 2), batches, 3)
+    readout.write_rows(after.network.last, rows, solution := moments.solve(ridge=0.0))
+    with torch.no_grad():
+        errors = [
+            (after(_x_t(b), b.t, **told).parts["x0"] - b.x0).double().square().mean() for b in batches if b.bin == 0
+        ]
+    torch.testing.assert_close(torch.stack(errors).mean(), moments.errors(solution)[0], rtol=1e-4, atol=0)
+
+
 def test_what_is_no_rearrangement_is_refused() -> None:
     class Doubled(Toy):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:

@@ -210,10 +210,9 @@ def _placed(denoiser: Denoiser, layer: nn.Module, outputs: slice, x_t: Tensor, b
         shape[:] = [y.shape, isinstance(layer, nn.Linear)]
         return torch.arange(y.numel(), dtype=torch.float32, device=y.device).view_as(y)
 
-    conditions = {k: v[:1] for k, v in batch.conditions.items()}
     with layer.register_forward_hook(numbered):
-        level = denoiser.schedule.level(batch.t[:1]).like(x_t)
-        raw = denoiser.raw(x_t[:1], batch.t[:1], level, **conditions)
+        # of the whole batch, of which the first image is read: not every condition has a row an image
+        raw = denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
     index = raw[0, outputs].flatten()
     size, linear = torch.Size(shape[0][1:]), shape[1]
     whole = index.round()
