@@ -87,6 +87,31 @@ def test_a_null_of_one_row_is_spread() -> None:
     torch.testing.assert_close(p.x0, denoiser(x, 7, words=null.expand(3, 5, 6)).x0)
 
 
+def test_a_null_is_as_precise_as_what_it_stands_beside() -> None:
+    told: list[torch.dtype] = []
+
+    def embedded(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        told.append(words.dtype)
+        return x * words.mean(1).to(x.dtype).view(-1, 1, 1, 1)
+
+    x, null = torch.randn(3, 2, 4, 4), torch.zeros(1, 6, dtype=torch.float64)
+    guided = ClassifierFree(Denoiser(embedded, Epsilon(), Cosine(T)), 2.0, words=null)
+    for dtype in (torch.float32, torch.bfloat16):
+        guided(x, 7, words=torch.ones(3, 6).to(dtype))
+        assert told.pop() == dtype
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_image_may_have_a_time_step_of_its_own(count: int) -> None:
+    denoiser, x, label = both()
+    guided, t = ClassifierFree(denoiser, 2.5, label=NULL), torch.tensor([3, 9, 40])
+    together = guided(x[:count], t[:count], label=label[:count])
+    for b in range(count):
+        alone = guided(x[b : b + 1], int(t[b]), label=label[b : b + 1])
+        torch.testing.assert_close(together.x0[b : b + 1], alone.x0)
+        torch.testing.assert_close(together.eps[b : b + 1], alone.eps)
+
+
 def test_levels_stay_right_for_every_parameterization() -> None:
     label = torch.tensor([1, 2, 3])
     for parameterization in (Epsilon(), Karras()):
