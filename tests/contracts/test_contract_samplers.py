@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +149,19 @@ def test_stochastic_means_that_fresh_noise_matters(sampler: Sampler) -> None:
     undrawn = sampler.sample(denoiser, start(2))
     torch.manual_seed(1)
     assert torch.equal(undrawn, sampler.sample(denoiser, start(2)))
+
+
+@pytest.mark.parametrize("sampler", [s for s in samplers() if s.values[0].stochastic])
+@pytest.mark.parametrize(
+    "shaped",
+    [lambda z: z[:1], lambda z: z.mean(1, keepdim=True), lambda z: z.transpose(0, 1), lambda z: z.numpy()],
+    ids=["one for all", "one for all channels", "transposed", "array"],
+)
+def test_fresh_noise_is_one_an_image(sampler: Sampler, shaped: Callable[[Tensor], Any]) -> None:
+    # the first two would be spread over the images without a word
+    draw = fresh(3)
+    with pytest.raises(InputError, match=r"draw\(k\) gives noise for each image, \(3, 2, 4, 4\); got"):
+        sampler.sample(toy_denoiser(short(), Dual()), start(3), lambda k: shaped(draw(k)))
 
 
 @OWN

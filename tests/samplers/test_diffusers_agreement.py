@@ -40,9 +40,9 @@ def start() -> Tensor:
     return noise(SEEDS, SHAPE, dtype=torch.float64)
 
 
-def native(scheduler: Any, steps: int, x: Tensor, **arguments: Any) -> Tensor:
-    """diffusers' own sampling loop with a network that predicts eps."""
-    scheduler.set_timesteps(steps)
+def native(scheduler: Any, steps: int | list[int], x: Tensor, **arguments: Any) -> Tensor:
+    """diffusers' own sampling loop with a network that predicts eps, over K time steps or these."""
+    scheduler.set_timesteps(**({"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": steps}))
     each = arguments.pop("each", None)
     for k, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t)
@@ -95,6 +95,15 @@ def test_dpmsolver(order: int, steps: int) -> None:
     )
     sampler = DPMSolver(steps=steps, order=order, published=order == 3, clip=None)
     torch.testing.assert_close(ours(sampler).float(), native(theirs, steps, start()).float(), **CLOSE)
+
+
+@pytest.mark.parametrize("steps", [10, 16])
+def test_published_3m_follows_x0_over_long_steps_too(steps: int) -> None:
+    # with even steps in t the last but one, to t = 0, is longer in λ than the two before it together
+    theirs = diffusers.DPMSolverMultistepScheduler(**LINEAR, solver_order=3, final_sigmas_type="zero")
+    sampler = DPMSolver(steps=steps, order=3, published=True, spacing="linspace", clip=None)
+    expected = native(theirs, sampler.timesteps(Linear()), start())
+    torch.testing.assert_close(ours(sampler).float(), expected.float(), **CLOSE)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 20])
