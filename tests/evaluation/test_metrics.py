@@ -181,13 +181,15 @@ def test_features_of_two_networks_are_refused():
             compare()
 
 
-def test_images_that_are_there_many_times_are_among_themselves():
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_images_that_are_there_many_times_are_among_themselves(unit):
     # their reach is 0, and in the distances, which are differences of squares, rounding is not
     x = torch.randn(10, 60, generator=torch.Generator().manual_seed(0)).repeat(5, 1) + 3
+    x = unit * x.double()
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
     assert precision_recall(x, x[order]) == (1.0, 1.0)
     # one that is a thousandth off is not
-    assert precision_recall(x + 1e-3, x[order]) == (0.0, 0.0)
+    assert precision_recall(x + 1e-3 * unit, x[order]) == (0.0, 0.0)
 
 
 @pytest.mark.filterwarnings("error")
