@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ import dualout
 from dualout.analysis.routes import crossings, grid, routes
 from dualout.errors import InputError
 from dualout.parameterizations.dual import optimal_ratio
+from dualout.randomness import mix
 
 SCHEDULE = dualout.schedules.Linear()
 VARIANCE = 0.25
@@ -86,6 +88,45 @@ def test_standard_errors_are_over_images_however_many_noises_each_is_given():
     once, often = found(1), found(9)
     for name in ("ratio_best", "ratio_best_se", "slope", "slope_se"):
         assert often[name] == pytest.approx(once[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_the_best_ratio_of_routes_one_apart_is_a_mean_and_has_a_means_standard_error(count):
+    # what the subtractive route lacks is one number an image, and the direct one is 1 above it
+    x0, lacks = images(count, 1), torch.linspace(-0.3, 1.1, count, dtype=torch.float64) ** 2
+
+    def network(x_t, t):
+        level = SCHEDULE.scalars(int(t[0]))
+        below = x0 - lacks.view(-1, 1, 1, 1)
+        return torch.cat([(x_t - level.alpha * below) / level.sigma, below + 1, torch.zeros_like(x0)], 1)
+
+    row = next(iter(routes(dualout.Denoiser(network, dualout.Dual(), SCHEDULE), x0, [300]))).row
+    assert row["ratio_best"] == pytest.approx(float(lacks.mean()))
+    assert row["ratio_best_se"] == pytest.approx(float(lacks.std()) / count**0.5)
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.0, 0), (0.05, 0), (0.95, 9), (1.0, 9)])
+def test_ratios_of_0_and_1_are_in_the_outer_bins(ratio, expected):
+    at = measured(Injected(0.1, 0.1, ratio=ratio), [300])[0]
+    (row,) = at.reliability
+    assert (row["bin"], row["share"], row["weight"]) == (expected, 1, 1)
+    assert row["ratio_mean"] == pytest.approx(ratio)
+    assert row["ratio_best"] == pytest.approx(at.row["ratio_best"])
+
+
+@pytest.mark.parametrize(("off_eps", "off_x0", "best"), [(0.2, 0.0, 1.0), (0.0, 0.2, 0.0), (0.2, 0.2, None)])
+def test_an_output_that_makes_no_error_correlates_with_none(off_eps, off_x0, best):
+    x0 = images(50, 1)
+    eps = dualout.noise(mix(0, 0, np.arange(50)), x0.shape[1:], dtype=x0.dtype)
+
+    def network(x_t, t):
+        return torch.cat([eps + off_eps * x0.sign(), x0 + off_x0 * x0.sign(), torch.zeros_like(x0)], 1)
+
+    row = next(iter(routes(dualout.Denoiser(network, dualout.Dual(), SCHEDULE), x0, [300]))).row
+    # too much noise in eps is too little image, by sigma / alpha: errors of one sign in both cancel in between
+    gain = row["sigma"] / row["alpha"]
+    assert row["ratio_best"] == pytest.approx(gain / (1 + gain) if best is None else best, abs=1e-6)
+    assert row["heads_correlation"] == pytest.approx(1.0 if best is None else 0.0, abs=1e-6)
 
 
 def test_errors_are_the_known_ones_in_every_scale():
@@ -214,3 +255,9 @@ def test_the_grid_is_increasing_and_reaches_both_ends(steps):
 def test_no_images_is_refused():
     with pytest.raises(InputError, match="got none"):
         next(routes(dualout.Denoiser(lambda x, t: x, dualout.Epsilon(), SCHEDULE), torch.zeros(0, 1, 4, 4)))
+
+
+def test_a_grid_has_an_interval():
+    assert grid(dualout.schedules.Linear(steps=1000), 1) == [0, 3, 10, 20, 999]
+    with pytest.raises(InputError, match="1 or more intervals, got 0"):
+        grid(SCHEDULE, 0)

@@ -58,10 +58,12 @@ def test_the_exact_curve_is_what_an_exact_denoiser_does(sampler):
     data = Gaussian.of(images)
     sampler = type(sampler)(**(sampler.fields() | {"clip": None}))
     rows = drift(exact(mean, covariance), sampler, data, range(1500), (2, 3, 3))
-    for row in rows:
+    levels = [*(SCHEDULE.scalars(t) for t in sampler.timesteps(SCHEDULE)[1:]), CLEAN]
+    pixel = float(images.flatten(1).var(0).mean())
+    for row, level in zip(rows, levels, strict=True):
+        assert row["sd_data"] == pytest.approx((level.alpha**2 * pixel + level.sigma**2) ** 0.5)
         assert row["sd"] == pytest.approx(row["sd_exact"], rel=0.03)
         assert abs(row["drift"]) < 0.03
-    assert rows[-1]["sd_data"] == pytest.approx(data.variance**0.5)
     assert rows[-1]["t_next"] == -1
     assert [row["t"] for row in rows] == sampler.timesteps(SCHEDULE)
 
@@ -74,6 +76,8 @@ def test_the_gaussian_of_a_set_also_with_fewer_images_than_pixels():
     few = images[:7]
     expected = torch.from_numpy(np.linalg.eigvalsh(np.cov(few.flatten(1).numpy().T)))
     torch.testing.assert_close(Gaussian.of(few).spectrum.sort().values, expected.clamp(min=0), atol=1e-12, rtol=1e-9)
+    # rounding leaves the zero eigenvalue of the mean on either side
+    assert all((Gaussian.of(images[:n]).spectrum >= 0).all() for n in range(2, 20))
 
 
 def test_a_denoiser_that_is_off_drifts_and_clips():
@@ -84,13 +88,22 @@ def test_a_denoiser_that_is_off_drifts_and_clips():
         level = SCHEDULE.scalars(int(t[0]))
         return right.network(x_t, t) - 0.9 * level.alpha / level.sigma
 
-    rows = drift(
-        dualout.Denoiser(brighter, dualout.Epsilon(), SCHEDULE), DDIM(5), Gaussian.of(images), range(64), (2, 3, 3)
-    )
+    denoiser = dualout.Denoiser(brighter, dualout.Epsilon(), SCHEDULE)
+    rows = drift(denoiser, DDIM(5), Gaussian.of(images), range(64), (2, 3, 3))
     assert rows[-1]["drift"] > 0.3
     assert rows[-1]["drift"] == pytest.approx((rows[-1]["drift_0"] + rows[-1]["drift_1"]) / 2)
     assert rows[-1]["clipped"] > 0.1
+    for row, m in zip(rows, DDIM(5).trajectory(denoiser, dualout.noise(range(64), (2, 3, 3))), strict=True):
+        assert row["clipped"] == pytest.approx(float((m.prediction.x0.abs() > 1).double().mean()))
     assert "ratio_mean" not in rows[0]
+
+
+def test_data_of_one_image_leave_nothing_to_vary():
+    image = torch.full((2, 3, 3), 0.3, dtype=torch.float64)
+    denoiser = dualout.Denoiser(lambda x, t: image.to(x).expand_as(x), dualout.CleanImage(), SCHEDULE)
+    *_, last = drift(denoiser, DDIM(3), Gaussian.of(image.expand(5, 2, 3, 3)), range(4), (2, 3, 3))
+    assert (last["sd_exact"], last["sd_data"]) == (0, 0)
+    assert (last["sd"], last["drift"]) == pytest.approx((0, 0), abs=1e-6)
 
 
 def test_batches_do_not_matter():
