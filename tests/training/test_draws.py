@@ -42,3 +42,10 @@ def test_share_of_withheld_classes():
     assert abs(draws.withheld(0, G, 0.1).mean() - 0.1) < 5 * np.sqrt(0.09 / len(G))
     assert not draws.withheld(0, G, 0.0).any()
     assert draws.withheld(0, G, 1.0).all()
+
+
+def test_seeds_of_dropout_are_each_samples_own_and_what_torch_takes():
+    found = [draws.dropout(seed, g) for seed in (0, 1) for g in range(500)]
+    assert len(set(found)) == 1000
+    assert all(0 <= seed < 2**63 for seed in found)
+    assert max(found) > 2**62

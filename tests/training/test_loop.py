@@ -187,6 +187,28 @@ def test_weights_without_gradient_stay():
         Learner(denoiser, config)
 
 
+def test_only_what_is_of_this_network_is_gone_on_from():
+    dataset = images()
+    learner, _ = learned(dataset, steps=2)
+    written, numbers = copy.deepcopy(learner.tensors()), learner.numbers()
+    again = Learner(first_weights(learner.config, dataset), learner.config)
+    begun = copy.deepcopy(again.tensors())
+    name = next(k for k in written["optimizer"] if k.endswith("exp_avg"))
+    mean = written["optimizer"][name]
+    others = written["optimizer"].items() - {(name, mean)}
+    for damaged in ({name: mean * float("nan")}, {name: mean[:1]}, {name: mean[None]}, {}, {name: mean, "more": mean}):
+        with pytest.raises(InputError, match=r"here/optimizer is not of this network \(.*\); nothing was loaded"):
+            again.load({**written, "optimizer": {**dict(others), **damaged}}, numbers, "here")
+    assert all(torch.equal(v, begun[f][k]) for f, tensors in again.tensors().items() for k, v in tensors.items())
+    kept = copy.deepcopy(written)
+    again.load(written, numbers, "here")
+    assert all(torch.equal(v, kept[f][k]) for f, tensors in again.tensors().items() for k, v in tensors.items())
+    # and going on leaves what was read as it was
+    again.backward(again.denoiser.loss(torch.zeros(2, 1, 8, 8), 5, torch.ones(2, 1, 8, 8)).total)
+    again.update()
+    assert all(torch.equal(v, kept[f][k]) for f, tensors in written.items() for k, v in tensors.items())
+
+
 class Breaks(nn.Module):
     """A network whose output is NaN from some call on."""
 

@@ -295,6 +295,17 @@ def test_features_that_depend_on_each_other_are_solved() -> None:
     assert moments.errors(moments.solve(ridge=0.0))[0] < 1e-12
 
 
+def test_a_feature_that_is_never_there_has_no_part_in_the_shortest_solution() -> None:
+    # no Cholesky factor: that row of Σ φφᵀ is zero
+    moments = readout.Moments.none(2, 4, 2, torch.device("cpu"))
+    phi, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    phi[:, 1] = 0
+    phi[:, 3] = 2 * phi[:, 0]
+    moments.add(0, phi[:20], y[:20])
+    moments.add(1, phi[20:], y[20:])
+    torch.testing.assert_close(moments.solve(ridge=0.0), torch.linalg.pinv(phi) @ y, rtol=1e-6, atol=1e-9)
+
+
 # where the gate opens
 
 
@@ -377,16 +388,19 @@ def test_worse_and_score() -> None:
 
 def test_measured_errors_are_those_of_the_routes() -> None:
     after = upgrade(trained(Velocity()))
+    with torch.no_grad():
+        # a new route that says something
+        after.network.get_submodule(output_layer(after.network)).weight[new_rows(after)] = 0.1
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     stream = opening.Stream(Dataset("x", images, "nhw"), np.arange(20), 200, 4, 0, torch.device("cpu"))
     errors = opening.measure(after, stream, 4)
     assert errors.eps.shape == (4, 20)
     (batch,) = (b for b in stream if b.bin == 2)
     assert ((batch.t >= 100) & (batch.t < 150)).all()
-    p = after.route("x0")(_x_t(batch), batch.t)
-    torch.testing.assert_close(
-        errors.of(1.0)[2], (p.x0 - batch.x0).double().square().flatten(1).mean(1), rtol=1e-5, atol=0
-    )
+    for ratio in (0.0, 0.4, 1.0):
+        p = after.route(ratio)(_x_t(batch), batch.t)
+        error = (p.x0 - batch.x0).double().square().flatten(1).mean(1)
+        torch.testing.assert_close(errors.of(ratio)[2], error, rtol=1e-5, atol=0)
     again = opening.measure(after, stream, 4)
     assert torch.equal(again.along, errors.along)
 
