@@ -93,6 +93,7 @@ def test_karras_scales_what_the_network_sees() -> None:
 
     # data of standard deviation sigma_data: what the network sees has unit variance at every level
     schedule, sigma_data = Linear(), 0.5
+    assert Karras() == Karras(sigma_data=0.5), "the paper's"
     x0, noise = sigma_data * torch.randn(2000, 1, 2, 2), torch.randn(2000, 1, 2, 2)
     for t in (0, 400, 999):
         level = schedule.scalars(t)

@@ -318,3 +318,20 @@ def test_a_described_class_is_filled_in() -> None:
 def test_what_cannot_be_built_says_why(network: Any, size: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(network, 3, size, 7)
+
+
+def test_each_branch_is_a_residual_block_and_a_convolution_of_its_own():
+    last, h = BranchedConv2d(3, [2, 1], kernel_size=1).double(), torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    outputs = []
+    for block, output in zip(last.blocks, last.outputs, strict=True):
+        (w, b), (v, c) = ([p[..., 0, 0] if p.ndim == 4 else p for p in m.parameters()] for m in (block, output))
+        inner = torch.einsum("oi,bihw->bohw", w, h) + b[:, None, None]
+        outputs.append(torch.einsum("oi,bihw->bohw", v, h + inner / (1 + (-inner).exp())) + c[:, None, None])
+    torch.testing.assert_close(last(h), torch.cat(outputs, 1))
+    assert BranchedConv2d(3, [2, 1], kernel_size=5)(h.float()).shape == (4, 3, 5, 5)
+
+
+@pytest.mark.parametrize(("groups", "kernel_size"), [([], 3), ([0, 3], 3), ([1.5], 3), ([3], 2)])
+def test_branches_that_cannot_be_are_refused(groups, kernel_size):
+    with pytest.raises(InputError, match="groups are channels, 1 or more each, and kernel_size is odd"):
+        BranchedConv2d(4, groups, kernel_size)
