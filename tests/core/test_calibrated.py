@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 import torch
 
 from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, noise, samplers, schedules
-from dualout.calibrated import Calibrated, Calibration, corrected
+from dualout.calibrated import NEUTRAL, Calibrated, Calibration, corrected
 from dualout.networks.build import build
 from dualout.randomness import mix
-from dualout.training.calibrate import Fit, fit
-from dualout.training.comparison import HELD_OUT, Comparison, nearest
+from dualout.training.calibrate import RACE, Fit, fit, parameters_of
+from dualout.training.comparison import HELD_OUT, PLACES, UPDATES, Comparison, nearest
 from dualout.training.distances import Energy, SlicedWasserstein, quantiles
 from dualout.training.starts import Start, coordinate_search, trends
 from dualout.training.views import FLOOR, LOOKED_AT, Views, Within, whitening
@@ -47,6 +48,36 @@ def test_corrected_predictions_keep_the_invariant():
     same = corrected(p)
     torch.testing.assert_close(same.x0, p.x0)
     torch.testing.assert_close(same.x_t, p.x_t)
+
+
+@pytest.mark.parametrize(("gain", "shift"), [(1.0, 1.0), (1.0, -0.5), (2.0, 0.0), (0.0, 0.0), (0.0, 1.0)])
+def test_either_number_of_the_ratio_corrects_it(gain, shift):
+    raw = torch.randn(4, 7, 5, 5, dtype=torch.float64)
+    p = Denoiser(lambda x, t: raw, Dual(), SCHEDULE)(torch.randn(4, 3, 5, 5, dtype=torch.float64), 500)
+    q = corrected(p, ratio_gain=gain, ratio_shift=shift)
+    ratio = 1 / (1 + (-gain * raw[:, 6:] - shift).exp())
+    torch.testing.assert_close(q.parts["ratio"], ratio)
+    subtractive = (p.x_t - p.level.sigma * raw[:, :3]) / p.level.alpha
+    torch.testing.assert_close(q.x0, subtractive + ratio * (raw[:, 3:6] - subtractive))
+
+
+@pytest.mark.parametrize("names", [*([name] for name in NEUTRAL), list(NEUTRAL)], ids="-".join)
+def test_neutral_numbers_change_nothing(names):
+    raw = torch.randn(2, 7, 5, 5, dtype=torch.float64)
+    denoiser = Denoiser(lambda x, t: raw * (1 + t.view(-1, 1, 1, 1) / 1000), Dual(), SCHEDULE)
+    calibrated = Calibrated(denoiser, [999, 500], {name: [NEUTRAL[name]] * 2 for name in names})
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    for t in (999, 500):
+        plain, p = denoiser(x, t), calibrated(x, t)
+        for name in ("x0", "eps", "x_t"):
+            torch.testing.assert_close(getattr(p, name), getattr(plain, name), rtol=1e-9, atol=1e-9)
+
+
+def test_no_more_than_the_last_two_steps_are_remembered():
+    calibrated = Calibrated(Denoiser(exact, CleanImage(), SCHEDULE), range(9, -1, -1), {"x0_trend": [0.1] * 10})
+    for t in range(9, -1, -1):
+        calibrated(torch.zeros(1, 1, 2, 2), t)
+        assert len(calibrated._seen) <= 2
 
 
 def test_only_fine_detail_is_scaled():
@@ -145,6 +176,49 @@ def test_all_real_images_decide_and_only_those_of_the_fit_are_followed():
         assert float(far) == pytest.approx(sum(float(SlicedWasserstein()(a, b, 0)) for a, b in views), rel=1e-5)
 
 
+def test_what_is_held_out_does_not_depend_on_how_many_are_made_at_a_time():
+    denoiser, sampler = Denoiser(Exact(), CleanImage(), SCHEDULE), samplers.DDPM(steps=3)
+    data, found = MEAN + SPREAD * noise(range(200), (1, 4, 4)), []
+    for batch in (100, 64, 7):
+        how = Fit(batch=batch, held_out=100, own_features=False)
+        found.append(Comparison(denoiser, data, how).held_out(denoiser, sampler))
+    for far in found[1:]:
+        assert far == pytest.approx(found[0], rel=1e-5)
+
+
+def test_noises_that_decide_are_none_of_those_that_are_fitted_by_and_follow_the_seed():
+    denoiser, sampler = Denoiser(Exact(), CleanImage(), SCHEDULE), samplers.DDIM(steps=2)
+    data, made = MEAN + SPREAD * noise(range(64), (1, 4, 4)), []
+    for seed in (0, 10):
+        comparison = Comparison(denoiser, data, Fit(seed=seed, own_features=False))
+        made += [comparison.made(denoiser, sampler, kind, range(50)) for kind in (HELD_OUT, UPDATES, PLACES)]
+    assert len(torch.unique(torch.cat(made).flatten(1), dim=0)) == 6 * 50
+
+
+def test_a_fit_makes_as_many_images_as_it_says():
+    data, looks = MEAN + SPREAD * noise(range(80), (1, 2, 2)), 0
+
+    class Counting(Exact):
+        def forward(self, x_t, t):
+            nonlocal looks
+            looks += len(x_t)
+            return super().forward(x_t, t)
+
+    def made(**settings):
+        nonlocal looks
+        looks, how = 0, Fit(patience=9, own_features=False, distance="energy", **settings)
+        list(fit(Denoiser(Counting(), CleanImage(), SCHEDULE), samplers.DDIM(steps=3), data, how))
+        # an update makes its images, makes the steps that have a gradient again, and the gradient counts as two
+        return looks / 3 + (2 + 1 / 3) * (1 + RACE) * how.iterations * how.batch, how.trajectories(3)
+
+    for settings in ({"batch": 40, "held_out": 16, "check_every": 2}, {"batch": 2, "held_out": 50, "check_every": 1}):
+        found, said = made(iterations=4, move_times=0, **settings)
+        assert found == pytest.approx(said)
+    settings = {"iterations": 2, "batch": 2, "held_out": 16, "check_every": 1}
+    (unmoved, least), (moved, most) = (made(move_times=n, **settings) for n in (0, 1))
+    assert 0.7 * (most - least) < moved - unmoved <= most - least
+
+
 def test_moving_time_steps_looks_at_no_images_twice():
     denoiser, calls = Denoiser(Exact(), CleanImage(), SCHEDULE), []
     sampler, how = samplers.DDIM(steps=6), Fit(batch=8, move_times=2, held_out=16, own_features=False)
@@ -175,6 +249,22 @@ def test_a_batch_is_compared_with_all_real_images_at_its_own_ranks():
     torch.testing.assert_close(quantiles(ordered, 16)[:, :3], torch.tensor([[0.0, 0.25, 0.75]]))
     x, y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).split(25)
     assert SlicedWasserstein()(x, y.repeat(2, 1), 0) == pytest.approx(float(SlicedWasserstein()(x, y, 0)), rel=0.2)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 8])
+def test_the_sliced_distance_of_what_was_moved_is_the_mean_of_its_shadows(dimensions):
+    # along a unit direction u everything moved by |u·v|, whose mean over all u is Γ(D/2) / (√π·Γ((D + 1)/2)) of |v|
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(n, dimensions, generator=generator, dtype=torch.float64) for n in (20, 1))
+    share = math.gamma(dimensions / 2) / (math.pi**0.5 * math.gamma((dimensions + 1) / 2))
+    found = SlicedWasserstein(directions=4000)(x + v, x, 0)
+    assert float(found) == pytest.approx(share * float(v.norm()), rel=0.05 if dimensions > 1 else 1e-6)
+
+
+def test_the_energy_distance_of_two_points_is_twice_that_between_them_in_units_of_a_feature():
+    for dimensions in (1, 4, 9):
+        made, real = torch.zeros(3, dimensions).double(), torch.full((5, dimensions), 0.7).double()
+        assert float(Energy()(made, real, 0)) == pytest.approx(2 * 0.7, abs=1e-5)
 
 
 def test_the_energy_distance_of_unequal_numbers_is_unbiased():
@@ -274,6 +364,37 @@ def test_the_network_is_left_alone():
     torch.testing.assert_close(network.weight, before, rtol=0, atol=0)
 
 
+def test_the_learning_rate_falls_by_a_cosine_from_its_value_to_nothing(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def watched(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    how = Fit(iterations=8, batch=4, lr=0.02, move_times=0, held_out=16, own_features=False)
+    list(
+        fit(
+            Denoiser(Exact(), CleanImage(), SCHEDULE),
+            samplers.DDIM(steps=2),
+            torch.randn(64, 1, 2, 2),
+            how,
+            ["x0_scale"],
+        )
+    )
+    assert rates[0] == pytest.approx(how.lr)
+    assert rates[4] == pytest.approx(how.lr / 2)
+    assert all(a > b > 0 for a, b in pairwise(rates))
+    assert [a + b for a, b in zip(rates[1:], rates[:0:-1], strict=True)] == pytest.approx([how.lr] * 7)
+
+
+@pytest.mark.parametrize("parameterization", [Epsilon(), CleanImage(), Dual(ratio=0.5), Dual(ratio="velocity")])
+def test_only_a_ratio_that_is_learned_has_numbers(parameterization):
+    ratios = {"ratio_gain", "ratio_shift"}
+    assert set(parameters_of(Denoiser(exact, parameterization, SCHEDULE))) == NEUTRAL.keys() - ratios
+    assert set(parameters_of(Denoiser(exact, Dual(), SCHEDULE))) == NEUTRAL.keys()
+
+
 def test_too_few_images():
     denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
     with pytest.raises(InputError, match="64 images"):
@@ -354,6 +475,12 @@ def test_the_networks_own_features_are_those_of_its_bottom():
     handle.remove()
     assert torch.equal(within(images), seen[0].flatten(1))
     assert seen[0][0, 0].numel() < 16 * 16
+
+
+def test_images_of_odd_sides_are_seen_to_their_edges():
+    # halves are rounded up: 5×7 pixels are 3×4 squares, and 3×4 positions of the first convolution
+    views = Views(torch.randn(600, 2, 5, 7), 0)(torch.randn(3, 2, 5, 7))
+    assert [view.shape[1] for view in views] == [2 * 3 * 4, 32 * 2 * 2, 64 * 2 * 2]
 
 
 def test_a_network_that_never_looks_from_afar_has_no_features_of_its_own():

@@ -83,8 +83,9 @@ class Fit:
         """How many images are made through all steps, at most; what gradients cost is counted as such."""
         # an update makes its images, makes each step again in the backward pass, and that costs two more
         updates = 4 * (1 + RACE) * self.iterations * self.batch
-        # from two starts and halfway; of a trajectory whose step k is moved the k steps before are known
-        moves = 3 * 2 * self.move_times * (steps / 2) * self.placing
+        # from two starts and halfway one whole trajectory, and in a round two for every step k that is moved, of which
+        # the k steps before are known: 2·(K + … + 1) steps
+        moves = 3 * (1 + self.move_times * (steps + 1)) * self.placing if self.move_times else 0
         checks = (4 + (1 + RACE) * self.iterations / self.check_every) * self.held_out
         return updates + moves + checks
 
