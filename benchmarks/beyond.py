@@ -44,12 +44,17 @@ class Question:
     methods: dict[str, str]
     samplers: tuple[str, ...] = ("ddim",)
     scales: tuple[float | None, ...] = (None,)
+    interval: tuple[float, float] | None = None
+    """The noise levels that are guided."""
+    models: str | None = None
+    """The question whose models these are."""
 
 
 SINGLE = {"eps": "eps", "x0": "x0", "v": "velocity"}
 DUAL = {"dual": "dual", "dual-blend": "dual-blend"}
 QUESTIONS = {
     "guidance": Question({**SINGLE, **DUAL}, scales=(1.0, 1.5, 2.0, 3.0)),
+    "interval": Question({**SINGLE, **DUAL}, scales=(1.5, 2.0, 3.0), interval=(0.2, 5.0), models="guidance"),
     "latents": Question({**SINGLE, **DUAL}, ("ddim:clip=null",)),
     # DDIM on these levels is Euler's method
     "flow": Question({"flow": "flow", "dual-ends": "dual:ratio=flow", "dual-blend": "dual-blend"}, ("ddim", "heun")),
@@ -91,10 +96,17 @@ def distances(images: Tensor, real: dict[str, Statistics]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def sampled(denoiser: Denoiser, sampler: Sampler, shape: tuple[int, ...], count: int, scale: float | None) -> Tensor:
+def sampled(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    count: int,
+    scale: float | None,
+    interval: tuple[float, float] | None,
+) -> Tensor:
     """Images from the seeds 0 … count − 1; with a scale, of all classes in turn."""
     told = {} if scale is None else {"class_labels": torch.arange(count) % CLASSES}
-    model = denoiser if scale is None else ClassifierFree(denoiser, scale, class_labels=CLASSES)
+    model = denoiser if scale is None else ClassifierFree(denoiser, scale, interval=interval, class_labels=CLASSES)
     return sampler.sample(model, noise(range(count), shape), None, **told)
 
 
@@ -134,12 +146,12 @@ def answered(o: argparse.Namespace, question: str) -> Iterator[dict[str, Any]]:
         yield {"method": "decoded data", "seed": 0, "sampler": "", "steps": 0, **distances(kept, real)}
     shape = (2, 4, 4) if question == "latents" else (1, 8, 8)
     for seed, (method, spec) in product(range(o.seeds), asked.methods.items()):
-        denoiser = trained(question, method, spec, seed, out, o.updates)
+        denoiser = trained(asked.models or question, method, spec, seed, out, o.updates)
         grid = ((name, scale, k) for name in asked.samplers for scale in asked.scales for k in steps)
         for name, scale, k in grid:
             # Heun looks twice a step but at the last: the same number of calls, or one less
             taken = k // 2 + 1 if name == "heun" else k
-            images = sampled(denoiser, Sampler.parse(name, steps=taken), shape, count, scale)
+            images = sampled(denoiser, Sampler.parse(name, steps=taken), shape, count, scale, asked.interval)
             if question == "latents":
                 images = patches.decode(images)
             row = {"method": method, "seed": seed, "sampler": name, "steps": taken}
