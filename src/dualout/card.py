@@ -10,13 +10,13 @@ import dualout
 
 denoiser = dualout.Denoiser.from_pretrained("{path}")
 noise = dualout.noise(range(16), {shape})
-images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise)
+images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise{told})
 ```""",
     "diffusers": """```python
 from dualout.export import DualOutputPipeline
 
 pipeline = DualOutputPipeline.from_pretrained("{path}")
-images = pipeline(batch_size=16, num_inference_steps=10).images
+images = pipeline(batch_size=16, num_inference_steps=10{told}).images
 ```
 
 The network is an ordinary model of diffusers; only reading its output needs dualout.""",
@@ -26,12 +26,15 @@ from dualout.export import OnnxDenoiser
 
 denoiser = OnnxDenoiser("{path}")
 noise = dualout.noise(range(16), {shape})
-images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise)
+images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise{told})
 ```
 
 Or with any ONNX runtime: `model.onnx` takes noisy images `x_t` (B, C, H, W) and their time steps `t` (B,), 0 … T−1, and
 gives the clean images `x0` and the noise `eps` that it predicts. Its metadata `dualout` hold the noise schedule.""",
 }
+_CLASSES = """
+
+Images are told their classes, 0 to {last}; {none} stands for none, which guidance goes away from."""
 
 
 def render(config: dict[str, Any], library: str = "dualout") -> str:
@@ -61,13 +64,37 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
                 **config.get("more", {}),
             },
         ),
-        "## Use\n\n" + _USES[library].format(path=card.get("path", "PATH"), shape=shape),
+        _use(library, card.get("path", "PATH"), shape, class_count(network)),
     ]
     sections += [
         _table(title, card[key]) for key, title in (("training", "Training"), ("data", "Data")) if card.get(key)
     ]
     sections += [_metrics(card["metrics"])] if card.get("metrics") else []
     return "\n\n".join(sections) + "\n"
+
+
+def _use(library: str, path: str, shape: tuple[int, ...], classes: int | None) -> str:
+    if classes is None:
+        return "## Use\n\n" + _USES[library].format(path=path, shape=shape, told="")
+    labels = f"[i % {classes} for i in range(16)]"
+    told = f", class_labels={labels if library == 'diffusers' else f'torch.tensor({labels})'}"
+    text = _USES[library].format(path=path, shape=shape, told=told) + _CLASSES.format(last=classes - 1, none=classes)
+    return "## Use\n\n" + (text if library == "diffusers" else text.replace("\n", "\nimport torch\n", 1))
+
+
+def class_count(network: dict[str, Any]) -> int | None:
+    """How many classes a network can be told, besides "none", which has the highest number."""
+    embedded = arguments_of(network).get("num_class_embeds")
+    return embedded - 1 if isinstance(embedded, int) and embedded > 1 else None
+
+
+def arguments_of(network: Any) -> dict[str, Any]:
+    """The arguments of a network; where an adapter wraps it, those of the network inside."""
+    arguments = network.get("arguments") if isinstance(network, dict) else None
+    if not isinstance(arguments, dict):
+        return {}
+    inner = arguments.get("network")
+    return arguments_of(inner) if isinstance(inner, dict) else arguments
 
 
 def heading(parameterization: str) -> str:

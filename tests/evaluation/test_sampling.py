@@ -2,8 +2,9 @@ import pytest
 import torch
 
 import dualout
+from dualout.card import class_count
 from dualout.errors import InputError
-from dualout.evaluation.model import Model, class_count, image_shape
+from dualout.evaluation.model import Model, image_shape
 from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dualout import checkpoint
+from dualout.card import arguments_of, class_count
 from dualout.checkpoint import entry
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
@@ -119,7 +120,7 @@ def image_shape(config: dict[str, Any], directory: Path) -> tuple[int, int, int]
     Raises:
         InputError: when it says neither.
     """
-    image, arguments = entry(config, "image"), _innermost(config["network"])
+    image, arguments = entry(config, "image"), arguments_of(config["network"])
     channels = image.get("channels", arguments.get("in_channels"))
     size = image.get("size", arguments.get("sample_size"))
     shape: tuple[Any, ...] = (channels, *size) if isinstance(size, list | tuple) else (channels, size, size)
@@ -129,18 +130,3 @@ def image_shape(config: dict[str, Any], directory: Path) -> tuple[int, int, int]
             'write it in as "image": {"channels": C, "size": [H, W]}, as save_pretrained(path, image=…) does'
         )
     return shape[0], shape[1], shape[2]
-
-
-def class_count(network: dict[str, Any]) -> int | None:
-    """How many classes a network can be told, besides "none", which has the highest number."""
-    embedded = _innermost(network).get("num_class_embeds")
-    return embedded - 1 if isinstance(embedded, int) and embedded > 1 else None
-
-
-def _innermost(network: Any) -> dict[str, Any]:
-    """The arguments of a network; where an adapter wraps it, those of the network inside."""
-    arguments = network.get("arguments") if isinstance(network, dict) else None
-    if not isinstance(arguments, dict):
-        return {}
-    inner = arguments.get("network")
-    return _innermost(inner) if isinstance(inner, dict) else arguments

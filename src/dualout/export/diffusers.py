@@ -345,7 +345,7 @@ class DualOutputPipeline(DiffusionPipeline):
         config = {
             "schedule": self.config["schedule"],
             "parameterization": self.config["parameterization"],
-            "network": {"class": f"diffusers.{type(self.unet).__name__}"},
+            "network": {"class": f"diffusers.{type(self.unet).__name__}", "arguments": dict(self.unet.config)},
             "image": {"channels": self.unet.config.in_channels, "size": self.unet.config.sample_size or 32},
             "dualout": __version__,
             "card": card,

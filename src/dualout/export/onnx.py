@@ -234,6 +234,6 @@ def _rows(unit: Any, rows: slice) -> Any:
 
 
 def _card(denoiser: Denoiser, record: dict[str, Any]) -> str:
-    network = f"{type(denoiser.network).__name__}, as ONNX"
+    network = {"class": f"{type(denoiser.network).__name__}, as ONNX", "arguments": config_of(denoiser.network)}
     more = {"calibrated for": str(record["calibration"]["sampler"])} if record["calibration"] else {}
-    return render({**record, "network": {"class": network}, "card": denoiser.card, "more": more}, "onnx")
+    return render({**record, "network": network, "card": denoiser.card, "more": more}, "onnx")
