@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 import dualout
 from dualout.cli.main import main
@@ -16,6 +17,7 @@ ROW = ("fd", "kid", "precision", "recall", "images", "nfe", "seconds", "protocol
 def save(path, parameterization, channels=1, **extra):
     from diffusers import UNet2DModel
 
+    torch.manual_seed(0)
     network = UNet2DModel(
         sample_size=8, in_channels=channels, out_channels=parameterization.channels(channels),
         block_out_channels=(8, 8), layers_per_block=1,
@@ -161,7 +163,7 @@ def test_sampler_options_are_part_of_the_row(runs, tmp_path):
         ("dual", ["--split", "tset"], "did you mean 'test'?"),
         ("dual", ["--images", "3"], "more than 3 images"),
         ("dual", ["--data", "photos", "--split", "train", "--features", "pixels"], ":grey=true"),
-        ("colour", [], "these are colour 8×8"),
+        ("colour", ["--features", "digits"], "these are colour 8×8"),
         ("colour", ["--features", "pixels"], "3 channels and 8×8 pixels"),
         ("dual", ["--features", "inception:weights=none.pth"], "there is no file none.pth"),
         ("dual", ["--batch_size", "0"], "--batch_size is a whole number"),
@@ -197,3 +199,32 @@ def test_images_are_compared_with_what_the_models_were_trained_on(tmp_path, caps
     assert "images against arrays:path=" in capsys.readouterr().out
     assert main(["evaluate", f"{tmp_path / 'mine'},{tmp_path / 'digits'}", *command]) == 2
     assert "trained on different data" in capsys.readouterr().err
+
+
+def test_scales_of_guidance_are_rows_beside_each_other(tmp_path, capsys):
+    run, out = tmp_path / "classes", tmp_path / "out"
+    network = dualout.networks.build("tiny:width=8", image_channels=1, size=8, out_channels=1, classes=10)
+    denoiser = dualout.Denoiser(network, dualout.Epsilon(), dualout.schedules.Linear(steps=100))
+    denoiser.save_pretrained(run, image={"channels": 1, "size": [8, 8]})
+    command = ["evaluate", str(run), "--images", "8", "--steps", "2", "--features", "pixels", "--out", str(out)]
+    assert main([*command, "--guidance", "1,2.5"]) == 0
+    assert [(row["guidance"], row["nfe"]) for row in rows_of(out)] == [(1.0, 2), (2.5, 4)]
+    assert "guidance" in capsys.readouterr().out
+    assert main([*command, "--guidance", "2.5"]) == 0
+    assert "guidance 2.5" in capsys.readouterr().out
+    assert len(rows_of(out)) == 2
+    (tmp_path / "one.yaml").write_text("guidance: 2.5\nsteps: [2]\nseeds: 0\n")
+    assert main(["evaluate", str(run), "--config", str(tmp_path / "one.yaml"), *command[2:4], *command[6:]]) == 0
+    assert len(rows_of(out)) == 2
+    assert main([*command, "--guidance", "2,much"]) == 2
+    assert "--guidance are numbers separated by commas, got '2,much'" in capsys.readouterr().err
+
+
+def test_features_by_default_are_those_that_take_the_images(runs, tmp_path):
+    own = tmp_path / "own.npy"
+    np.save(own, np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8))
+    for name, data, features in (("dual", "digits", ["digits"]), ("colour", f"arrays:{own}", ["pixels", "random"])):
+        out = tmp_path / name
+        command = ["evaluate", runs[name], "--data", data, "--split", "all", "--images", "8", "--steps", "2"]
+        assert main([*command, "--out", str(out)]) == 0
+        assert [row["features"] for row in rows_of(out)] == features

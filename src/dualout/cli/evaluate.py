@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dualout.cli import console
 from dualout.cli._images import Shape, real_images
@@ -48,18 +48,18 @@ class Options:
     samplers: str = "ddim"
     """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in ddim:eta=0.5 or ddim:clip=null"""
     steps: str = "10"
-    """Numbers of steps; comma-separated, like samplers, spacings, routes, seeds and features"""
+    """Numbers of steps; comma-separated, like samplers, spacings, routes, seeds, features and guidance"""
     spacings: str = "trailing"
     """trailing, leading, linspace, quadratic, logsnr"""
     routes: str = "mix"
     """Which output of a dual model to use: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
     seeds: str = "0"
     """Which sets of images to make, as in 0,1; each has seeds of its own"""
-    features: str = "digits"
+    features: str | None = None
     """Feature networks that images are compared in: digits, pixels, random, lite0, inception, classifier:path=FILE;
-    several give a row each"""
-    guidance: float | None = None
-    """For class-conditional models: scale of classifier-free guidance"""
+    several give a row each; by default digits where the images are grey 8×8, and pixels and random elsewhere"""
+    guidance: str | None = None
+    """For class-conditional models: scale of classifier-free guidance; 1 is none"""
     guidance_interval: str | None = None
     """Which noise levels are guided: two values of sigma / alpha, LOW,HIGH, as in 0.2,5; by default all"""
     out: str | None = None
@@ -137,7 +137,7 @@ def _dry_run(options: Options, group: Group) -> None:
     from dualout.cli._cost import print_cost
 
     samplings = [sampling for _, sampling in _samplings(options)]
-    options = replace(options, data=_data(options, samplings))
+    options = replace(options, data=_data(options, samplings), features=_features(options, samplings))
     scores = f"{console.count(len(samplings), 'combination')} of {options.images:,} images, each by {options.features}"
     print_cost(options, samplings, options.images, group.size, {"scores": scores, "out": str(_out(options))})
 
@@ -155,12 +155,13 @@ def _print(rows: Sequence[Row], options: Options) -> None:
     """The table; what is equal in all rows is said above it."""
     from dualout.evaluation.scoring import COLUMNS, KEY
 
-    told = [column for column in KEY if column in COLUMNS and len({str(row[column]) for row in rows}) == 1]
+    columns = (*COLUMNS, "guidance")
+    told = [column for column in KEY if len({str(row.get(column)) for row in rows}) == 1]
     hidden = set(told) | ({"nfe"} if all(row["nfe"] == row["steps"] for row in rows) else set())
-    equal = ", ".join(f"{c} {rows[0][c]}" for c in told if c != "images" and rows[0][c] is not False)
+    equal = ", ".join(f"{c} {rows[0][c]}" for c in told if c != "images" and rows[0].get(c) not in (False, None))
     real = rows[0]["protocol"]["reference"]
     title = f"{options.images:,} images against {real['data']} ({real['split']}); {equal}"
-    console.table(rows, [column for column in COLUMNS if column not in hidden], title)
+    console.table(rows, [column for column in columns if column not in hidden], title)
     for text in sorted({row["protocol"]["warning"] for row in rows if "warning" in row["protocol"]}):
         console.say(f"note: {text}")
 
@@ -179,8 +180,9 @@ def _scorings(options: Options, group: Group) -> list[Scoring]:
     from dualout.evaluation.features import Features
     from dualout.evaluation.scoring import Scoring
 
-    features = [Features.parse(spec) for spec in _some(options.features, "features")]
     samplings = _samplings(options)
+    named = _features(options, [sampling for _, sampling in samplings])
+    features = [Features.parse(spec) for spec in _some(named, "features")]
     shapes, place = [sampling.model.shape for _, sampling in samplings], samplings[0][1].device
     options = replace(options, data=_data(options, [sampling for _, sampling in samplings]))
     references = _references(options, shapes, features, place)
@@ -200,6 +202,7 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     routes = [parse_route(text) for text in _some(options.routes, "routes")]
     samplers = list(product(_some(options.samplers, "samplers"), _some(options.spacings, "spacings")))
     steps, seeds = _numbers(options.steps, "steps"), _numbers(options.seeds, "seeds")
+    scales = [None] if options.guidance is None else _numbers(options.guidance, "guidance", float)
     place = device(options.device)
     models = [Model.load(name, place) for name in _some(options.runs, "runs")]
     readable = _routes(models, routes)
@@ -211,7 +214,7 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
                 sampler,
                 route,
                 first_seed(seed, options.images),
-                guidance=options.guidance,
+                guidance=scale,
                 guidance_interval=parse_interval(options.guidance_interval),
                 precision=options.precision,
                 calibrated=options.calibrated,
@@ -222,6 +225,7 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
         for route in readable[model.run]
         for (spec, spacing), k in product(samplers, steps)
         for sampler in [build_sampler(spec, k, spacing, model.denoiser.schedule)]
+        for scale in scales
         for seed in seeds
     ]
 
@@ -255,6 +259,12 @@ def _data(options: Options, samplings: Sequence[Sampling]) -> str:
     return options.data or (known[0] if known else "digits")
 
 
+def _features(options: Options, samplings: Sequence[Sampling]) -> str:
+    """What images are compared by: what is asked for, or what takes those of these models."""
+    small = all(sampling.model.shape == (1, 8, 8) for sampling in samplings)
+    return options.features if options.features is not None else "digits" if small else "pixels,random"
+
+
 def _references(
     options: Options, shapes: Sequence[Shape], features: Sequence[Features], place: torch.device
 ) -> dict[Shape, list[Reference]]:
@@ -282,9 +292,9 @@ def _some(text: str, name: str) -> list[str]:
     return found
 
 
-def _numbers(text: str, name: str) -> list[int]:
-    numbers = _some(text, name)
+def _numbers(text: str, name: str, kind: type = int) -> list[Any]:
+    numbers, sort = _some(text, name), "whole numbers" if kind is int else "numbers"
     try:
-        return [int(number) for number in numbers]
+        return [kind(number) for number in numbers]
     except ValueError:
-        raise InputError(f"--{name} are whole numbers separated by commas, got {text!r}") from None
+        raise InputError(f"--{name} are {sort} separated by commas, got {text!r}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -66,6 +67,7 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
     for flag, value in pairwise([*arguments, ""]):
         if flag.partition("=")[0] == "--config":
             _check_aliases(Path(flag.partition("=")[2] or value))
+    arguments = _spell_texts(kinds, arguments)
     try:
         namespace = parser.parse_args(arguments)
         instantiated: Any = parser.instantiate(namespace)
@@ -94,6 +96,31 @@ def _spell_switches(options: type, arguments: Sequence[str]) -> list[str]:
         f"{argument}=true" if argument in switches and after not in _TRUTHS else argument
         for argument, after in zip(arguments, following, strict=False)
     ]
+
+
+def _spell_texts(kinds: dict[str, Any], arguments: Sequence[str]) -> list[str]:
+    """A file may say ``steps: 5`` or ``steps: [5, 10]`` where the field is a text that a flag writes as 5,10."""
+    found = list(arguments)
+    for k, (flag, after) in enumerate(pairwise([*arguments, ""])):
+        name, _, told = flag.partition("=")
+        if name != "--config":
+            continue
+        try:
+            options = yaml.safe_load(Path(told or after).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            continue  # which is told where it is read
+        if not isinstance(options, dict):
+            continue
+        texts = {key: _text(value, kinds[key]) for key, value in options.items() if key in kinds}
+        if any(texts[key] is not options[key] for key in texts):
+            found[k if told else k + 1] = "--config=" * bool(told) + json.dumps(options | texts)
+    return found
+
+
+def _text(value: Any, kind: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    scalars = all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items)
+    return ",".join(map(str, items)) if scalars and not fits(value, kind) and fits("", kind) else value
 
 
 def types(options: type) -> dict[str, Any]:

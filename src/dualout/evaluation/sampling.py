@@ -87,7 +87,7 @@ class Sampling:
         seed: of image 0; image i is made from seed + i, whatever batch it is in.
         labels: the class of image i is labels[i mod their number]; None is all classes in turn where the model takes
             classes.
-        guidance: scale of classifier-free guidance; None is none.
+        guidance: scale of classifier-free guidance; None is none, and so is 1.
         guidance_interval: the noise levels that are guided, sigma / alpha from above the first number to the second;
             None is all.
         precision: of the network: "fp32", "bf16", "fp16", "auto".
@@ -131,11 +131,11 @@ class Sampling:
             view = Calibrated.of(view, self.calibration)
             if list(self.calibration.times) != self.sampler.timesteps(self.model.denoiser.schedule):
                 self.stepping = self.sampler.at(self.calibration.times)
-        if self.guidance is not None and self.model.classes is not None:
+        if self.guidance is None and self.guidance_interval is not None:
+            raise InputError("an interval of guidance needs a scale: say --guidance too, such as --guidance 2")
+        if self.guidance not in (None, 1) and self.model.classes is not None:
             view = ClassifierFree(view, self.guidance, interval=self.guidance_interval, class_labels=self.model.classes)
             self._check_guided(view)
-        elif self.guidance_interval is not None:
-            raise InputError("an interval of guidance needs a scale: say --guidance too, such as --guidance 2")
         self.view = view
         self._sample: Callable[..., Tensor] = partial(self.stepping.sample, view)
         self._steps = "eager"

@@ -84,6 +84,7 @@ class Scoring:
         sampling = self.sampling
         name, route = sampling.model.denoiser.parameterization.spec, sampling.route
         how = f"{_named(sampling)} {sampling.sampler.config()['spacing']} {sampling.sampler.steps} steps"
+        how += f" guidance {sampling.guidance:g}" if sampling.guidance is not None else ""
         how += " calibrated" if sampling.calibrated else ""
         return f"{name}{'' if route == 'mix' else f' ({route})'} {how}"
 
