@@ -310,9 +310,15 @@ def test_starts_from_a_checkpoint(whole, tmp_path):
     with pytest.raises(InputError, match="was trained with parameterization dual"):
         trained(tmp_path / "other", network=None, init=str(whole), parameterization="eps")
     with pytest.raises(InputError, match="brings its network"):
-        trained(tmp_path / "other", init=str(whole))
+        trained(tmp_path / "other", network="tiny:width=16", init=str(whole))
     with pytest.raises(InputError, match="channels"):
         trained(tmp_path / "other", network=None, init=str(whole), data="photos")
+
+
+def test_a_runs_own_settings_begin_another_from_its_weights(whole, tmp_path):
+    with Run(config(tmp_path / "run", init=str(whole), lr=1e-5)) as run:
+        for name, weight in run.learner.denoiser.state_dict().items():
+            assert torch.equal(weight, state(whole)[f"average/{name}"])
 
 
 def test_classes_are_asked_of_data_that_have_none(tmp_path):

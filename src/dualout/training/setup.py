@@ -136,22 +136,25 @@ def _leave_group() -> None:
 def first_weights(config: TrainConfig, dataset: Dataset) -> Denoiser:
     """A denoiser to start from: with random weights, which follow from the seed, or with those of --init."""
     if config.init is not None:
-        return _initialized(config)
+        return _initialized(config, dataset)
     parameterization = Parameterization.parse(config.parameterization or "dual")
     schedule = Schedule.parse(config.schedule or "linear")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        network = build(
-            config.network or "tiny",
-            dataset.channels,
-            dataset.size,
-            parameterization.channels(dataset.channels),
-            classes=len(dataset.classes) if config.conditional else None,
-        )
-        return Denoiser(network, parameterization, schedule)
+        return Denoiser(_network(config, dataset, parameterization), parameterization, schedule)
 
 
-def _initialized(config: TrainConfig) -> Denoiser:
+def _network(config: TrainConfig, dataset: Dataset, parameterization: Parameterization) -> nn.Module:
+    return build(
+        config.network or "tiny",
+        dataset.channels,
+        dataset.size,
+        parameterization.channels(dataset.channels),
+        classes=len(dataset.classes) if config.conditional else None,
+    )
+
+
+def _initialized(config: TrainConfig, dataset: Dataset) -> Denoiser:
     denoiser = Denoiser.from_pretrained(config.init)  # type: ignore[arg-type]
     own = {"parameterization": denoiser.parameterization.spec, "schedule": denoiser.schedule.spec}
     for name, value in own.items():
@@ -162,7 +165,13 @@ def _initialized(config: TrainConfig) -> Denoiser:
                 "dualout upgrade gives a network a second output"
             )
     if config.network is not None:
-        raise InputError(f"--init {config.init} brings its network: leave out --network {config.network}")
+        # a run's own settings, taken from its train.yaml, name its network
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            asked = _network(config, dataset, denoiser.parameterization)
+        if checkpoint.describe(asked) != checkpoint.describe(denoiser.network):
+            raise InputError(
+                f"--init {config.init} brings its network, which is not --network {config.network}: leave that out"
+            )
     return denoiser
 
 
