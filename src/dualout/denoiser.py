@@ -28,6 +28,11 @@ class Loss(NamedTuple):
     parts: dict[str, Tensor]
     """Every part by name, one number an image, (B,)."""
 
+    def __repr__(self) -> str:
+        """Numbers to look at while training: the total, and the mean of each part."""
+        means = [f"{name} {float(part.detach().mean()):.4g}" for name, part in self.parts.items()]
+        return f"Loss({float(self.total.detach()):.4g}: {', '.join(means)})"
+
 
 class Denoiser(nn.Module):
     """Maps noisy images to a prediction of the clean ones.

@@ -10,7 +10,7 @@ from torch import Tensor
 from dualout.levels import Level
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Prediction:
     """A prediction of the clean image, at one noise level.
 
@@ -32,6 +32,10 @@ class Prediction:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "level", self.level.over(self.x_t))
+
+    def __repr__(self) -> str:
+        parts = f" of {', '.join(self.parts)}" if self.parts else ""
+        return f"Prediction({'×'.join(map(str, self.x0.shape))}{parts})"
 
     @property
     def eps(self) -> Tensor:

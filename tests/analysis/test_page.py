@@ -1,12 +1,14 @@
 """The page is valid, whole, and fetches nothing."""
 
 import functools
+import io
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dualout.analysis import canvas, figures, page, reading
 from dualout.analysis.report import Material, Run, comparison, report
@@ -256,3 +258,11 @@ def test_tiles_hold_the_images(n):
     np.testing.assert_array_equal(sheet[:2, :2], images[0])
     if n > 2:
         np.testing.assert_array_equal(sheet[3:, :2], images[2])
+
+
+@pytest.mark.parametrize(
+    ("count", "turn", "columns"), [(24, 1, 5), (24, 3, 6), (64, 10, 10), (64, 1000, 8), (2, 3, 2), (1, 1, 1)]
+)
+def test_classes_that_take_turns_have_their_own_columns(count, turn, columns):
+    image = Image.open(io.BytesIO(canvas.sheet(np.zeros((count, 64, 64, 1), np.uint8), turn)))
+    assert image.width == columns * 65 - 1

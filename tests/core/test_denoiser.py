@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -345,3 +346,12 @@ def test_all_of_a_denoiser_is_where_its_network_is() -> None:
             tensors = [*view.parameters(), *view.buffers()]
             assert tensors
             assert all(v.is_meta for v in tensors)
+
+
+def test_what_is_printed_in_a_notebook_is_a_line():
+    torch.manual_seed(0)
+    denoiser = Denoiser(lambda x, t: x.repeat(1, 3, 1, 1)[:, :3], Dual(), Linear())
+    x0, t, noise = torch.zeros(2, 1, 4, 4), torch.tensor([10, 900]), torch.ones(2, 1, 4, 4)
+    loss, prediction = denoiser.loss(x0.requires_grad_(), t, noise), denoiser(noise, 500)
+    assert re.fullmatch(r"Loss\([\d.]+: eps [\d.]+, x0 [\d.]+, mu [\d.e-]+\)", repr(loss))
+    assert repr(prediction) == "Prediction(2×1×4×4 of eps, x0, ratio)"

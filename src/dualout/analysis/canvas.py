@@ -219,10 +219,17 @@ def tiles(images: np.ndarray, columns: int, gap: int = 1, fill: int = 128) -> np
     return sheet
 
 
-def sheet(images: np.ndarray) -> bytes:
-    """Images in a square, as a PNG file: uint8 (N, H, W, 1 or 3); those of a few pixels are made large enough to be
-    seen."""
-    return png_of(tiles(images, math.isqrt(len(images) - 1) + 1), max(1, 64 // images.shape[1]))
+def sheet(images: np.ndarray, turn: int = 1) -> bytes:
+    """Images in a square, as a PNG file; those of a few pixels are made large enough to be seen.
+
+    Args:
+        images: uint8 (N, H, W, 1 or 3).
+        turn: how many classes they take in turn: a class has its own columns, where the sheet stays a sheet.
+    """
+    columns = math.isqrt(len(images) - 1) + 1
+    if 1 < turn <= 2 * columns:
+        columns = min(len(images), turn * max(1, round(columns / turn)))
+    return png_of(tiles(images, columns), max(1, 64 // images.shape[1]))
 
 
 def png_of(image: np.ndarray, scale: int = 1) -> bytes:

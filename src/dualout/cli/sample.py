@@ -103,7 +103,7 @@ def run(arguments: list[str]) -> int | None:
     if part[0] == 0:
         what = "images.npz" if options.format == "npz" else "000000.png" + " …" * (options.images > 1)
         console.wrote(out, f"{console.count(options.images, 'image')}, {what}")
-        if part[1] == 1 and _grid(out):
+        if part[1] == 1 and _grid(out, len(sampling.labels or (0,))):
             console.wrote(out / "grid.png")
         console.wrote(out / PROTOCOL, "how they were made")
     return None
@@ -134,8 +134,8 @@ def _labels(text: str, names: Sequence[str]) -> list[int]:
     return labels
 
 
-def _grid(out: Path, most: int = 64) -> bool:
-    """Draw the first images side by side."""
+def _grid(out: Path, turn: int, most: int = 64) -> bool:
+    """Draw the first images side by side, of which so many classes take turns."""
     from dualout.analysis.canvas import sheet
     from dualout.evaluation.generate import stored
 
@@ -143,5 +143,5 @@ def _grid(out: Path, most: int = 64) -> bool:
     if images.shape[-1] not in (1, 3):
         return False
     with atomically(out / "grid.png") as aside:
-        aside.write_bytes(sheet(images))
+        aside.write_bytes(sheet(images, turn))
     return True

@@ -143,7 +143,7 @@ def _draw_samples(sampling: Sampling, path: Path, count: int) -> None:
     with explained(path):
         path.parent.mkdir(exist_ok=True)
     with atomically(path) as aside:
-        aside.write_bytes(sheet(images))
+        aside.write_bytes(sheet(images, len(sampling.labels or (0,))))
 
 
 def _dry_run(options: Options) -> None:
