@@ -21,6 +21,7 @@ from dualout.card import render
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.export.directory import whole
+from dualout.export.runs import restored, shortened
 from dualout.export.schedulers import asked_of, build, schedule_of, scheduler_for
 from dualout.export.steps import check_scheduler, first_noise, look, set_times, stepped, times_of
 from dualout.files import read_json
@@ -137,7 +138,7 @@ class DualOutputPipeline(DiffusionPipeline):
             scheduler = build(scheduler, denoiser.schedule, **settings)
         head = None
         if denoiser.head is not None:
-            head = {name: value.tolist() for name, value in denoiser.head.state_dict().items()}
+            head = {name: shortened(value) for name, value in denoiser.head.state_dict().items()}
         record = None if calibration is None else calibration.record()
         return cls(
             _model(denoiser.network), scheduler, denoiser.parameterization, denoiser.schedule, clip, head, record,
@@ -153,7 +154,8 @@ class DualOutputPipeline(DiffusionPipeline):
                 raise InputError(
                     f"the parameterization {self.parameterization.spec} has learned a head, which is missing"
                 )
-            tensors = {name: torch.tensor(value) for name, value in self.config["head"].items()}
+            most = max(value.numel() for value in denoiser.head.state_dict().values())
+            tensors = {name: restored(value, most) for name, value in self.config["head"].items()}
             checkpoint.load_strictly(denoiser.head, tensors, "the pipeline's head")
         denoiser.card = dict(self.config["card"])
         return denoiser.train(self.unet.training)
