@@ -221,7 +221,7 @@ def _hint(path: Path) -> str:
     config = read_json(path, object) if path.is_file() else None
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name == "DualOutputPipeline":
-        return "; this pipeline of diffusers is read by DualOutputPipeline.from_pretrained(…).denoiser"
+        return "; dualout exported it: dualout export --format dualout makes a checkpoint of it again"
     made = "dualout export --format dualout makes a checkpoint of it, dualout upgrade one with a second output"
     return "" if name is None else f"; it is diffusers' {name}: {made}"
 

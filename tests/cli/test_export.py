@@ -163,3 +163,13 @@ def test_a_pipeline_that_is_not_the_model_is_not_left_there(
     assert "nothing was written" in capsys.readouterr().err
     assert list((tmp_path / "it").iterdir()) == []
     assert main(command) == 0
+
+
+def test_a_pipeline_becomes_a_checkpoint_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--out", str(tmp_path / "it")]) == 0
+    assert main(["upgrade", str(tmp_path / "it"), "--data", "digits", "--out", str(tmp_path / "up")]) == 2
+    assert "was exported by dualout: dualout export --format dualout" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "it"), "--format", "dualout", "--out", str(tmp_path / "back")]) == 0
+    sampler = samplers.DDIM(3)
+    before, after = (sampler.sample(Denoiser.from_pretrained(p), start()) for p in (run, tmp_path / "back"))
+    torch.testing.assert_close(after, before, **CLOSE)

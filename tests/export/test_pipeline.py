@@ -608,3 +608,14 @@ def test_loading_takes_no_pickles(tmp_path: Path) -> None:
     assert (tmp_path / "unet" / "diffusion_pytorch_model.bin").is_file()
     with pytest.raises(OSError, match="safetensors"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_a_scheduler_that_takes_no_clean_images_is_told_what_to_do(name: str) -> None:
+    pipeline = pipe(denoiser_of(Dual()), samplers.DDIM(5))
+    kind = getattr(diffusers, name)
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, prediction_type="sample")
+    with pytest.raises(InputError, match=f"{name}.from_config.*prediction_type='epsilon'"):
+        pipeline(num_inference_steps=5)
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, prediction_type="epsilon")
+    assert len(pipeline(num_inference_steps=5).images) == 1

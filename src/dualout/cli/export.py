@@ -128,7 +128,12 @@ def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
     from dualout.export.directory import whole
     from dualout.networks import foreign
 
-    denoiser = foreign.load(options.run, options.adapter, options.parameterization, options.schedule)
+    if foreign.own_pipeline(options.run):
+        from dualout.export import DualOutputPipeline
+
+        denoiser = DualOutputPipeline.from_pretrained(Path(options.run).expanduser()).denoiser
+    else:
+        denoiser = foreign.load(options.run, options.adapter, options.parameterization, options.schedule)
     source = Path(options.run).name
     if not denoiser.card:
         denoiser.card = {"title": source, "training": {"taken from": source}}

@@ -155,9 +155,21 @@ def stepped(scheduler: Any, answer: Tensor, k: int, times: Sequence[int], x: Ten
         times: all of its time steps.
         x: the scheduler's images before, (B, C, H, W).
         extra: other arguments of its `step`.
+
+    Raises:
+        InputError: for a scheduler that does not take its own prediction type.
     """
-    with _next(scheduler, k, times):
-        made = scheduler.step(answer, scheduler.timesteps[k], x, **extra)
+    try:
+        with _next(scheduler, k, times):
+            made = scheduler.step(answer, scheduler.timesteps[k], x, **extra)
+    except (ValueError, NotImplementedError) as error:
+        if "prediction_type" not in str(error):
+            raise
+        name, kind = type(scheduler).__name__, scheduler.config.prediction_type
+        raise InputError(
+            f"{name} takes no prediction_type {kind!r}, which it has from the scheduler before it; the same belief as "
+            f"noise: {name}.from_config(pipeline.scheduler.config, prediction_type='epsilon')"
+        ) from error
     # the mean of the last step is the clean image; DDPM's adds noise to it where it does not begin at t = 0
     ancestral = type(scheduler).__name__ in _ANCESTRAL and k + 1 == len(times)
     return made.pred_original_sample if ancestral else made.prev_sample

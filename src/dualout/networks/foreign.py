@@ -65,6 +65,11 @@ def load(
     directory = path if path.is_dir() else _downloaded(str(source))
     if (directory / checkpoint.INDEX).is_file():
         _untold(source, parameterization=parameterization, schedule=schedule)
+        if own_pipeline(directory):
+            raise InputError(
+                f"{source} was exported by dualout: dualout export --format dualout makes a checkpoint of a directory "
+                f"again, and DualOutputPipeline.from_pretrained(…).denoiser.save_pretrained(…) of the Hub's"
+            )
         return _from_pipeline(directory)
     if "_class_name" in _json(directory / checkpoint.CONFIG):
         return _from_model(directory, parameterization, schedule)
@@ -77,6 +82,12 @@ def trained_on(source: str | Path) -> str | None:
     path = Path(source).expanduser() / checkpoint.CONFIG
     name = checkpoint.entry(_json(path), "data").get("name") if path.is_file() else None
     return name if isinstance(name, str) else None
+
+
+def own_pipeline(source: str | Path) -> bool:
+    """Whether a directory holds an export to diffusers, of which the scheduler does not say how it was trained."""
+    index = Path(source).expanduser() / checkpoint.INDEX
+    return index.is_file() and _json(index).get("_class_name") == "DualOutputPipeline"
 
 
 def _downloaded(source: str) -> Path:
