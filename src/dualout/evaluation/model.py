@@ -58,7 +58,10 @@ class Model:
         directory = checkpoint.locate(run)
         config = checkpoint.read_config(directory)
         if entry(config, "image").get("latents"):
-            raise InputError(f"{run} makes latents, which are no pictures before something decodes them")
+            raise InputError(
+                f"{run} makes latents, which are no pictures before something decodes them; in Python, "
+                f"DDIM(steps=20, clip=None).sample(Denoiser.from_pretrained({str(run)!r}), noise) makes some to decode"
+            )
         shape = image_shape(config, directory)
         denoiser = Denoiser.from_pretrained(directory).to(device)
         denoiser.network.to(memory_format=layout(torch.device(device)))  # type: ignore[union-attr]
