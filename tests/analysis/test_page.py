@@ -266,3 +266,18 @@ def test_tiles_hold_the_images(n):
 def test_classes_that_take_turns_have_their_own_columns(count, turn, columns):
     image = Image.open(io.BytesIO(canvas.sheet(np.zeros((count, 64, 64, 1), np.uint8), turn)))
     assert image.width == columns * 65 - 1
+
+
+@pytest.mark.parametrize("labels", [["dual", "eps", "v"], [f"dual, guidance {g}" for g in (1, 2, 3)], ["m" * 24] * 2])
+def test_a_legend_is_within_its_figure(labels):
+    def draw(axes):
+        for label in labels:
+            axes.plot([1, 2], [1, 2], label=label)
+        canvas.legend_below(axes, 3)
+
+    figure = canvas.plot(draw)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert figure.legends[0]._ncols == (3 if labels[0] == "dual" else 2 if "guidance" in labels[0] else 1)

@@ -45,6 +45,8 @@ _SERIES = tuple(_MARKERS)
 WIDTH = 4.3
 """Inches: 413 CSS pixels, a phone's width, where letters have their own size."""
 _LEGEND_ROW = 0.2
+_LEGEND_LINE = 0.6
+"""Inches of a line in a legend, and of what is around it."""
 
 
 def styles(labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -151,17 +153,28 @@ def plain_log(axes: Axes) -> None:
 
 
 def legend_below(axes: Axes, columns: int = 2) -> None:
-    """A legend under the axes, where it hides nothing; from its third row on the figure grows with it."""
+    """A legend under the axes, where it hides nothing, in as many columns at most as its names leave room for; from its
+    third row on the figure grows with it."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        rows = -(-len(labels) // columns)
         figure: Any = axes.figure
+        columns = min(columns, max(1, int(figure.get_figwidth() / (_LEGEND_LINE + _widest(labels, figure)))))
+        rows = -(-len(labels) // columns)
         figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))
         figure.legend(
             handles, labels, loc="outside lower center", ncols=min(columns, len(labels)),
             # long enough that a dashed line shows beside its marker
             handlelength=3.0, handletextpad=0.5, columnspacing=1.0,
         )  # fmt: skip
+
+
+def _widest(labels: Sequence[str], figure: Any) -> float:
+    """Inches of the longest in a legend."""
+    import matplotlib
+    from matplotlib.font_manager import FontProperties
+
+    measured, font = figure.canvas.get_renderer(), FontProperties(size=matplotlib.rcParams["legend.fontsize"])
+    return max(measured.get_text_width_height_descent(label, font, False)[0] for label in labels) / figure.dpi
 
 
 def png(figure: Figure, title: str = "", dpi: int = 160) -> bytes:
