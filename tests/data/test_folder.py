@@ -1,5 +1,7 @@
 import os
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +119,9 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path, files, message):
 def test_no_folder(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load(f"folder:{tmp_path}/none")
+    for spec in ("folder:none", "arrays:none.npy"):
+        with pytest.raises(InputError, match=re.escape(f" in {Path.cwd()}, where this command was started")):
+            load(spec)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         load(f"folder:{tmp_path}/file")

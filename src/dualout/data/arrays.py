@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from dualout.data.base import Reading, Source, check_holdout, class_labels, held_out
+from dualout.data.base import Reading, Source, check_holdout, class_labels, held_out, looked_for
 from dualout.data.dataset import LAYOUTS, Dataset
 from dualout.data.npfiles import npy_array, npz_array, npz_arrays
 from dualout.errors import InputError, unknown
@@ -65,7 +65,8 @@ class Arrays(Source):
         """The arrays as they lie in the file."""
         path = Path(self.path).expanduser()
         if not path.is_file():
-            raise InputError(f"no file at {self.path}" if not path.exists() else f"{self.path} is no file")
+            missing = f"no file at {self.path}{looked_for(self.path)}"
+            raise InputError(f"{self.path} is no file" if path.exists() else missing)
         images, values = self._npz(path) if path.suffix == ".npz" else (npy_array(path), None)
         if not images.size:
             raise InputError(f"{self.path} holds no images: an array of shape {images.shape}")

@@ -200,6 +200,11 @@ def _guess(spec: str) -> str:
     return f"; for that file write arrays:{spec}" if path.suffix in (".npy", ".npz") and path.exists() else ""
 
 
+def looked_for(path: str | Path) -> str:
+    """Where a relative path was looked for; a run remembers one that held where it was trained."""
+    return "" if Path(path).expanduser().is_absolute() else f" in {Path.cwd()}, where this command was started"
+
+
 def held_out(n: int, holdout: float, split: str, chosen: Callable[[], np.ndarray] | None = None) -> np.ndarray | None:
     """Which of n images belong to a split, where a share of them is the test split.
 

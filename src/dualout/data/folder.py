@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dualout.data import decode
-from dualout.data.base import Names, Pictures, Reading, Source, check_holdout, held_out
+from dualout.data.base import Names, Pictures, Reading, Source, check_holdout, held_out, looked_for
 from dualout.data.index import Index, indexed, shown
 from dualout.errors import InputError
 
@@ -85,7 +85,7 @@ class Folder(Source):
     def _root(self) -> Path:
         root = Path(self.path).expanduser()
         if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "does not exist"
+            what = "is a file, not a folder" if root.exists() else "does not exist" + looked_for(self.path)
             raise InputError(f"the folder {self.path} {what}")
         return root
 
