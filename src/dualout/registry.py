@@ -75,7 +75,7 @@ class Registered:
         presets = {preset: sub for sub in kinds.values() for preset in sub.presets}
         sub = kinds.get(name) or presets.get(name) or others.get(name.lower())
         if sub is None:
-            raise unknown(cls.kind, name, [*kinds, *presets])
+            raise _Unknown(str(unknown(cls.kind, name, [*kinds, *presets])))
         fields = {**sub.presets.get(name, {}), **fields}
         known = {f.name: f for f in dataclasses.fields(sub) if f.init}  # type: ignore[arg-type]
         types = _declared(sub)
@@ -150,11 +150,19 @@ class Registered:
         if not isinstance(config, dict) or not isinstance(config.get("name"), str):
             raise InputError(f"a {cls.kind} is written {{'name': …, field: value}}, got {config!r}")
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "name"}
-        return cls.named(config["name"], **fields)
+        try:
+            return cls.named(config["name"], **fields)
+        except _Unknown as error:
+            own = "; one of your own is known once its module is imported, as by python MINE.py (docs/guide/extend.md)"
+            raise InputError(f"{error}{own}") from error
 
     def _default(self, key: str) -> Any:
         f = next(f for f in dataclasses.fields(self) if f.name == key)  # type: ignore[arg-type]
         return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+class _Unknown(InputError):
+    """A name that no class of a family has."""
 
 
 def _abstract(cls: type) -> bool:

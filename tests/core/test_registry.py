@@ -206,3 +206,10 @@ def test_names_are_what_a_spec_can_hold(family: type[Registered]) -> None:
 
 def required(cls: type[Registered]) -> dict[str, Any]:
     return {"betas": (0.1,)} if "betas" in {f.name for f in dataclasses.fields(cls)} else {}  # type: ignore[arg-type]
+
+
+def test_what_a_file_names_may_be_of_a_module_that_is_not_imported():
+    with pytest.raises(InputError, match="unknown parameterization 'score'.*once its module is imported"):
+        Parameterization.from_config({"name": "score"})
+    with pytest.raises(InputError, match=r"^unknown parameterization 'score'\. Known: [^;]*$"):
+        Parameterization.parse("score")
