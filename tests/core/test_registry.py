@@ -209,7 +209,7 @@ def required(cls: type[Registered]) -> dict[str, Any]:
 
 
 def test_what_a_file_names_may_be_of_a_module_that_is_not_imported():
-    with pytest.raises(InputError, match="unknown parameterization 'score'.*once its module is imported"):
+    with pytest.raises(InputError, match=r"unknown parameterization 'score'.*once its module is imported"):
         Parameterization.from_config({"name": "score"})
     with pytest.raises(InputError, match=r"^unknown parameterization 'score'\. Known: [^;]*$"):
         Parameterization.parse("score")
