@@ -211,7 +211,7 @@ def test_scales_of_guidance_are_rows_beside_each_other(tmp_path, capsys):
     assert [(row["guidance"], row["nfe"]) for row in rows_of(out)] == [(1.0, 2), (2.5, 4)]
     assert "guidance" in capsys.readouterr().out
     assert main([*command, "--guidance", "2.5"]) == 0
-    assert "guidance 2.5" in capsys.readouterr().out
+    assert "seed 0, features pixels, guidance 2.5\n" in capsys.readouterr().out
     assert len(rows_of(out)) == 2
     (tmp_path / "one.yaml").write_text("guidance: 2.5\nsteps: [2]\nseeds: 0\n")
     assert main(["evaluate", str(run), "--config", str(tmp_path / "one.yaml"), *command[2:4], *command[6:]]) == 0

@@ -153,15 +153,15 @@ def _prepare(samplings: Sequence[Sampling], options: Options, group: Group) -> N
 
 def _print(rows: Sequence[Row], options: Options) -> None:
     """The table; what is equal in all rows is said above it."""
-    from dualout.evaluation.scoring import COLUMNS, KEY
+    from dualout.evaluation.scoring import COLUMNS, KEY, OPTIONAL
 
-    columns = (*COLUMNS, "guidance")
     told = [column for column in KEY if len({str(row.get(column)) for row in rows}) == 1]
     hidden = set(told) | ({"nfe"} if all(row["nfe"] == row["steps"] for row in rows) else set())
-    equal = ", ".join(f"{c} {rows[0][c]}" for c in told if c != "images" and rows[0].get(c) not in (False, None))
+    said = {c: rows[0].get(c) for c in told if c != "images"}
+    equal = ", ".join(f"{c} {value}" for c, value in said.items() if value is not None and value is not False)
     real = rows[0]["protocol"]["reference"]
     title = f"{options.images:,} images against {real['data']} ({real['split']}); {equal}"
-    console.table(rows, [column for column in columns if column not in hidden], title)
+    console.table(rows, [column for column in (*COLUMNS, *OPTIONAL) if column not in hidden], title)
     for text in sorted({row["protocol"]["warning"] for row in rows if "warning" in row["protocol"]}):
         console.say(f"note: {text}")
 
