@@ -84,7 +84,7 @@ def test_a_calibrated_pipeline_and_one_route_after_it(
     assert "holds an export to diffusers" in capsys.readouterr().err
     assert not (tmp_path / "model.onnx").exists()
     assert main(["sample", str(tmp_path)]) == 2
-    assert "DualOutputPipeline.from_pretrained" in capsys.readouterr().err
+    assert "dualout export --format dualout makes a checkpoint of it again" in capsys.readouterr().err
 
 
 def test_onnx(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

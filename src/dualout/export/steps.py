@@ -167,8 +167,8 @@ def stepped(scheduler: Any, answer: Tensor, k: int, times: Sequence[int], x: Ten
             raise
         name, kind = type(scheduler).__name__, scheduler.config.prediction_type
         raise InputError(
-            f"{name} takes no prediction_type {kind!r}, which it has from the scheduler before it; the same belief as "
-            f"noise: {name}.from_config(pipeline.scheduler.config, prediction_type='epsilon')"
+            f"{name} takes no prediction_type {kind!r}, which it has from the scheduler before it; the same prediction "
+            f"as noise: {name}.from_config(pipeline.scheduler.config, prediction_type='epsilon')"
         ) from error
     # the mean of the last step is the clean image; DDPM's adds noise to it where it does not begin at t = 0
     ancestral = type(scheduler).__name__ in _ANCESTRAL and k + 1 == len(times)
