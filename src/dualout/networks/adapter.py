@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,14 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Any:
         """The network's output for noisy images (B, C, H, W) at time steps (B,)."""
+
+
+def names(conditions: Sequence[str]) -> list[str]:
+    """A list of names of conditions; one name alone, or anything else, is refused."""
+    if isinstance(conditions, str) or not all(isinstance(name, str) and name for name in conditions):
+        say = conditions if isinstance(conditions, str) and conditions else "class_labels"
+        raise InputError(f"conditions is a list of names, say [{say!r}]; got {conditions!r}")
+    return list(conditions)
 
 
 def innermost(network: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter
+from dualout.networks.adapter import Adapter, names
 
 
 class Listed(Adapter):
@@ -22,9 +22,7 @@ class Listed(Adapter):
 
     def __init__(self, network: nn.Module | Callable[..., Any], conditions: Sequence[str] = ()) -> None:
         super().__init__(network)
-        if isinstance(conditions, str):
-            raise InputError(f"conditions is a list of names, say [{conditions!r}]; got {conditions!r}")
-        self.conditions = list(conditions)
+        self.conditions = names(conditions)
 
     @property
     def config(self) -> dict[str, Any]:

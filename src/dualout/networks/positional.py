@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter
+from dualout.networks.adapter import Adapter, names
 
 
 class Positional(Adapter):
@@ -21,9 +21,7 @@ class Positional(Adapter):
 
     def __init__(self, network: nn.Module | Callable[..., Any], conditions: Sequence[str] = ()) -> None:
         super().__init__(network)
-        if isinstance(conditions, str):
-            raise InputError(f"conditions is a list of names, say [{conditions!r}]; got {conditions!r}")
-        self.conditions = list(conditions)
+        self.conditions = names(conditions)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter
+from dualout.networks.adapter import Adapter, names
 
 
 class ChannelsAt(Adapter):
@@ -53,9 +53,7 @@ class Concatenated(Adapter):
 
     def __init__(self, network: nn.Module | Callable[..., Any], conditions: Sequence[str]) -> None:
         super().__init__(network)
-        if isinstance(conditions, str) or not all(isinstance(name, str) and name for name in conditions):
-            raise InputError(f"conditions is a list of names, say ['image_latents']; got {conditions!r}")
-        self.conditions = list(conditions)
+        self.conditions = names(conditions)
 
     @property
     def config(self) -> dict[str, Any]:
