@@ -50,8 +50,6 @@ class ClassifierFree(nn.Module):
 
     def guides(self, t: int) -> bool:
         """Whether time step `t` is guided."""
-        if self.interval is None:
-            return True
         alpha, sigma = self.schedule.scalars(t)
         return bool(self._inside(sigma / alpha))
 
@@ -82,9 +80,9 @@ class ClassifierFree(nn.Module):
         return Prediction(seen, level, _guided(p.x0, scale), {k: v[:b] for k, v in p.parts.items()})
 
     def doubles(self, t: int) -> bool:
-        """Whether the network is asked for both beliefs at time step `t`.
+        """Whether the network predicts twice at time step `t`, with the condition and without.
 
-        What goes on from the step before has to have known that one by both, guided or not.
+        A calibration that continues from the step before needs both predictions of that one, guided or not.
         """
         return self.guides(t) or getattr(self.denoiser, "follows", False)
 

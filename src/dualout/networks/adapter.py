@@ -43,12 +43,25 @@ class Adapter(nn.Module, ABC):
         """The network's output for noisy images (B, C, H, W) at time steps (B,)."""
 
 
-def names(conditions: Sequence[str]) -> list[str]:
-    """A list of names of conditions; one name alone, or anything else, is refused."""
-    if isinstance(conditions, str) or not all(isinstance(name, str) and name for name in conditions):
-        say = conditions if isinstance(conditions, str) and conditions else "class_labels"
-        raise InputError(f"conditions is a list of names, say [{say!r}]; got {conditions!r}")
-    return list(conditions)
+class ConditionAdapter(Adapter, ABC):
+    """An adapter that passes on some of the conditions in a way of its own.
+
+    Args:
+        network: the network.
+        conditions: their names, in order.
+    """
+
+    def __init__(self, network: nn.Module | Callable[..., Any], conditions: Sequence[str] = ()) -> None:
+        super().__init__(network)
+        if isinstance(conditions, str) or not all(isinstance(name, str) and name for name in conditions):
+            say = conditions if isinstance(conditions, str) and conditions else "class_labels"
+            raise InputError(f"conditions is a list of names, say [{say!r}]; got {conditions!r}")
+        self.conditions = list(conditions)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"network": self.network, "conditions": self.conditions}
 
 
 def innermost(network: Any) -> Any:

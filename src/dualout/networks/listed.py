@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter, names
+from dualout.networks.adapter import ConditionAdapter
 
 
-class Listed(Adapter):
+class Listed(ConditionAdapter):
     """``network([image, …], t, **conditions)`` with images (C, 1, H, W), as Z-Image has them; gives a list of as many.
 
     Args:
         network: the network.
         conditions: those that are lists too: a tensor with a row an image becomes one.
     """
-
-    def __init__(self, network: nn.Module | Callable[..., Any], conditions: Sequence[str] = ()) -> None:
-        super().__init__(network)
-        self.conditions = names(conditions)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {"network": self.network, "conditions": self.conditions}
 
     def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         """The network's output for noisy images (B, C, H, W) at time steps (B,)."""

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter, names
+from dualout.networks.adapter import ConditionAdapter
 
 
-class Positional(Adapter):
+class Positional(ConditionAdapter):
     """``network(x_t, t, y, …)``: conditions are passed on by position.
 
     Args:
         network: the network.
         conditions: their names, in the network's order: ``["class_labels"]`` for networks called as (x, t, y).
     """
-
-    def __init__(self, network: nn.Module | Callable[..., Any], conditions: Sequence[str] = ()) -> None:
-        super().__init__(network)
-        self.conditions = names(conditions)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {"network": self.network, "conditions": self.conditions}
 
     def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Any:
         """The network's output for noisy images (B, C, H, W) at time steps (B,)."""

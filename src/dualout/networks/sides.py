@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter, names
+from dualout.networks.adapter import Adapter, ConditionAdapter
 
 
 class ChannelsAt(Adapter):
@@ -41,7 +41,7 @@ class ChannelsAt(Adapter):
         return tensor_of(self.network(there, t, **conditions)).movedim(self.side, 1)
 
 
-class Concatenated(Adapter):
+class Concatenated(ConditionAdapter):
     """A network that sees other images beside the noisy ones, as more channels: a first frame, a mask, what to edit.
 
     They are conditions of the denoiser, (B, its channels, …) of the same size, and follow x_t in the order named.
@@ -50,15 +50,6 @@ class Concatenated(Adapter):
         network: the network.
         conditions: what their conditions are called: ``["image_latents"]``, ``["mask", "masked_image_latents"]``.
     """
-
-    def __init__(self, network: nn.Module | Callable[..., Any], conditions: Sequence[str]) -> None:
-        super().__init__(network)
-        self.conditions = names(conditions)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {"network": self.network, "conditions": self.conditions}
 
     def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Any:
         """The network's output for noisy images (B, C, …) at time steps (B,)."""
