@@ -20,7 +20,7 @@ import dualout
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
 from dualout.evaluation.model import Model
-from dualout.networks import FlowTime, Keyword, adapted
+from dualout.networks import ChannelsAt, FlowTime, Keyword, adapted
 from dualout.networks.diffusers import CONVENTIONS
 from dualout.networks.wide import Wide
 from dualout.schedules import RectifiedFlow, ScaledLinear, Schedule
@@ -539,3 +539,25 @@ def test_new_channels_of_sound_go_past_what_mixes_the_old(name: str, tmp_path: P
     model.save_pretrained(tmp_path)
     loaded = dualout.Denoiser.from_pretrained(tmp_path).network
     assert torch.equal(loaded(x, t, **TEXT, **conditions).sample, after)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_a_transposed_convolution_at_the_end_comes_back_from_disk(tmp_path: Path) -> None:
+    if not hasattr(diffusers, "AceStepTransformer1DModel"):
+        pytest.skip("this diffusers has no AceStepTransformer1DModel")
+    torch.manual_seed(3)
+    inner = diffusers.AceStepTransformer1DModel(
+        **{"in_channels": 12, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        **{"intermediate_size": 16, "num_hidden_layers": 1, "encoder_hidden_size": 8, "audio_acoustic_hidden_dim": 4},
+    ).eval()
+    network, x, t = ChannelsAt(Keyword(inner), -1), like_normal(2, 4, 8), torch.tensor([0.3, 0.7])
+    told = {"timestep_r": t, "encoder_hidden_states": like_normal(2, 3, 8), "context_latents": like_normal(2, 8, 8)}
+    before = network(x, t, **told)
+    wide = dualout.widen(network, 9, places=[4, 5, 6, 7], example=(x, t, told))
+    after = wide(x, t, **told)
+    assert after.shape == (2, 9, 8)
+    assert torch.equal(after[:, 4:8], before)
+    assert not after[:, [0, 1, 2, 3, 8]].any()
+    dualout.Denoiser(wide, dualout.Dual(), dualout.schedules.Cosine()).save_pretrained(tmp_path)
+    loaded = dualout.Denoiser.from_pretrained(tmp_path).network
+    assert torch.equal(loaded(x, t, **told), after)  # type: ignore[operator]

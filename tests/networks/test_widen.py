@@ -138,7 +138,9 @@ def test_every_kind_of_layer_at_many_sizes(kind: Callable[..., nn.Module], bias:
         if kind is nn.Linear:
             layer, x = nn.Linear(inside, old, bias), torch.randn(batch, 6, inside)
         else:
-            layer = kind(inside, old, 3, padding=1, padding_mode="circular", bias=bias)
+            transposed = {"stride": 2, "output_padding": 1, "dilation": 2}
+            own = transposed if "Transpose" in kind.__name__ else {"padding_mode": "circular"}
+            layer = kind(inside, old, 3, padding=1, bias=bias, **own)
             x = torch.randn(batch, inside, *[6] * (layer.weight.ndim - 2))
         where = list(range(old)) if places == "first" else list(range(new - 1, 0, -2))[:old]
         wide = wider(layer, new, where, nn.init.ones_)
@@ -443,6 +445,28 @@ def test_transformers_that_are_not_known_by_name() -> None:
         same_first(again, network, 9, x, t, **text)
 
 
+def test_a_transposed_convolution_at_the_end() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.up = nn.ConvTranspose2d(8, 3, 3, stride=2, padding=1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.up(torch.tanh(self.down(x) + 1e-3 * t.view(-1, 1, 1, 1)), output_size=x.shape[2:])
+
+    network, x, t = Decoder(), torch.randn(2, 3, 9, 8), torch.tensor([3, 700])
+    wide = widen(network, 7)
+    assert (type(wide.up).__name__, wide.up.out_channels) == ("WideConvTranspose2d", 7)
+    same_first(wide, network, 7, x, t)
+    same_first(widen(wide, 9), wide, 9, x, t)
+    more = sum(p.numel() for p in wide.parameters()) - sum(p.numel() for p in network.parameters())
+    assert more == 4 * (8 * 3 * 3 + 1)
+    dual = dualout.Denoiser(wide, dualout.Dual(), dualout.schedules.Linear())
+    dual.loss(x, t, torch.randn_like(x)).total.backward()
+    assert wide.up.weight.grad.abs().amax((0, 2, 3)).bool().all()
+
+
 def test_an_example_is_given_in_the_networks_precision(tiny: nn.Module) -> None:
     network, x, t = copy.deepcopy(tiny).bfloat16(), torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
     same_first(widen(network, 7, example=(x, t)), network, 7, x.bfloat16(), t)
@@ -468,10 +492,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "hooks": (lambda n: n.conv_out.register_forward_hook(lambda *_: None), "forward hooks"),
     "another forward": (lambda n: setattr(n.conv_out, "forward", lambda x: x), "its forward was exchanged"),
     "groups": (lambda n: setattr(n, "conv_out", nn.Conv2d(24, 3, 3, padding=1, groups=3)), "3 groups"),
-    "transposed": (lambda n: setattr(n, "conv_out", nn.ConvTranspose2d(24, 3, 1)), "no convolution or linear layer"),
+    "two inputs": (lambda n: setattr(n, "conv_out", nn.Bilinear(24, 24, 3)), "no convolution or linear layer"),
     "a layer of its own": (
         lambda n: setattr(n, "conv_out", type("Odd", (nn.Conv2d,), {})(24, 3, 3, padding=1)),
-        "a Odd is none of Conv1d, Conv2d, Conv3d, Linear",
+        "a Odd is none of Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear",
     ),
     "integers": (
         lambda n: setattr(n.conv_out, "weight", nn.Parameter(torch.zeros(3, 24, 3, 3, dtype=torch.int8), False)),
@@ -537,8 +561,8 @@ def test_networks_whose_layers_are_not_their_own_are_refused(tiny: nn.Module) ->
 
 
 def test_what_gives_the_output_is_named_where_it_is_no_layer_that_can_be_widened() -> None:
-    with pytest.raises(InputError, match=r"Its output is what 'tail' \(ConvTranspose2d\) gives"):
-        widen(Plain(tail=nn.ConvTranspose2d(2, 2, 3, padding=1)), 5)
+    with pytest.raises(InputError, match=r"Its output is what 'tail' \(Softmax\) gives"):
+        widen(Plain(tail=nn.Softmax(1)), 5)
 
 
 def test_on_a_gpu_the_old_channels_may_round_otherwise_but_not_be_others():

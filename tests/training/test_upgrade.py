@@ -220,6 +220,44 @@ def _x_t(b: readout.Noised) -> Tensor:
     return level.alpha * b.x0 + level.sigma * b.noise
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        nn.ConvTranspose2d(3, 1, 3, padding=1),
+        nn.ConvTranspose2d(3, 1, (3, 4), stride=(1, 2), padding=(2, 1), bias=False),
+        nn.ConvTranspose2d(3, 1, 2, stride=3, output_padding=(2, 1), dilation=2, padding=(1, 4)),
+    ],
+    ids=str,
+)
+def test_the_closed_form_of_a_transposed_convolution(last: nn.ConvTranspose2d) -> None:
+    network = nn.Conv2d(1, 3, 3, padding=1, bias=False).double()
+    z = network(toy_batches(2, 1)[0].x0.double()).detach()
+    phi = readout.patches(last, z, last.double()(z))
+    # each feature by itself: the layer with one number in its weight
+    alone = torch.zeros(phi.shape[-1], *last.weight.shape).flatten(1).double()
+    alone[torch.arange(len(alone)), torch.arange(len(alone))] = 1
+    options = {"stride": last.stride, "padding": last.padding, "dilation": last.dilation}
+    options["output_padding"] = last.output_padding
+    expected = [nn.functional.conv_transpose2d(z, w.view_as(last.weight), None, **options) for w in alone]
+    assert torch.equal(phi, torch.stack([y.flatten(1) for y in expected], -1))
+
+
+def test_the_closed_form_through_a_transposed_convolution() -> None:
+    class Up(Toy):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            z = torch.tanh(self.features(x[..., ::2, ::2]) + 0.01 * t.view(-1, 1, 1, 1))
+            return self.last(z, output_size=x.shape[2:])
+
+    after = upgrade(Denoiser(Up(nn.ConvTranspose2d(3, 1, 3, stride=2, padding=1)), Epsilon(), SCHEDULE))
+    batches = toy_batches(12, size=6)
+    moments, rows = readout.collect(after, "last", slice(1, 2), batches, 3)
+    readout.write_rows(after.network.last, rows, solution := moments.solve(ridge=0.0))
+    with torch.no_grad():
+        errors = [(after(_x_t(b), b.t).parts["x0"] - b.x0).double().square().mean() for b in batches if b.bin == 1]
+    torch.testing.assert_close(torch.stack(errors).mean(), moments.errors(solution)[1], rtol=1e-4, atol=0)
+    assert moments.errors(solution)[1] < torch.cat([b.x0 for b in batches if b.bin == 1]).square().mean()
+
+
 def test_the_closed_form_finds_its_way_through_patches() -> None:
     from diffusers import DiTTransformer2DModel
 
@@ -427,6 +465,17 @@ def test_scopes() -> None:
     assert set_scope(denoiser, "all", example) == sum(p.numel() for p in denoiser.parameters())
     with pytest.raises(InputError, match="did you mean 'rows'"):
         set_scope(denoiser, "row", example)
+
+
+def test_rows_of_a_transposed_convolution_are_trained_alone() -> None:
+    denoiser = upgrade(Denoiser(Toy(nn.ConvTranspose2d(3, 1, 3, padding=1)), Epsilon(), SCHEDULE))
+    batch = toy_batches(1)[0]
+    assert set_scope(denoiser, "rows", (batch.x0, batch.t)) == 2 * (3 * 9 + 1)
+    denoiser.route(0.5).loss(batch.x0, batch.t, batch.noise).total.backward()
+    last = denoiser.network.last
+    assert not last.weight.grad[:, 0].any()
+    assert last.weight.grad[:, 1].all()
+    assert not last.bias.grad[0]
 
 
 def test_what_the_original_kept_fixed_stays_so() -> None:

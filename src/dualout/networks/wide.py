@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dualout.errors import InputError
 
+TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 Rows = Sequence[Sequence[int]]
 """Row indices in groups; a group is computed in one product. Together they are all rows of a layer, each once."""
 
@@ -35,6 +36,7 @@ class Wide(nn.Module):
     stands_in: ClassVar[bool] = True
     """A checkpoint names it beside the network's class and arguments, which do not tell of it."""
     weight: Tensor
+    """Its rows are along the side `row_dim`."""
     bias: Tensor | None
     order: Tensor
     back: Tensor
@@ -42,8 +44,8 @@ class Wide(nn.Module):
     def __init__(self, *arguments: Any, rows: Rows, **options: Any) -> None:
         super().__init__(*arguments, **options)
         order = [row for group in rows for row in group]
-        if sorted(order) != list(range(len(self.weight))) or not all(rows):
-            raise InputError(f"rows are 0 to {len(self.weight) - 1} in groups, each once; got {rows}")
+        if sorted(order) != list(range(rows_of(self))) or not all(rows):
+            raise InputError(f"rows are 0 to {rows_of(self) - 1} in groups, each once; got {rows}")
         self.rows = [list(group) for group in rows]
         self.in_order = order == sorted(order)
         index = torch.tensor(order, device=self.weight.device)
@@ -57,12 +59,12 @@ class Wide(nn.Module):
 
     def apart(self, product: Callable[[Tensor, Tensor | None], Tensor], dim: int) -> Tensor:
         """The products (weight, bias) -> y of all groups, along `dim` in the order of the rows."""
-        weight, bias = self.weight, self.bias
+        weight, bias, side = self.weight, self.bias, row_dim(self)
         if not self.in_order:
-            weight, bias = weight[self.order], None if bias is None else bias[self.order]
+            weight, bias = weight.index_select(side, self.order), None if bias is None else bias[self.order]
         sizes = [len(group) for group in self.rows]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        y = torch.cat([product(w, b) for w, b in zip(weight.split(sizes), biases, strict=True)], dim)
+        y = torch.cat([product(w, b) for w, b in zip(weight.split(sizes, side), biases, strict=True)], dim)
         return y if self.in_order else y.index_select(dim, self.back)
 
 
@@ -85,6 +87,37 @@ class WideConv2d(_WideConv, nn.Conv2d):
 
 class WideConv3d(_WideConv, nn.Conv3d):
     """Conv3d."""
+
+
+class _WideConvTranspose(Wide):
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation")
+    product: ClassVar[Callable[..., Tensor]]
+
+    def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """As the transposed convolution."""
+        dims = len(self.kernel_size)
+        sizes = self.stride, self.padding, self.kernel_size, dims, self.dilation
+        more = self._output_padding(input, output_size, *sizes)
+        options = {"stride": self.stride, "padding": self.padding, "output_padding": more, "dilation": self.dilation}
+        return self.apart(lambda weight, bias: self.product(input, weight, bias, **options), dim=1)
+
+
+class WideConvTranspose1d(_WideConvTranspose, nn.ConvTranspose1d):
+    """ConvTranspose1d."""
+
+    product = staticmethod(F.conv_transpose1d)
+
+
+class WideConvTranspose2d(_WideConvTranspose, nn.ConvTranspose2d):
+    """ConvTranspose2d."""
+
+    product = staticmethod(F.conv_transpose2d)
+
+
+class WideConvTranspose3d(_WideConvTranspose, nn.ConvTranspose3d):
+    """ConvTranspose3d."""
+
+    product = staticmethod(F.conv_transpose3d)
 
 
 class WideLinear(Wide, nn.Linear):
@@ -133,6 +166,9 @@ KINDS: dict[type[nn.Module], type[Wide]] = {
     nn.Conv1d: WideConv1d,
     nn.Conv2d: WideConv2d,
     nn.Conv3d: WideConv3d,
+    nn.ConvTranspose1d: WideConvTranspose1d,
+    nn.ConvTranspose2d: WideConvTranspose2d,
+    nn.ConvTranspose3d: WideConvTranspose3d,
     nn.Linear: WideLinear,
 }
 """What can be widened, and what it becomes."""
@@ -143,11 +179,21 @@ def layers_of(network: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in network.named_modules() if isinstance(m, (*KINDS, Wide))}
 
 
-def rows_of(layer: nn.Module) -> int:
-    """How many rows a layer has: output channels or features."""
+def row_dim(layer: nn.Module) -> int:
+    """Along which side of a layer's weight its rows are: a transposed convolution has its input's channels first."""
+    return 1 if isinstance(layer, TRANSPOSED) else 0
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """A layer's weight with its rows first: (rows, …), a view."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return len(weight)
+    return weight.movedim(row_dim(layer), 0)
+
+
+def rows_of(layer: nn.Module) -> int:
+    """How many rows a layer has: output channels or features."""
+    return len(weight_rows(layer))
 
 
 @torch.no_grad()
@@ -161,9 +207,9 @@ def wider(layer: nn.Module, rows: int, places: Sequence[int], init: Callable[[Te
         init: fills the weights of the new rows, (new rows, …), in place; their biases are 0.
     """
     kind = type(layer) if isinstance(layer, Wide) else next(w for k, w in KINDS.items() if isinstance(layer, k))
-    weight, bias = layer.weight, layer.bias
+    weight, bias, trained = layer.weight, layer.bias, weight_rows(layer)
     assert isinstance(weight, Tensor)
-    groups = layer.rows if isinstance(layer, Wide) else [range(len(weight))]
+    groups = layer.rows if isinstance(layer, Wide) else [range(len(trained))]
     new = sorted(set(range(rows)) - set(places))
     options = {name: getattr(layer, name) for name in kind.names} | {kind.names[1]: rows}
     wide = kind(
@@ -175,11 +221,11 @@ def wider(layer: nn.Module, rows: int, places: Sequence[int], init: Callable[[Te
     )
     if weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         wide.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    wide.weight[list(places)] = weight
+    weight_rows(wide)[list(places)] = trained
     if new:
-        fresh = weight.new_empty(len(new), *weight.shape[1:])
+        fresh = trained.new_empty(len(new), *trained.shape[1:])
         init(fresh)
-        wide.weight[new] = fresh
+        weight_rows(wide)[new] = fresh
     wide.weight.requires_grad_(weight.requires_grad)
     if isinstance(bias, Tensor) and wide.bias is not None:
         wide.bias.zero_()

@@ -9,7 +9,7 @@ each bin's error is known without another pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.device import double
-from dualout.networks.wide import rows_of
+from dualout.networks.wide import TRANSPOSED, rows_of, weight_rows
 
 
 class Noised(NamedTuple):
@@ -166,8 +166,7 @@ def collect(
 @torch.no_grad()
 def write_rows(layer: nn.Module, rows: Tensor, solution: Tensor) -> None:
     """Put solved rows (F, R) into a layer; its other rows stay as they are."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
+    weight, bias = weight_rows(layer), layer.bias
     values = solution.T.to(weight)
     if isinstance(bias, Tensor):
         bias[rows] = values[:, -1]
@@ -175,27 +174,58 @@ def write_rows(layer: nn.Module, rows: Tensor, solution: Tensor) -> None:
     weight[rows] = values.reshape(-1, *weight.shape[1:])
 
 
-def patches(layer: nn.Module, z: Tensor) -> Tensor:
-    """What each position's rows are multiplied with: (B, positions, F), F in the order of the layer's weight."""
+def patches(layer: nn.Module, z: Tensor, y: Tensor) -> Tensor:
+    """What each position's rows are multiplied with: (B, positions, F), F in the order of the weight of each row.
+
+    Args:
+        layer: a convolution, transposed or not, or a linear map.
+        z: its input.
+        y: its result, of which only the shape matters.
+    """
     if isinstance(layer, nn.Linear):
         return z.reshape(len(z), -1, z.shape[-1])
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    z = F.pad(z, layer._reversed_padding_repeated_twice, mode=mode)
-    dims = len(layer.kernel_size)
-    for d, (k, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+    if isinstance(layer, TRANSPOSED):
+        dims, z, strides = len(layer.kernel_size), _spread(layer, z, y.shape[2:]), (1,) * len(layer.kernel_size)
+    else:
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        dims, strides = len(layer.kernel_size), layer.stride
+        z = F.pad(z, layer._reversed_padding_repeated_twice, mode=mode)
+    for d, (k, stride, dilation) in enumerate(zip(layer.kernel_size, strides, layer.dilation, strict=True)):
         z = z.unfold(2 + d, (k - 1) * dilation + 1, stride)[..., ::dilation]
+    if isinstance(layer, TRANSPOSED):
+        # its kernel runs the other way
+        z = z.flip(tuple(range(2 + dims, 2 + 2 * dims)))
     # (B, C, positions …, kernel …) -> (B, positions, C · kernel)
     order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
     return z.permute(order).flatten(1 + dims).flatten(1, dims)
 
 
+def _spread(
+    layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, z: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """The input of the convolution with stride 1 that a transposed one is: zeros between the numbers, and around.
+
+    A call may say what shape it wants, so that the zeros at the far sides do not follow from the layer.
+    """
+    spread = z.new_zeros(*z.shape[:2], *((n - 1) * s + 1 for n, s in zip(z.shape[2:], layer.stride, strict=True)))
+    spread[(..., *(slice(None, None, s) for s in layer.stride))] = z
+    kernel = [(k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    near = [k - int(p) for k, p in zip(kernel, layer.padding, strict=True)]
+    far = [n + k - m - a for n, k, m, a in zip(shape, kernel, spread.shape[2:], near, strict=True)]
+    return F.pad(spread, [n for sides in zip(reversed(near), reversed(far), strict=True) for n in sides])
+
+
 @torch.no_grad()
 def _entering(denoiser: Denoiser, layer: nn.Module, x_t: Tensor, batch: Noised) -> Tensor:
     seen: list[Tensor] = []
-    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        seen.append(patches(layer, inputs[0], y))
+
+    with layer.register_forward_hook(note):
         denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
-    return patches(layer, seen[0])
+    return seen[0]
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from dualout.errors import InputError, unknown
 from dualout.networks.adapter import innermost
 from dualout.networks.output import output_of
 from dualout.networks.trace import Example, call, guess, watching
-from dualout.networks.wide import Wide, rows_of
+from dualout.networks.wide import Wide, row_dim, rows_of
 from dualout.networks.widen import widen
 from dualout.parameterizations import LearnedVariance, Parameterization, Upgraded
 from dualout.training.opening import table
@@ -186,13 +186,16 @@ def _block(name: str) -> str | None:
 
 def _only_rows(layer: nn.Module, rows: list[int]) -> int:
     """Train some rows of a layer: the gradient of the others is zero, and Adam then leaves them as they are."""
-    count = 0
+    count, total = 0, rows_of(layer)
     for p in layer.parameters(recurse=False):
         p.requires_grad_(True)
-        keep = torch.zeros(rows_of(layer), device=p.device)
+        keep = torch.zeros(total, device=p.device)
         keep[rows] = 1
-        p.register_hook(lambda g, keep=keep: g * keep.to(g).view(-1, *[1] * (g.ndim - 1)))
-        count += p[0].numel() * len(rows)
+        # a bias has one side, that of the rows
+        side = row_dim(layer) if p.ndim > 1 else 0
+        keep = keep.view([-1 if d == side else 1 for d in range(p.ndim)])
+        p.register_hook(lambda g, keep=keep: g * keep.to(g))
+        count += p.numel() // total * len(rows)
     return count
 
 
