@@ -124,19 +124,15 @@ class Dual(Parameterization):
         one, two, logit = raw.split_with_sizes((channels, channels, given - 2 * channels), 1)
         ratio = self._ratio(logit, level)
         x0_one, x0_two = self.first.believe(one, x_t, level), self.second.believe(two, x_t, level)
-        parts = {self.first.symbol: one, self.second.symbol: two, "ratio": ratio}
+        parts = {self.first.symbol: one, self.second.symbol: two, "ratio": spread(ratio, x_t)}
         if "eps" not in parts:
             parts["eps"] = (x_t - level.alpha * x0_one) / level.sigma
         if "x0" not in parts:
             parts["x0"] = x0_two
         # what needs no gradient and nobody else holds may be written over
         mix = blend(ratio, x0_two, x0_one, inplace=not raw.requires_grad and x0_one is not one)
-        direct = None
-        if not isinstance(ratio, Tensor) or ratio.ndim != x_t.ndim:
-            direct = one if self.first.is_noise and isinstance(ratio, float) and ratio == 0 else None
-            parts["ratio"] = spread(ratio, x_t)
-        p = Prediction(x_t, level, mix, parts)
-        return p if direct is None else directly(p, direct)
+        first_alone = isinstance(ratio, float) and ratio == 0
+        return directly(Prediction(x_t, level, mix, parts), one if first_alone and self.first.is_noise else None)
 
     def accepts(self, image_channels: int) -> tuple[int, ...]:
         """What the head leaves, where the ratio is learned; a network that learned one may be read without it."""
@@ -147,7 +143,7 @@ class Dual(Parameterization):
 
     def _ratio(self, logit: Tensor, level: Level) -> Scalar:
         if self.ratio not in LEARNED:
-            return untaught(self.ratio, level)
+            return unlearned_ratio(self.ratio, level)
         if self.ratio == "image":
             logit = logit.mean(tuple(range(1, logit.ndim)), keepdim=True)
         if self.gate == "balanced":
@@ -199,12 +195,12 @@ def check_ratio(ratio: str | float, names: Sequence[str]) -> None:
     """Refuse what is neither one of the names nor a fixed ratio."""
     if isinstance(ratio, str) and ratio not in names:
         raise unknown("ratio", ratio, [*names, "a number from 0 to 1"])
-    if not isinstance(ratio, str) and (not isinstance(ratio, int | float) or not 0 <= ratio <= 1):
+    if not isinstance(ratio, str) and not 0 <= ratio <= 1:
         raise InputError(f"a fixed ratio is a number from 0 (eps only) to 1 (x0 only), got {ratio!r}")
 
 
-def untaught(ratio: str | float, level: Level) -> Scalar:
-    """A ratio that is not learned: "velocity", "flow" or a number."""
+def unlearned_ratio(ratio: str | float, level: Level) -> Scalar:
+    """The ratio of that name, "velocity" or "flow", or the number itself."""
     alpha, sigma = level
     if ratio == "velocity":
         return sigma**2 / (alpha**2 + sigma**2)
@@ -212,7 +208,9 @@ def untaught(ratio: str | float, level: Level) -> Scalar:
 
 
 def spread(ratio: Scalar, x_t: Tensor) -> Tensor:
-    """A ratio for all images, or one an image, in every pixel: (B, 1, H, W)."""
+    """A ratio for all images in every pixel, (B, 1, H, W); one that has the images' dimensions stays as it is."""
+    if isinstance(ratio, Tensor) and ratio.ndim == x_t.ndim:
+        return ratio
     # a number is filled in where the images are: nothing is copied there
     ratio = ratio.to(x_t) if isinstance(ratio, Tensor) else x_t.new_full((), ratio)
     return ratio.expand(x_t.shape[0], 1, *x_t.shape[2:])

@@ -12,7 +12,7 @@ from dualout.errors import InputError
 from dualout.levels import HALF, Level, Scalar
 from dualout.parameterizations.base import Parameterization, Route, check_channels, mean_square, subtract
 from dualout.parameterizations.clean import CleanImage
-from dualout.parameterizations.dual import Dual, blend, check_ratio, ratio_of, spread, untaught
+from dualout.parameterizations.dual import Dual, blend, check_ratio, ratio_of, spread, unlearned_ratio
 from dualout.parameterizations.epsilon import Epsilon
 from dualout.prediction import Prediction, directly
 from dualout.schedules import Schedule
@@ -96,8 +96,7 @@ class Upgraded(Parameterization):
         p = self.base.read(x0 if self.trained == "x0" else first, x_t, level)
         eps = first if self.trained == "x0" else p.eps if p.direct is None else p.direct
         ratio = self._ratio(logit, level)
-        one = ratio if isinstance(ratio, Tensor) and ratio.ndim == x_t.ndim else spread(ratio, x_t)
-        parts = {**p.parts, "eps": eps, "x0": x0, "ratio": one}
+        parts = {**p.parts, "eps": eps, "x0": x0, "ratio": spread(ratio, x_t)}
         if isinstance(ratio, float) and ratio == self.closed:
             return directly(replace(p, parts=parts), p.direct)
         direct, subtractive = (p.x0, subtract(eps, x_t, level)) if self.trained == "x0" else (x0, p.x0)
@@ -106,7 +105,7 @@ class Upgraded(Parameterization):
     def _ratio(self, logit: Tensor, level: Level) -> Scalar:
         if self.ratio == "pixel":
             return logit.sigmoid()
-        return self.closed if self.ratio == "closed" else untaught(self.ratio, level)
+        return self.closed if self.ratio == "closed" else unlearned_ratio(self.ratio, level)
 
     def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """That of `base`, the new output's share of its own, and where the gate is open the gate's."""
