@@ -21,7 +21,7 @@ from dualout.networks.precision import choose
 from dualout.parameterizations.base import Route
 from dualout.randomness import SeededDraw, noise
 from dualout.samplers import Sampler
-from dualout.samplers.base import Denoises, Moment
+from dualout.samplers.base import Denoises, Moment, each_within
 from dualout.schedules import Schedule
 
 
@@ -208,14 +208,7 @@ class Sampling:
     def trajectory(self, indices: Sequence[int]) -> Generator[Moment, None, None]:
         """The way of these images, one step at a time, computed by eager torch."""
         start, draw, conditions = self._begun(indices)
-        steps = self.stepping.trajectory(self.view, start, draw, **conditions)
-        while True:
-            # what is around a step is not around what is done between two
-            with torch.no_grad(), self.chosen.autocast():
-                moment = next(steps, None)
-            if moment is None:
-                return
-            yield moment
+        yield from each_within(self.chosen.autocast, self.stepping.trajectory(self.view, start, draw, **conditions))
 
     def _begun(self, indices: Sequence[int]) -> tuple[Tensor, SeededDraw | None, dict[str, Any]]:
         """What these images begin with: their noise, the fresh noise of later steps, and their conditions."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -177,14 +177,7 @@ class Sampler(Registered, ABC):
         Arguments are those of `sample`; `differentiable` keeps the graph of gradients through all steps.
         """
         moments = self._moments(denoiser, noise, draw, conditions)
-        while True:
-            # what is around a step is not around what is done between two
-            with nullcontext() if differentiable or not torch.is_grad_enabled() else torch.no_grad():
-                moment = next(moments, None)
-            if moment is None:
-                return
-            yield moment
-            del moment
+        return each_within(lambda: nullcontext() if differentiable else torch.no_grad(), moments)
 
     def _moments(
         self, denoiser: Denoises, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]
@@ -224,6 +217,20 @@ class Sampler(Registered, ABC):
         """factor · clip(x0), in a tensor that may be added to."""
         scale = number(factor, x0)
         return x0 * scale if self.clip is None else x0.clamp(*self.clip).mul_(scale)
+
+
+def each_within(
+    context: Callable[[], AbstractContextManager[Any]], moments: Iterator[Moment]
+) -> Generator[Moment, None, None]:
+    """Moments, each made within a context that what is done between two is not in."""
+    while True:
+        with context():
+            moment = next(moments, None)
+        if moment is None:
+            return
+        yield moment
+        # its memory serves again for the next
+        del moment
 
 
 def planned(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[Any]]:
