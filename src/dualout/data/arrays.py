@@ -54,7 +54,12 @@ class Arrays(Source):
         check_holdout(self.holdout)
         if self.layout is not None and self.layout not in LAYOUTS:
             raise unknown("layout", self.layout, LAYOUTS)
-        if self.values is not None and not _is_range(self.values):
+        if self.values is not None and not (
+            isinstance(self.values, tuple)
+            and len(self.values) == 2
+            and np.isfinite(self.values).all()
+            and self.values[0] != self.values[1]
+        ):
             raise InputError(f"values are those of black and white, as in values=[0+1], got {self.values!r}")
 
     def splits(self) -> tuple[str, ...]:
@@ -150,12 +155,3 @@ class Arrays(Source):
             lows.append(low)
             highs.append(high)
         return min(lows), max(highs)
-
-
-def _is_range(values: object) -> bool:
-    return (
-        isinstance(values, tuple)
-        and len(values) == 2
-        and all(isinstance(v, int | float) and np.isfinite(v) for v in values)
-        and values[0] != values[1]
-    )

@@ -95,8 +95,6 @@ class Source(Registered, ABC):
         self.check_types()
         if self.split not in SPLITS:
             raise unknown("split", self.split, SPLITS)
-        if self.grey is not None and not isinstance(self.grey, bool):
-            raise InputError(f"grey is true or false, got {self.grey!r}")
         object.__setattr__(self, "size", _size(self.size))
 
     @abstractmethod
@@ -156,9 +154,7 @@ def open_source(spec: str | Source, **defaults: Any) -> Source:
     spec = str(spec)
     name, _, rest = spec.strip().partition(":")
     if name not in Source.kinds():
-        error = unknown(Source.kind, name, Source.kinds())
-        hint = _guess(spec.strip())
-        raise InputError(f"{error}{hint}") from None
+        raise InputError(f"{unknown(Source.kind, name, Source.kinds())}{_guess(spec.strip())}")
     kind = Source.kinds()[name]
     fields = _fields(kind, spec, rest)
     if kind.place and kind.place not in fields:
@@ -217,8 +213,12 @@ def held_out(n: int, holdout: float, split: str, chosen: Callable[[], np.ndarray
     Returns:
         their numbers, or None for all of them.
     """
+    if split == "test" and not holdout:
+        raise InputError(
+            "there is no test split: all images are the training split. Keep some back by :holdout=0.1 after the data "
+            "(in training too), or take the split all"
+        )
     if split == "all" or not holdout:
-        check_split(split, holdout)
         return None
     test = mix(0, _HOLDOUT, np.arange(n)) < np.uint64(int(holdout * 2**64)) if chosen is None else chosen()
     rows = np.flatnonzero(test if split == "test" else ~test)
@@ -227,19 +227,10 @@ def held_out(n: int, holdout: float, split: str, chosen: Callable[[], np.ndarray
     return rows
 
 
-def check_holdout(holdout: Any) -> None:
+def check_holdout(holdout: float) -> None:
     """Refuse a share that is none."""
-    if isinstance(holdout, bool) or not isinstance(holdout, int | float) or not 0 <= holdout < 1:
+    if not 0 <= holdout < 1:
         raise InputError(f"holdout is the share of images kept for the test split, from 0 to below 1, got {holdout!r}")
-
-
-def check_split(split: str, holdout: float) -> None:
-    """Refuse a test split where there is none."""
-    if split == "test" and not holdout:
-        raise InputError(
-            "there is no test split: all images are the training split. Keep some back by :holdout=0.1 after the data "
-            "(in training too), or take the split all"
-        )
 
 
 def class_labels(values: np.ndarray, n: int, where: str) -> np.ndarray:
@@ -254,8 +245,8 @@ def class_labels(values: np.ndarray, n: int, where: str) -> np.ndarray:
     if labels.shape != (n,):
         raise InputError(f"{where} has {n} images but labels of shape {np.shape(values)}; there is one label an image")
     if labels.dtype.kind not in "iu" or (n and (labels.min() < 0 or labels.max() >= 2**20)):
-        what = f"{labels.dtype}" + (
-            f" from {labels.min()} to {labels.max()}" if n and labels.dtype.kind in "iuf" else ""
+        extent = f" from {labels.min()} to {labels.max()}" if n and labels.dtype.kind in "iuf" else ""
+        raise InputError(
+            f"labels of {where} are the classes' numbers, counted from 0 (integers), got {labels.dtype}{extent}"
         )
-        raise InputError(f"labels of {where} are the classes' numbers, counted from 0 (integers), got {what}")
     return labels.astype(np.int64)

@@ -172,7 +172,6 @@ def _make(job: Job, pixels: Path, notes: Path) -> State:
                 _save(file, saved, state)
                 last = time.monotonic()
         _save(file, saved, state)
-    _check(job, state)
     write_text(notes, state.text())
     take_place(part, pixels)
     saved.unlink(missing_ok=True)

@@ -140,14 +140,18 @@ class Dataset:
 
         Up to 64 MiB of pixels are read; of larger sets, as many images as that, spread evenly.
         """
-        count = min(len(self), max(64, _HASHED_BYTES // int(np.prod(self.shape))))
-        some = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        some = evenly(len(self), max(64, _HASHED_BYTES // int(np.prod(self.shape))))
         state = hashlib.blake2b(repr((len(self), self.shape, self.latents, self.classes)).encode(), digest_size=16)
         if self.labels is not None:
             state.update(self.labels.numpy().tobytes())
-        for start in range(0, count, 256):
+        for start in range(0, len(some), 256):
             state.update(self.gather(some[start : start + 256]).tobytes())
         return state.hexdigest()
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most so many of the numbers 0 … count − 1, from the first to the last at even distances, int64."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
 def check_dataset(dataset: object) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from dualout.data import decode
 from dualout.data.base import Names, Pictures, Reading, Source, check_holdout, held_out, looked_for
+from dualout.data.dataset import evenly
 from dualout.data.index import Index, indexed, shown
 from dualout.errors import InputError
 
@@ -64,7 +65,7 @@ class Folder(Source):
             raise InputError(f"{self.path} holds no images{_held(index)}; images end in {', '.join(decode.suffixes())}")
         own = any(name.startswith("train/") for name in index.names)
         tops = [name.partition("/")[0] for name in index.names]
-        rows = self._own(index, tops) if own else self._hashed(index)
+        rows = self._own(tops) if own else self._hashed(index)
         names = [index.names[i] for i in rows.tolist()]
         # of both splits, so that a class has the same number in each
         known = (
@@ -89,7 +90,7 @@ class Folder(Source):
             raise InputError(f"the folder {self.path} {what}")
         return root
 
-    def _own(self, index: Index, tops: list[str]) -> np.ndarray:
+    def _own(self, tops: list[str]) -> np.ndarray:
         if self.holdout:
             raise InputError(f"{self.path} has its own split in the sub-folder train; leave holdout out")
         wanted = ("train", "test") if self.split == "all" else (self.split,)
@@ -119,7 +120,7 @@ def _open(root: Path, names: list[str], i: int) -> Image:
 def _glimpse(root: Path, names: list[str]) -> str:
     """A hash of the beginnings of some of the files: those of two folders may have the same names, sizes and times."""
     state = hashlib.blake2b(digest_size=16)
-    for i in sorted(set(np.linspace(0, len(names) - 1, min(len(names), _GLIMPSED)).round().astype(int).tolist())):
+    for i in evenly(len(names), _GLIMPSED):
         path = os.path.join(root, names[i])
         try:
             if stat.S_ISREG(os.stat(path).st_mode):

@@ -68,16 +68,19 @@ class Hub(Source):
         missing = [name for name in names if name not in tables]
         if missing or not names:
             raise InputError(f"{self.repository} has no split 'train', but {', '.join(map(str, tables)) or 'none'}")
-        table = self._together([tables[name] for name in names])
+        datasets = _library()
+        table = datasets.concatenate_datasets([tables[name] for name in names]) if names[1:] else tables[names[0]]
         image, label = self._columns(table.features)
         rows = None if test else held_out(len(table), self.holdout, self.split)
         rows = np.arange(len(table)) if rows is None else rows
         if not len(rows):
             raise InputError(f"{self.repository} has no images in {', '.join(names)}")
         labels, classes = self._labels(table, label)
+        # the bytes are decoded here, like those of every other source
+        encoded = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         return Pictures(
             names=Names(len(rows), lambda i: f"{self.repository}[{rows[i]}]"),
-            open=partial(_open, self._encoded(table, image), image, rows),
+            open=partial(_open, encoded, image, rows),
             labels=None if labels is None else labels[rows],
             classes=classes,
             identity=f"hub {self.repository} {self.subset} {table._fingerprint} {image} {self.split} {self.holdout}",
@@ -87,17 +90,13 @@ class Hub(Source):
     def _tables(self) -> Any:
         datasets = _library()
         try:
-            found = datasets.load_dataset(self.repository, self.subset, revision=self.revision)
+            return datasets.load_dataset(self.repository, self.subset, revision=self.revision)
         except Exception as error:  # the library, the network and the Hub fail in many ways
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(
                 f"the Hugging Face Hub did not give the dataset {self.repository!r}: {reason}. Offline, only datasets "
                 "loaded before are at hand (HF_HUB_OFFLINE=1 uses them without asking)"
             ) from error
-        return found
-
-    def _together(self, tables: list[Any]) -> Any:
-        return tables[0] if len(tables) == 1 else _library().concatenate_datasets(tables)
 
     def _columns(self, features: Any) -> tuple[str, str | None]:
         datasets = _library()
@@ -108,11 +107,8 @@ class Hub(Source):
                 f"{self.repository} has no image column {self.image!r}; it has {', '.join(images) or 'none'}"
             )
         if self.image is None and len(images) != 1:
-            have = (
-                f"several columns of images ({', '.join(images)}): choose by image=…"
-                if images
-                else "no column of images"
-            )
+            several = f"several columns of images ({', '.join(images)}): choose by image=…"
+            have = several if images else "no column of images"
             raise InputError(f"{self.repository} has {have}; its columns are {', '.join(features)}")
         if self.label is not None and self.label not in features:
             raise InputError(f"{self.repository} has no column {self.label!r}; its columns are {', '.join(features)}")
@@ -127,11 +123,6 @@ class Hub(Source):
         labels = class_labels(numbers, len(table), f"{self.repository}, column {column!r},")
         names = getattr(table.features[column], "names", None)
         return labels, tuple(names or map(str, range(int(labels.max(initial=-1)) + 1)))
-
-    @staticmethod
-    def _encoded(table: Any, image: str) -> Any:
-        # the bytes are decoded here, like those of every other source
-        return table.select_columns([image]).cast_column(image, _library().Image(decode=False))
 
 
 def _open(table: Any, column: str, rows: np.ndarray, i: int) -> Image:

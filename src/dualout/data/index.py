@@ -19,6 +19,7 @@ import numpy as np
 
 from dualout.data import decode
 from dualout.data.base import Progress
+from dualout.data.dataset import evenly
 from dualout.errors import InputError
 from dualout.files import atomically, explained
 
@@ -147,13 +148,12 @@ def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
 
 
 def _unchanged(root: Path, index: Index) -> bool:
-    some = np.unique(np.linspace(0, len(index.names) - 1, min(len(index.names), _COMPARED)).round().astype(int))
     try:
         for below, changed in index.directories.items():
             # a change within the same tick of the clock as the listing would not show
             if os.stat(root / below).st_mtime_ns != changed or changed > index.listed - _CLOCK_TICK:
                 return False
-        for i in some.tolist():
+        for i in evenly(len(index.names), _COMPARED):
             state = os.stat(root / index.names[i])
             if (state.st_size, state.st_mtime_ns) != (index.sizes[i], index.times[i]):
                 return False

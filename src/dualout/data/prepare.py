@@ -15,7 +15,7 @@ import torch
 from dualout.data import decode
 from dualout.data.base import Names, Pictures, Progress, Reading, Source, open_source
 from dualout.data.cache import Job, listed_bad, materialize, quiet, workers
-from dualout.data.dataset import Dataset
+from dualout.data.dataset import Dataset, evenly
 from dualout.errors import InputError
 
 _LOOKED_AT = 512
@@ -128,8 +128,7 @@ def _settled(source: Source, found: Pictures) -> tuple[int, tuple[int, int]]:
     """The channels and the size of all pictures, from the source's options or from the headers of some of them."""
     if source.grey is not None and source.shape is not None:
         return (1 if source.grey else 3), source.shape
-    n = len(found.names)
-    some = np.unique(np.linspace(0, n - 1, min(n, _LOOKED_AT)).round().astype(int)).tolist()
+    some = evenly(len(found.names), _LOOKED_AT).tolist()
 
     def look(i: int) -> Any:
         try:
@@ -142,7 +141,7 @@ def _settled(source: Source, found: Pictures) -> tuple[int, tuple[int, int]]:
         seen = list(zip(some, pool.map(look, some), strict=True))
     good = [(i, result) for i, result in seen if not isinstance(result, str)]
     if not good:
-        reasons = listed_bad(found.names, [(i, why) for i, why in seen])
+        reasons = listed_bad(found.names, seen)
         raise InputError(f"{found.whole}: none of {len(seen)} images looked at can be read ({reasons})")
     by_channels: dict[Any, list[int]] = {}
     by_size: dict[Any, list[int]] = {}
