@@ -135,6 +135,7 @@ class Store(ABC):
             batch_size: how many are made at a time.
             processes: how many write there now.
         """
+        self.check()
         path = self.directory / PROTOCOL
         wanted = {"format": self.kind, "images": self.images} | self.request() | sampling.protocol()
         if path.exists():
@@ -152,8 +153,7 @@ class Store(ABC):
             # what is chosen by measurement is chosen before it is written down
             batches = -(-self.images // (batch_size * processes))
             sampling.prepare(min(batch_size, self.images), batches * sampling.sampler.evaluations)
-            protocol = wanted | sampling.computed()
-            write_json(path, protocol)
+            write_json(path, wanted | sampling.computed())
         sweep(self.directory)
 
     def withdraw(self) -> None:
@@ -164,6 +164,10 @@ class Store(ABC):
         for empty in [self.directory / "shards", *([self.directory] if self._new else [])]:
             if empty.is_dir():
                 empty.rmdir()
+
+    def check(self) -> None:
+        """Refuse images that cannot be written so."""
+        return
 
     def request(self) -> dict[str, Any]:
         """What else must be equal to go on."""
@@ -196,13 +200,12 @@ class Png(Store):
         """Every batch is written as it is made."""
         return batch_size
 
-    def begin(self, sampling: Sampling, batch_size: int, processes: int = 1) -> None:
-        """Refuse what PNG cannot hold."""
+    def check(self) -> None:
+        """Only grey and colour."""
         if self.shape[0] not in (1, 3):
             raise InputError(
                 f"a PNG holds grey or colour images, these have {self.shape[0]} channels: take --format npz"
             )
-        super().begin(sampling, batch_size, processes)
 
     def missing(self, block: range) -> list[int]:
         """Those without a file that is whole to its end."""

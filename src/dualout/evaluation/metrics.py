@@ -159,16 +159,13 @@ def kid(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
 
 def _kernel_within(x: Tensor) -> float:
     """The kernel's mean over the pairs of different rows."""
-    return (_kernel_sum(x, x) - _kernel_diagonal(x)) / (len(x) * (len(x) - 1))
+    diagonal = float((x.double().square().sum(1) / x.shape[1] + 1).pow(3).sum())
+    return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> float:
     y = y.double()
     return sum(float((rows.double() @ y.T / x.shape[1] + 1).pow_(3).sum()) for rows in x.split(_ROWS))
-
-
-def _kernel_diagonal(x: Tensor) -> float:
-    return float((x.double().square().sum(1) / x.shape[1] + 1).pow(3).sum())
 
 
 def precision_recall(
@@ -190,16 +187,12 @@ def precision_recall(
     for distances, own in zip(_distances(generated, real), (reach_g + near).split(_ROWS), strict=True):
         among_real.append((distances <= reach_r + near).any(1))
         among_generated |= (distances <= own[:, None]).any(0)
-    return _share(torch.cat(among_real)), _share(among_generated)
+    return float(torch.cat(among_real).double().mean()), float(among_generated.double().mean())
 
 
 def _check_lengths(a: int, b: int) -> None:
     if a != b:
         raise InputError(f"features of two sets are compared where one network made both; got lengths {a} and {b}")
-
-
-def _share(of: Tensor) -> float:
-    return float(of.double().mean())
 
 
 def _reach(features: Tensor, k: int) -> Tensor:

@@ -75,9 +75,11 @@ class Reference:
         if len(dataset) <= NEIGHBOURS:
             raise InputError(f"a comparison needs more than {NEIGHBOURS} images, {dataset.name} has {len(dataset)}")
         path = cache_file(dataset, features)
-        statistics = _cached(path)
-        if statistics is None:
-            statistics = _looked_at(dataset, features, device, batch_size, progress)
+        kept = _read(path, ("count", "limit", "total", "outer", "features"))
+        if kept is not None:
+            statistics = Statistics.from_tensors(kept)
+        else:
+            statistics = _measured(dataset, features, device, batch_size, progress)
             _keep(path, statistics.tensors())
         known = {
             "data": name or dataset.name,
@@ -124,11 +126,6 @@ def cache_file(dataset: Dataset, features: Features) -> Path:
     return cache_directory() / "reference" / f"{features.name}-{key}.safetensors"
 
 
-def _cached(path: Path) -> Statistics | None:
-    known = _read(path, ("count", "limit", "total", "outer", "features"))
-    return None if known is None else Statistics.from_tensors(known)
-
-
 def _read(path: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
     """What was kept; None where there is nothing, or it is damaged, to be found out again and written over."""
     if not path.is_file():
@@ -150,7 +147,7 @@ def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
         warnings.warn(f"statistics of the real images are not kept: {error}", stacklevel=3)
 
 
-def _looked_at(
+def _measured(
     dataset: Dataset, features: Features, device: torch.device | str, batch_size: int, progress: Progress | None
 ) -> Statistics:
     statistics = Statistics()
