@@ -115,11 +115,8 @@ def construct(description: Any) -> nn.Module:
     """
     if not isinstance(description, dict) or not isinstance(description.get("class"), str):
         raise InputError(f"a network is written {{'class': …, 'arguments': {{…}}}}, got {description!r}")
-    cls, arguments, layers = (
-        allowed(description["class"]),
-        description.get("arguments", {}),
-        description.get("layers", {}),
-    )
+    cls = allowed(description["class"])
+    arguments, layers = description.get("arguments", {}), description.get("layers", {})
     if not isinstance(arguments, dict) or not isinstance(layers, dict):
         raise InputError(f"a network is written {{'class': …, 'arguments': {{…}}}}, got {description!r}")
     try:
@@ -155,23 +152,21 @@ def _is_diffusers(cls: type) -> bool:
     return cls.__module__.startswith("diffusers.")
 
 
-def _is_own(cls: type) -> bool:
-    return cls.__module__.startswith("dualout.networks.")
-
-
 def _allowed_class(name: str) -> type[nn.Module] | None:
     module, _, attribute = name.rpartition(".")
+    if module != "diffusers" and not f"{module}.".startswith("dualout.networks."):
+        return None
     try:
-        if module == "diffusers":
-            diffusers = importlib.import_module("diffusers")
-            cls = getattr(diffusers, attribute, None)
-            return cls if isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin) else None
-        if module == "dualout.networks" or module.startswith("dualout.networks."):
-            cls = getattr(importlib.import_module(module), attribute, None)
-            return cls if isinstance(cls, type) and issubclass(cls, nn.Module) and _is_own(cls) else None
+        package = importlib.import_module(module)
+        cls = getattr(package, attribute, None)
     except ImportError:
         return None
-    return None
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        return None
+    if module == "diffusers":
+        return cls if issubclass(cls, package.ModelMixin) else None
+    # not what such a module imports
+    return cls if cls.__module__.startswith("dualout.networks.") else None
 
 
 def _plain(value: Any) -> Any:
@@ -204,9 +199,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} is no checkpoint: {CONFIG} is missing (it holds {present}){_hint(directory / INDEX)}"
         )
     config = read_json(path, object)
-    missing = [
-        k for k in ("schedule", "parameterization", "network") if not isinstance(config, dict) or k not in config
-    ]
+    entries = config if isinstance(config, dict) else {}
+    missing = [k for k in ("schedule", "parameterization", "network") if k not in entries]
     if missing:
         raise InputError(
             f"{path} lacks {', '.join(missing)}: it is not a dualout checkpoint, or it is damaged{_hint(path)}"

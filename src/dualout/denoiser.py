@@ -57,7 +57,7 @@ class Denoiser(nn.Module):
             raise InputError(f"schedule is, say, dualout.schedules.Linear(); got {schedule!r}")
         if not callable(network):
             raise InputError(f"a network is a module or function (x_t, t, **conditions); got {network!r}")
-        _check_told(network, schedule)
+        _check_schedules(network, schedule)
         self.network = network
         self.parameterization = parameterization
         self.schedule = schedule
@@ -65,12 +65,12 @@ class Denoiser(nn.Module):
         self.card: dict[str, Any] = {}
         """What is written on the model card: how it was trained, and its metrics with their protocols."""
         # what is the denoiser's own is where the network is
-        place = next((p.device for p in network.parameters()), None) if isinstance(network, nn.Module) else None
-        self.register_buffer("times", torch.arange(schedule.steps, device=place), persistent=False)
+        device = next((p.device for p in network.parameters()), None) if isinstance(network, nn.Module) else None
+        self.register_buffer("times", torch.arange(schedule.steps, device=device), persistent=False)
         if self.head is not None:
-            self.head.to(place)
+            self.head.to(device)
         self._rows: tuple[Any, dict[int, Tensor]] = None, {}
-        self._follow_network()
+        self._note_dtype()
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
         """Predict the clean images, and the noise, from noisy images.
@@ -240,13 +240,14 @@ class Denoiser(nn.Module):
         """
         directory = checkpoint.locate(path)
         config = checkpoint.read_config(directory)
-        denoiser = cls(
-            _rebuilt(directory, config["network"]) if network is None else network,
-            Parameterization.from_config(config["parameterization"]),
-            Schedule.from_config(config["schedule"]),
-        )
-        checkpoint.load_weights(directory, denoiser, as_saved=network is None)
-        denoiser._follow_network()
+        own_class = network is None
+        if network is None:
+            with bounded.no_larger_than(directory / checkpoint.WEIGHTS):
+                network = checkpoint.construct(config["network"])
+        parameterization = Parameterization.from_config(config["parameterization"])
+        denoiser = cls(network, parameterization, Schedule.from_config(config["schedule"]))
+        checkpoint.load_weights(directory, denoiser, as_saved=own_class)
+        denoiser._note_dtype()
         denoiser.card = checkpoint.read_card(config)
         return denoiser.eval()
 
@@ -256,10 +257,10 @@ class Denoiser(nn.Module):
         with torch.inference_mode(False):
             self.times = torch.arange(self.schedule.steps, device=self.times.device)
         self._rows = None, {}
-        self._follow_network()
+        self._note_dtype()
         return self
 
-    def _follow_network(self) -> None:
+    def _note_dtype(self) -> None:
         parameters = self.network.parameters() if isinstance(self.network, nn.Module) else iter(())
         self._dtype = next((p.dtype for p in parameters if p.dtype.is_floating_point), None)
 
@@ -289,21 +290,16 @@ def _check_times(t: Tensor, images: Tensor) -> None:
         raise InputError(f"{len(images)} images have one time step, or one each; got t of shape {tuple(t.shape)}")
 
 
-def _check_told(network: Any, schedule: Schedule) -> None:
+def _check_schedules(network: Any, schedule: Schedule) -> None:
     """Refuse a network whose adapters tell it the noise levels of another schedule."""
     while isinstance(network, nn.Module):
-        told = getattr(network, "schedule", schedule)
-        if isinstance(told, Schedule) and told != schedule:
+        other = getattr(network, "schedule", schedule)
+        if isinstance(other, Schedule) and other != schedule:
             raise InputError(
-                f"the network is told the noise levels of {told!r} by its {type(network).__name__}, and the denoiser "
+                f"the network is told the noise levels of {other!r} by its {type(network).__name__}, and the denoiser "
                 f"counts those of {schedule!r}: say the same for both"
             )
         network = getattr(network, "network", None)
-
-
-def _rebuilt(directory: Path, described: Any) -> nn.Module:
-    with bounded.no_larger_than(directory / checkpoint.WEIGHTS):
-        return checkpoint.construct(described)
 
 
 def tensor_of(output: Any) -> Tensor:
