@@ -82,9 +82,10 @@ class Registered:
         for key in fields:
             if key not in known:
                 raise unknown(f"field of {cls.kind} {name!r}:", key, known)
-        fields = {key: _member(as_python(value), types.get(key, Any)) for key, value in fields.items()}
         for key, value in fields.items():
-            _check(cls, name, key, value, types.get(key, Any))
+            hint = types.get(key, Any)
+            fields[key] = built(hint, as_python(value)) if _registered(hint) else as_python(value)
+            _check(cls, name, key, fields[key], hint)
         for key, f in known.items():
             if f.default is f.default_factory is dataclasses.MISSING and key not in fields:
                 raise InputError(f"{cls.kind} {name!r} needs a value for {key!r}: write {name}:{key}=…")
@@ -228,13 +229,11 @@ def _registered(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Registered)
 
 
-def _member(value: Any, hint: Any) -> Any:
-    """A field that is a registered thing itself, from its spec or its config."""
-    if not _registered(hint):
-        return value
+def built(family: Any, value: Any) -> Any:
+    """A thing of a family of registered classes: from its spec, from its config, or the thing itself."""
     if isinstance(value, str):
-        return hint.parse(value.removeprefix("(").removesuffix(")"))
-    return hint.from_config(value) if isinstance(value, dict) else value
+        return family.parse(value.removeprefix("(").removesuffix(")"))
+    return family.from_config(value) if isinstance(value, dict) else value
 
 
 def value_of(text: str) -> Any:

@@ -22,14 +22,15 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.export.directory import whole
 from dualout.export.runs import restored, shortened
-from dualout.export.schedulers import asked_of, build, schedule_of, scheduler_for
+from dualout.export.schedulers import build, prediction_type_of, schedule_of, scheduler_for
 from dualout.export.steps import check_scheduler, first_noise, look, set_times, stepped, times_of
 from dualout.files import read_json
 from dualout.guidance import ClassifierFree
 from dualout.parameterizations import Parameterization
 from dualout.parameterizations.base import Route
+from dualout.registry import built
 from dualout.samplers import DDIM, Sampler
-from dualout.samplers.diffusers import asked, reads_variance
+from dualout.samplers.diffusers import model_output, reads_variance
 from dualout.schedules import Schedule
 from dualout.version import __version__
 
@@ -91,8 +92,8 @@ class DualOutputPipeline(DiffusionPipeline):
         spacing: str | None = None,
     ) -> None:
         super().__init__()
-        self.parameterization = _read(Parameterization, parameterization)
-        self.schedule = schedule_of(scheduler) if schedule is None else _read(Schedule, schedule)
+        self.parameterization = built(Parameterization, parameterization)
+        self.schedule = schedule_of(scheduler) if schedule is None else built(Schedule, schedule)
         check_scheduler(scheduler, self.schedule)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
@@ -134,8 +135,8 @@ class DualOutputPipeline(DiffusionPipeline):
             clip, spacing = scheduler.clip, scheduler.spacing if isinstance(scheduler.spacing, str) else None
             scheduler = scheduler_for(scheduler, denoiser.schedule, denoiser.parameterization)
         elif isinstance(scheduler, str):
-            settings = {"prediction_type": asked_of(denoiser.parameterization)}
-            scheduler = build(scheduler, denoiser.schedule, **settings)
+            kind = prediction_type_of(denoiser.parameterization)
+            scheduler = build(scheduler, denoiser.schedule, prediction_type=kind)
         head = None
         if denoiser.head is not None:
             head = {name: shortened(value) for name, value in denoiser.head.state_dict().items()}
@@ -241,7 +242,7 @@ class DualOutputPipeline(DiffusionPipeline):
                 warnings.warn(_IGNORED.format(type(self.scheduler).__name__), stacklevel=2)
             if calibrated:  # the images were corrected, too
                 x = p.x_t if self.scheduler.init_noise_sigma == 1 else p.x_t / p.level.alpha
-            x = stepped(self.scheduler, asked(p, self.scheduler, clip), k, times, x, **extra)
+            x = stepped(self.scheduler, model_output(p, self.scheduler, clip), k, times, x, **extra)
             if callback_on_step_end is not None:
                 found = {"latents": x, "x0": p.x0, "eps": p.eps, "ratio": p.parts.get("ratio")}
                 given = {name: found[name] for name in callback_on_step_end_tensor_inputs}
@@ -361,13 +362,6 @@ class DualOutputPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as directory:
             self._write(directory, {**self.config["card"], "path": repo_id}, {})
             return hub.upload(directory, repo_id, **{"commit_message": "Upload a dualout pipeline", **options})
-
-
-def _read(family: Any, value: Any) -> Any:
-    """A registered thing, from its spec or its config or itself."""
-    if isinstance(value, str):
-        return family.parse(value)
-    return family.from_config(value) if isinstance(value, dict) else value
 
 
 def _check_parts(index: Path) -> None:

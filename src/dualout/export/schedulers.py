@@ -10,7 +10,7 @@ import torch
 from dualout.errors import InputError
 from dualout.parameterizations import CleanImage, Epsilon, LearnedVariance, Parameterization, Velocity
 from dualout.samplers import DDIM, DDPM, DPMSolver, Sampler, UniPC
-from dualout.samplers.diffusers import check_schedule, named_scheduler
+from dualout.samplers.diffusers import check_schedule, clip_settings, named_scheduler
 from dualout.schedules import Cosine, FromBetas, Linear, ScaledLinear, Schedule
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -37,17 +37,17 @@ def scheduler_for(sampler: Sampler, schedule: Schedule, parameterization: Parame
             f"diffusers' schedulers have the spacings {', '.join(SPACINGS)}; the sampler {sampler.spec} has another"
         )
     name, settings = _class_and_settings(sampler)
-    settings |= {"timestep_spacing": sampler.spacing, "prediction_type": asked_of(parameterization)}
+    settings |= {"timestep_spacing": sampler.spacing, "prediction_type": prediction_type_of(parameterization)}
     return build(name, schedule, **settings)
 
 
 def _class_and_settings(sampler: Sampler) -> tuple[str, dict[str, Any]]:
     match sampler:
         case DDIM():
-            return "DDIMScheduler", _clipping(sampler)
+            return "DDIMScheduler", clip_settings(sampler.clip)
         case DDPM(variance=variance):
             kinds = {"large": "fixed_large", "small": "fixed_small", "learned": "learned_range"}
-            return "DDPMScheduler", {"variance_type": kinds[variance]} | _clipping(sampler)
+            return "DDPMScheduler", {"variance_type": kinds[variance]} | clip_settings(sampler.clip)
         case DPMSolver(order=order):
             # their third order is the published one, whatever `published` says
             return "DPMSolverMultistepScheduler", {"solver_order": order, "final_sigmas_type": "zero"}
@@ -58,16 +58,7 @@ def _class_and_settings(sampler: Sampler) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _clipping(sampler: Sampler) -> dict[str, Any]:
-    if sampler.clip is None:
-        return {"clip_sample": False}
-    low, high = sampler.clip
-    if low != -high:
-        raise InputError(f"diffusers' schedulers clip to a symmetric range, got clip={sampler.clip}")
-    return {"clip_sample": True, "clip_sample_range": high}
-
-
-def asked_of(parameterization: Parameterization) -> str:
+def prediction_type_of(parameterization: Parameterization) -> str:
     """The prediction type that a parameterization's network has by itself; clean images where it has none."""
     if isinstance(parameterization, LearnedVariance):
         parameterization = parameterization.base

@@ -121,9 +121,9 @@ def set_times(scheduler: Any, steps: int, times: Sequence[int] | None, device: A
     own = any(scheduler.config.get(key) for key in _OWN_SIGMAS)
     if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters and not own:
         scheduler.set_timesteps(timesteps=list(times), device=device)
-    elif type(scheduler).__name__ in _STRIDES + _TABLES and not own:
+    elif name in _STRIDES + _TABLES and not own:
         scheduler.timesteps = torch.tensor(list(times), device=scheduler.timesteps.device)
-        if type(scheduler).__name__ in _TABLES:
+        if name in _TABLES:
             signal = scheduler.alphas_cumprod[list(times)]
             scheduler.sigmas[:-1] = ((1 - signal) / signal).sqrt()
     if scheduler.timesteps.tolist() != list(times):
@@ -145,12 +145,12 @@ def times_of(scheduler: Any, schedule: Schedule, steps: int, spacing: str | None
     return space(spacing, schedule, steps) if spacing and 1 <= steps <= schedule.steps else None
 
 
-def stepped(scheduler: Any, answer: Tensor, k: int, times: Sequence[int], x: Tensor, **extra: Any) -> Tensor:
+def stepped(scheduler: Any, output: Tensor, k: int, times: Sequence[int], x: Tensor, **extra: Any) -> Tensor:
     """The images after a scheduler's k-th step.
 
     Args:
         scheduler: whose step it is.
-        answer: what it asked for, (B, C, H, W).
+        output: the prediction as it takes it (`samplers.diffusers.model_output`).
         k: which step.
         times: all of its time steps.
         x: the scheduler's images before, (B, C, H, W).
@@ -161,7 +161,7 @@ def stepped(scheduler: Any, answer: Tensor, k: int, times: Sequence[int], x: Ten
     """
     try:
         with _next(scheduler, k, times):
-            made = scheduler.step(answer, scheduler.timesteps[k], x, **extra)
+            made = scheduler.step(output, scheduler.timesteps[k], x, **extra)
     except (ValueError, NotImplementedError) as error:
         if "prediction_type" not in str(error):
             raise

@@ -25,7 +25,7 @@ class _Stage(NamedTuple):
     scheduler: Any
     t: Any
     scale: float
-    """What the scheduler's images are multiplied with to be x_t; 1 unless it counts noise in units of the image."""
+    """What the scheduler's images are multiplied with to be x_t; 1 unless they are x0 + (sigma/alpha)·eps."""
     scale_next: float
     arguments: frozenset[str]
     """Of the scheduler's `step`."""
@@ -77,13 +77,10 @@ class FromDiffusers(Sampler):
     def plan(self, schedule: Schedule, times: Sequence[int]) -> list[_Stage]:
         """One scheduler, made ready, and its time step at each step."""
         scheduler = _ready(self.scheduler, schedule, self.steps, None if isinstance(self.spacing, _OwnTimes) else times)
-        clips = clips_itself(type(scheduler))
-        if isinstance(self.scheduler, str) and clips:
-            low, high = self.clip or (-1.0, 1.0)
-            if low != -high:
-                raise InputError(f"diffusers' schedulers clip to a symmetric range, got clip={self.clip}")
-            scheduler.register_to_config(clip_sample=self.clip is not None, clip_sample_range=high)
-        scales = [_scale(scheduler, schedule, t) for t in times]
+        if isinstance(self.scheduler, str) and clips_itself(type(scheduler)):
+            scheduler.register_to_config(**clip_settings(self.clip))
+        rescaled = float(scheduler.init_noise_sigma) != 1
+        scales = [schedule.scalars(t).alpha if rescaled else 1.0 for t in times]
         arguments = frozenset(inspect.signature(scheduler.step).parameters)
         return [
             _Stage(scheduler, t, scale, scale_next, arguments)
@@ -97,17 +94,17 @@ class FromDiffusers(Sampler):
         state = x_t if scale == 1 else x_t / scale
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(state, t)  # some count their steps here
-        answer = asked(step.prediction, scheduler, self.clip)
+        output = model_output(step.prediction, scheduler, self.clip)
         with _drawn(step, arguments) as noise:
-            x_next = scheduler.step(answer, t, state, **noise).prev_sample
+            x_next = scheduler.step(output, t, state, **noise).prev_sample
         return x_next if scale_next == 1 else x_next * scale_next
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-def asked(p: Prediction, scheduler: Any, clip: tuple[float, float] | None) -> Tensor:
-    """A prediction in the terms of a scheduler of diffusers.
+def model_output(p: Prediction, scheduler: Any, clip: tuple[float, float] | None) -> Tensor:
+    """A prediction as the `model_output` that a scheduler of diffusers steps from.
 
     Args:
         p: the prediction.
@@ -124,25 +121,39 @@ def asked(p: Prediction, scheduler: Any, clip: tuple[float, float] | None) -> Te
         p = Prediction(p.x_t, p.level, p.x0.clamp(*clip), p.parts)
     match check_type(scheduler):
         case "epsilon":
-            answer = p.eps
+            output = p.eps
         case "sample":
-            answer = p.x0
+            output = p.x0
         case _:
-            answer = p.level.alpha * p.eps - p.level.sigma * p.x0
+            output = p.level.alpha * p.eps - p.level.sigma * p.x0
     if not reads_variance(scheduler):
-        return answer
+        return output
     if "variance" not in p.parts:
         raise InputError(
             f"{type(scheduler).__name__} has variance_type 'learned_range', which needs a network that learned its "
             "variance (dualout.LearnedVariance), and this did not; take 'fixed_small' or 'fixed_large'"
         )
-    return torch.cat([answer, 2 * p.parts["variance"] - 1], 1)
+    return torch.cat([output, 2 * p.parts["variance"] - 1], 1)
 
 
 @cache
 def clips_itself(scheduler: type) -> bool:
     """Whether a class of schedulers has a setting `clip_sample`; from_config leaves others' in every config."""
     return "clip_sample" in inspect.signature(scheduler).parameters
+
+
+def clip_settings(clip: tuple[float, float] | None) -> dict[str, Any]:
+    """The settings with which a scheduler of diffusers clips to a range by itself.
+
+    Raises:
+        InputError: for a range that is not symmetric about 0.
+    """
+    if clip is None:
+        return {"clip_sample": False}
+    low, high = clip
+    if low != -high:
+        raise InputError(f"diffusers' schedulers clip to a symmetric range, got clip={clip}")
+    return {"clip_sample": True, "clip_sample_range": high}
 
 
 def check_type(scheduler: Any) -> str:
@@ -202,11 +213,8 @@ class _OwnTimes:
 
 def _ready(scheduler: Any, schedule: Schedule, steps: int, times: Sequence[int] | None) -> Any:
     """A copy of the scheduler, or a new one of that name, with its time steps set."""
-    scheduler = (
-        named_scheduler(scheduler, schedule)
-        if isinstance(scheduler, str)
-        else check_schedule(copy.deepcopy(scheduler), schedule)
-    )
+    named = isinstance(scheduler, str)
+    scheduler = named_scheduler(scheduler, schedule) if named else check_schedule(copy.deepcopy(scheduler), schedule)
     if times is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise InputError(
             f"{type(scheduler).__name__} cannot be told its time steps; leave spacing to it, or set its "
@@ -219,29 +227,24 @@ def _ready(scheduler: Any, schedule: Schedule, steps: int, times: Sequence[int] 
     return scheduler
 
 
-def _class(name: str) -> Any:
-    import diffusers
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-        raise unknown("scheduler of diffusers", name, [n for n in dir(diffusers) if n.endswith("Scheduler")])
-    return cls
-
-
 def named_scheduler(name: str, schedule: Schedule, **settings: Any) -> Any:
     """A scheduler of diffusers by its class name, for a schedule.
 
     Raises:
         InputError: when there is no such class, or it cannot follow the schedule.
     """
-    cls = _class(name)
-    known = inspect.signature(cls).parameters
-    if "trained_betas" not in known:
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise unknown("scheduler of diffusers", name, [n for n in dir(diffusers) if n.endswith("Scheduler")])
+    if "trained_betas" not in inspect.signature(cls).parameters:
         raise InputError(f"{name} takes no table of betas, so it cannot follow the denoiser's schedule")
     alpha = schedule.level(torch.arange(schedule.steps, device="cpu")).alpha
     betas = 1 - (alpha / torch.cat([alpha.new_ones(1), alpha[:-1]])) ** 2
-    return check_schedule(cls(num_train_timesteps=schedule.steps, trained_betas=betas.tolist(), **settings), schedule)
+    settings |= {"num_train_timesteps": schedule.steps, "trained_betas": betas.tolist()}
+    return check_schedule(cls(**settings), schedule)
 
 
 def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
@@ -274,11 +277,6 @@ def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
         )
     check_type(scheduler)
     return scheduler
-
-
-def _scale(scheduler: Any, schedule: Schedule, t: int) -> float:
-    """x_t over the scheduler's images: alpha where they are x0 + (sigma/alpha)·eps."""
-    return float(schedule.scalars(t).alpha) if float(scheduler.init_noise_sigma) != 1 else 1.0
 
 
 @contextmanager
