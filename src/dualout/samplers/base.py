@@ -116,7 +116,7 @@ class Sampler(Registered, ABC):
     @property
     def evaluations(self) -> int:
         """How many times the network is called (NFE)."""
-        return self.steps
+        return len(self.looks(range(self.steps)))
 
     def looks(self, times: Sequence[int]) -> list[int]:
         """The time step of each call of the network, of K that are visited."""

@@ -23,11 +23,6 @@ class Heun(Sampler):
 
     order: int = field(default=2, init=False)
 
-    @property
-    def evaluations(self) -> int:
-        """How many times the network is called (NFE)."""
-        return 2 * self.steps - 1
-
     def looks(self, times: Sequence[int]) -> list[int]:
         """The time step of each call of the network, of K that are visited: all but the first are looked at twice."""
         return [*times[:1], *(t for t in times[1:] for _ in range(2))]
