@@ -30,9 +30,9 @@ def page(title: str, lead: str, verdict: Sequence[str], sections: Iterable[Secti
         title: of the page.
         lead: a sentence under it.
         verdict: paragraphs that say what was found, before everything else.
-        sections: those without blocks are left out.
+        sections: empty blocks are left out, and so are those without any other.
     """
-    present = [s for s in sections if s.blocks]
+    present = [Section(s.title, blocks) for s in sections if (blocks := [b for b in s.blocks if b])]
     links = [f'<a href="#{_anchor(s.title)}">{text(s.title)}</a>' for s in present]
     body = [f"<h1>{text(title)}</h1>", f'<p class="lead">{text(lead)}</p>']
     if verdict:

@@ -103,9 +103,7 @@ def _scores(judged: Mapping[str, Sequence[Row]], command: str) -> list[str]:
         blocks.append(page.bullets(told if blocks else told[1:]))
         blocks.append(comparison(rows, features_of(rows[0])))
         blocks.append(page.figures(_score_figures(rows, judge)))
-    if blocks and command:
-        blocks.append(page.details("Make the scores again", page.code(command)))
-    return [b for b in blocks if b]
+    return [*blocks, _again("Make the scores again", command)] if blocks else []
 
 
 def comparison(rows: Sequence[Row], features: str) -> str:
@@ -152,17 +150,20 @@ def _score_figures(rows: Sequence[Row], judge: str) -> list[str]:
 def _samples(material: Material) -> list[str]:
     if not material.samples:
         return []
-    note = [page.paragraphs(material.samples_note)] if material.samples_note else []
     shown = [
         page.picture(canvas.png_of(canvas.tiles(images, min(8, len(images))), 4), f"samples of {name}", name)
         for name, images in material.samples.items()
     ]
-    command = material.commands.get("samples", "")
     return [
-        *note,
+        page.paragraphs(material.samples_note),
         page.figures(shown, wide=True),
-        *([page.details("Make the samples again", page.code(command))] if command else []),
+        _again("Make the samples again", material.commands.get("samples", "")),
     ]
+
+
+def _again(title: str, command: str) -> str:
+    """The command that makes something again, folded away; nothing where it is not known."""
+    return page.details(title, page.code(command)) if command else ""
 
 
 def _inside(study: Study, name: str) -> list[str]:
@@ -175,14 +176,17 @@ def _films(studies: Mapping[str, Study]) -> list[str]:
         for name, study in studies.items()
         for d in study.film()
     ]
-    return [page.figures(films, wide=True)] if films else []
+    return [page.figures(films, wide=True)]
 
 
 def _way(studies: Mapping[str, Study], command: str) -> list[str]:
     if not studies:
         return []
-    blocks = [page.bullets(reading.paths(studies)), page.figures(_drawn(together(studies), "together"))]
-    return [b for b in [*blocks, page.details("Make the analysis again", page.code(command)) if command else ""] if b]
+    return [
+        page.bullets(reading.paths(studies)),
+        page.figures(_drawn(together(studies), "together")),
+        _again("Make the analysis again", command),
+    ]
 
 
 def _drawn(drawings: Sequence[Drawing], prefix: str) -> list[str]:
@@ -201,9 +205,11 @@ def _training(runs: Sequence[Run], command: str) -> list[str]:
         if run.grids:
             last = list(run.grids)[-1]
             grids.append(page.picture(run.grids[last], f"samples of {run.name} in training", f"{run.name}: {last}"))
-    blocks = [page.figures(drawn)] if drawn else []
-    blocks += [page.details("Train again", page.code(command))] if command else []
-    return [*blocks, page.details("The last samples made in training", page.figures(grids))] if grids else blocks
+    return [
+        page.figures(drawn),
+        _again("Train again", command),
+        page.details("The last samples made in training", page.figures(grids)) if grids else "",
+    ]
 
 
 def _protocols(material: Material, scores: Sequence[Row]) -> list[str]:

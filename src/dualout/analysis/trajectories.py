@@ -224,15 +224,14 @@ class _Sums:
 
     def __init__(self) -> None:
         self.t, self.count, self.pixels, self.clipped = -1, 0, 0, 0.0
-        self.total: Tensor | None = None
-        self.squares: Tensor | None = None
+        self.total = self.squares = torch.zeros((), dtype=torch.float64)
         self.ratio: float | None = None
 
     def add(self, m: Moment, clip: tuple[float, float] | None) -> None:
         x = m.x_next.cpu().double()
         self.t, self.count = m.t, self.count + len(x)
-        self.total = x.sum(0) + (0 if self.total is None else self.total)
-        self.squares = x.square().sum(0) + (0 if self.squares is None else self.squares)
+        self.total = x.sum(0) + self.total
+        self.squares = x.square().sum(0) + self.squares
         x0 = m.prediction.x0
         self.pixels += x0.numel()
         low, high = clip or (-1.0, 1.0)
@@ -241,11 +240,10 @@ class _Sums:
             self.ratio = (self.ratio or 0.0) + float(m.prediction.parts["ratio"].cpu().double().mean((1, 2, 3)).sum())
 
     def channel_means(self) -> Tensor:
-        assert self.total is not None
         return (self.total / self.count).mean((1, 2))
 
     def sd(self) -> float:
-        if self.total is None or self.squares is None or self.count < 2:
+        if self.count < 2:
             return math.nan
         variance = (self.squares - self.total.square() / self.count) / (self.count - 1)
         return float(variance.mean().clamp(min=0).sqrt())
