@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dualout.data import load
 from dualout.data.pixels import to_model
-from dualout.evaluation.features.classifier import Digits, SmallClassifier, accuracy
+from dualout.evaluation.features.classifier import Digits, SmallClassifier
 from dualout.networks.device import device
 from dualout.version import __version__
 
@@ -33,6 +33,13 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     rows, columns = down[:, None] + torch.arange(h), across[:, None] + torch.arange(w)
     batch = torch.arange(b)
     return padded.transpose(0, 1)[:, batch[:, None, None], rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+
+
+def accuracy(network: SmallClassifier, images: Tensor, labels: Tensor) -> float:
+    """The share of images that are put into the right class."""
+    with torch.no_grad():
+        found = torch.cat([network.logits(batch).argmax(1) for batch in images.split(1000)])
+    return float((found == labels).float().mean())
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from dualout import checkpoint
@@ -149,13 +148,6 @@ class Classifier(_OfFile):
     def config(self) -> dict[str, Any]:
         """The name and the fields; the file's name without where it lies, which says nothing to others."""
         return {"name": self.name, "path": self.file.name}
-
-
-def accuracy(network: SmallClassifier, images: Tensor, labels: Tensor) -> float:
-    """The share of images that are put into the right class."""
-    with torch.no_grad():
-        found = torch.cat([network.logits(batch).argmax(1) for batch in images.split(1000)])
-    return float((found == labels).float().mean())
 
 
 def _shape(shape: tuple[int, int, int]) -> str:
