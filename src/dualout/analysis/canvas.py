@@ -40,7 +40,7 @@ _METHODS = {
     "flow": "sky",
 }  # fmt: skip
 _MARKERS = {"blue": "o", "red": "s", "green": "^", "purple": "D", "amber": "v", "sky": "P", "brown": "X"}
-_SERIES = tuple(_MARKERS)
+
 
 WIDTH = 4.3
 """Inches: 413 CSS pixels, a phone's width, where letters have their own size."""
@@ -50,7 +50,7 @@ _LEGEND_LINE = 0.6
 
 
 def styles(labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Colour, marker and line of each method: its own colour where it has one, a dashed line for the second that has.
+    """Colour, marker and line of each method: its own colour or brown, and a dashed line for the second that has it.
 
     Args:
         labels: names that begin with a parameterization's, such as "dual", "dual:gate=balanced" or "eps, calibrated".
@@ -59,7 +59,7 @@ def styles(labels: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for label in labels:
         name = re.split(r"\W", label, maxsplit=1)[0]
-        colour = _METHODS.get(name) or next((c for c in _SERIES if c not in (*used, *_METHODS.values())), "brown")
+        colour = _METHODS.get(name, "brown")
         lines = ("-", (0, (4, 1.6)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)))
         found.append(
             {"color": COLOURS[colour], "marker": _MARKERS[colour], "linestyle": lines[used.count(colour) % len(lines)]}
@@ -110,12 +110,12 @@ def styled() -> Iterator[None]:
         yield
 
 
-def blank(width: float = WIDTH, height: float = 3.0) -> Figure:
-    """An empty figure; sizes in inches."""
+def blank(height: float = 3.0) -> Figure:
+    """An empty figure; its height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -123,7 +123,7 @@ def blank(width: float = WIDTH, height: float = 3.0) -> Figure:
 def plot(draw: Callable[[Axes], None], title: str = "", height: float = 3.0) -> Figure:
     """A figure of one pair of axes, which `draw` fills."""
     with styled():
-        figure = blank(height=height)
+        figure = blank(height)
         axes = figure.subplots()
         axes.set_title(title)
         draw(axes)
@@ -144,9 +144,9 @@ def plain_log(axes: Axes) -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    subs = (
-        (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
-    )
+    # as many as there is room for
+    fine = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+    subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 4 else fine
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 3)))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -177,12 +177,12 @@ def _widest(labels: Sequence[str], figure: Any) -> float:
     return max(measured.get_text_width_height_descent(label, font, False)[0] for label in labels) / figure.dpi
 
 
-def png(figure: Figure, title: str = "", dpi: int = 160) -> bytes:
+def png(figure: Figure, title: str = "") -> bytes:
     """The figure as a PNG file on white, with its title above it."""
     if title:
         with styled():
             figure.suptitle(title, x=0, ha="left", weight="bold", size=10.5)
-    return _saved(figure, format="png", dpi=dpi, metadata={"Software": None})
+    return _saved(figure, format="png", dpi=160, metadata={"Software": None})
 
 
 def svg(figure: Figure, name: str, title: str = "") -> str:

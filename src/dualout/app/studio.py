@@ -6,6 +6,7 @@ browsers do not disturb each other.
 
 from __future__ import annotations
 
+import math
 import shlex
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -254,7 +255,7 @@ def archive(made: Sequence[Made], path: Path) -> Path:
 
 def sheet(images: np.ndarray) -> np.ndarray:
     """Images side by side, in a square, small ones enlarged: uint8 (N, H, W, C) -> (H', W', C)."""
-    columns = next(c for c in range(1, len(images) + 1) if c * c >= len(images))
+    columns = math.isqrt(len(images) - 1) + 1
     scale = max(1, _SIDE // images.shape[1])
     return canvas.tiles(images.repeat(scale, 1).repeat(scale, 2), columns, gap=max(1, scale // 4), fill=255)
 
