@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,39 +112,42 @@ def run(grid: Grid, out: Path, listening: Listening = nullcontext) -> Iterator[D
     found: list[Row] = []
     for training in grid.models():
         directory = training.directory(out)
-        if not (yield from _trained(training, directory, listening)):
+        if not (yield from _train(training, directory, listening)):
             return
         model = Model.load(directory, find_device(grid.device))
         if not references:
             references = _references(grid, model)
         for sampler, calibrated in grid.settings(model.denoiser.schedule):
             if calibrated:
-                yield from _calibrated(grid, training, model, directory, sampler)
-            for route in grid.routes(training, calibrated):
-                for seed in grid.sets:
-                    first = first_seed(seed, grid.images)
-                    sampling = Sampling(
-                        model, sampler, parse_route(str(route)), first, precision=grid.precision,
-                        calibrated=calibrated, backend=grid.backend,
-                    )  # fmt: skip
-                    scoring = Scoring(sampling, grid.images, references, seed)
-                    if not all(results.find(row) for row in scoring.pending()):
-                        batches = -(-grid.images // grid.batch_size)
-                        sampling.prepare(min(grid.batch_size, grid.images), batches * sampler.evaluations)
-                        for count in scoring.run(grid.batch_size):
-                            yield Doing(f"{training.method} seed {training.seed}: {scoring.title}", count, grid.images)
-                        results.add(scoring.rows())
-                    # rows alone are kept: a scoring holds its model, and the grid may have a hundred
-                    rows = [row for key in scoring.pending() if (row := results.find(key))]
-                    found += [{"method": _method(training, r), "training_seed": training.seed, **r} for r in rows]
+                yield from _calibrate(grid, training, model, directory, sampler)
+            for route, seed in product(grid.routes(training, calibrated), grid.sets):
+                sampling = Sampling(
+                    model, sampler, parse_route(str(route)), first_seed(seed, grid.images),
+                    precision=grid.precision, calibrated=calibrated, backend=grid.backend,
+                )  # fmt: skip
+                scoring = Scoring(sampling, grid.images, references, seed)
+                # rows alone are kept: a scoring holds its model, and the grid may have a hundred
+                found += yield from _score(grid, training, scoring, results)
     yield found
+
+
+def _score(grid: Grid, training: Training, scoring: Scoring, results: Results) -> Generator[Doing, None, list[Row]]:
+    """Returns the rows, made now or before."""
+    if not all(results.find(row) for row in scoring.pending()):
+        batches, sampling = -(-grid.images // grid.batch_size), scoring.sampling
+        sampling.prepare(min(grid.batch_size, grid.images), batches * sampling.sampler.evaluations)
+        for count in scoring.run(grid.batch_size):
+            yield Doing(f"{training.method} seed {training.seed}: {scoring.title}", count, grid.images)
+        results.add(scoring.rows())
+    rows = [row for key in scoring.pending() if (row := results.find(key))]
+    return [{"method": _method(training, r), "training_seed": training.seed, **r} for r in rows]
 
 
 def _method(training: Training, row: Row) -> str:
     return training.method if row["route"] == "mix" else f"{training.method} ({row['route']})"
 
 
-def _trained(training: Training, directory: Path, listening: Listening) -> Generator[Doing, None, bool]:
+def _train(training: Training, directory: Path, listening: Listening) -> Generator[Doing, None, bool]:
     """Returns whether all its steps are done."""
     config = TrainConfig(**{**vars(training.config), "out": str(directory)})
     with Run(config) as training_run:
@@ -155,7 +159,7 @@ def _trained(training: Training, directory: Path, listening: Listening) -> Gener
         return training_run.finished
 
 
-def _calibrated(grid: Grid, training: Training, model: Model, directory: Path, sampler: Sampler) -> Iterator[Doing]:
+def _calibrate(grid: Grid, training: Training, model: Model, directory: Path, sampler: Sampler) -> Iterator[Doing]:
     how, precision = Fit(**grid.calibration), choose(grid.precision, model.device)
     weights = model.details["sha256"]
     asked = {"weights": weights, "fit": vars(how), "precision": precision.name, "way": WAY}
@@ -194,9 +198,10 @@ def _check_images(grid: Grid) -> None:
 
 def _references(grid: Grid, model: Model) -> list[Reference]:
     dataset = _data(grid, grid.split, model.shape[1:])
-    name, place = grid.models()[0].config.data, find_device(grid.device)
+    name, device = grid.models()[0].config.data, find_device(grid.device)
     return [
-        Reference.of(dataset, Features.parse(spec), name=name, split=grid.split, device=place) for spec in grid.features
+        Reference.of(dataset, Features.parse(spec), name=name, split=grid.split, device=device)
+        for spec in grid.features
     ]
 
 
