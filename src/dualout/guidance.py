@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
+from dualout.levels import per_image
 from dualout.prediction import Prediction
 from dualout.schedules import schedule_of
 
@@ -75,7 +76,7 @@ class ClassifierFree(nn.Module):
         level = p.level.map(lambda v: v[:b] if isinstance(v, Tensor) and v.ndim else v)
         if self.interval is not None and isinstance(t, Tensor):
             alpha, sigma = self.schedule.level(t)
-            scale = torch.where(self._inside(sigma / alpha), self.scale, 1.0).to(x_t).view(-1, *[1] * (x_t.ndim - 1))
+            scale = per_image(torch.where(self._inside(sigma / alpha), self.scale, 1.0).to(x_t), x_t)
         seen = x_t if p.x_t is doubled else _guided(p.x_t, scale)
         return Prediction(seen, level, _guided(p.x0, scale), {k: v[:b] for k, v in p.parts.items()})
 

@@ -102,4 +102,9 @@ def _like(value: Scalar, x: Tensor) -> Scalar:
     if not isinstance(value, Tensor):
         return value
     value = value.to(device=x.device, dtype=x.dtype)
-    return value if value.ndim in (0, x.ndim) else value.view(-1, *[1] * (x.ndim - 1))
+    return value if value.ndim in (0, x.ndim) else per_image(value, x)
+
+
+def per_image(numbers: Tensor, x: Tensor) -> Tensor:
+    """One number an image, (B,), or one for all, shaped to broadcast against a batch `x` of shape (B, …)."""
+    return numbers.view(-1, *[1] * (x.ndim - 1))

@@ -24,10 +24,9 @@ from dualout.card import render
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
 from dualout.export.directory import whole
-from dualout.levels import Level
+from dualout.levels import Level, per_image
 from dualout.networks.adapter import config_of
 from dualout.networks.backends import quiet
-from dualout.prediction import Prediction
 from dualout.version import __version__
 
 MODEL, KEY, FORMAT = "model.onnx", "dualout", 1
@@ -132,19 +131,15 @@ class _Graph(nn.Module):
         self.outputs = ["x0", "eps"]
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        told = {} if class_labels is None else {"class_labels": class_labels}
+        conditions = {} if class_labels is None else {"class_labels": class_labels}
         level = self.denoiser.schedule.level(t).like(x_t)
-        raw = self.denoiser.raw(x_t, t, level, **told)
+        raw = self.denoiser.raw(x_t, t, level, **conditions)
         p = self.denoiser.parameterization.read(raw, x_t, level)
         if self.numbers:
-            p = self._corrected(p, t)
+            p = corrected(p, **{name: per_image(getattr(self, f"table_{name}")[t], x_t) for name in self.numbers})
         parts = [name for name in ("ratio", "variance") if name in p.parts]
         self.outputs = ["x0", "eps", *parts]
         return p.x0, p.eps, *(p.parts[name].contiguous() for name in parts), raw
-
-    def _corrected(self, p: Prediction, t: Tensor) -> Prediction:
-        shape = (-1, *[1] * (p.x_t.ndim - 1))
-        return corrected(p, **{name: getattr(self, f"table_{name}")[t].view(shape) for name in self.numbers})
 
 
 def _example(denoiser: Denoiser, shape: Sequence[int], times: Sequence[int]) -> tuple[tuple[Tensor, ...], int | None]:
@@ -157,17 +152,17 @@ def _example(denoiser: Denoiser, shape: Sequence[int], times: Sequence[int]) -> 
     x_t = level.alpha * x.clamp(-1, 1) + level.sigma * torch.randn(x.shape, generator=generator)
     # "none" included
     embedded = config_of(denoiser.network).get("num_class_embeds")
-    told = {"class_labels": torch.arange(len(t)) % embedded} if embedded else {}
+    conditions = {"class_labels": torch.arange(len(t)) % embedded} if embedded else {}
     try:
-        denoiser(x_t, t, **told)
+        denoiser(x_t, t, **conditions)
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
         raise InputError(
             f"this {type(denoiser.network).__name__} cannot be called with images of shape {tuple(shape)} and their "
-            f"time steps{' and classes' if told else ''} alone: {error}"
+            f"time steps{' and classes' if conditions else ''} alone: {error}"
         ) from error
-    return (x_t, t, *told.values()), embedded - 1 if embedded else None
+    return (x_t, t, *conditions.values()), embedded - 1 if embedded else None
 
 
 def _translate(graph: _Graph, inputs: tuple[Tensor, ...], outputs: list[str], opset: int) -> Any:
@@ -211,7 +206,8 @@ def _check(
     session = quiet.onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     level = graph.denoiser.schedule.level(inputs[1]).like(inputs[0])
-    units = {"x0": 1 + level.sigma / level.alpha, "eps": 1 + level.alpha / level.sigma}
+    units = dict.fromkeys(graph.outputs, torch.ones_like(level.alpha))
+    units |= {"x0": 1 + level.sigma / level.alpha, "eps": 1 + level.alpha / level.sigma}
     worst = dict.fromkeys(graph.outputs, 0.0)
     for rows in (slice(None), slice(0, 1), slice(1, 2)):
         try:
@@ -219,7 +215,7 @@ def _check(
         except Exception as error:  # its errors have no base class of their own
             raise InputError(f"ONNX Runtime does not compute the graph, nothing was written: {error}") from error
         for name, ours, theirs in zip(graph.outputs, expected, got, strict=False):
-            difference = (torch.from_numpy(np.asarray(theirs)) - ours[rows]).abs() / _rows(units.get(name, 1.0), rows)
+            difference = (torch.from_numpy(np.asarray(theirs)) - ours[rows]).abs() / units[name][rows]
             if not difference.isfinite().all():
                 raise InputError(f"ONNX Runtime gives {name} that is not finite; nothing was written")
             worst[name] = max(worst[name], float(difference.max()))
@@ -227,10 +223,6 @@ def _check(
         said = ", ".join(f"{name} {value:.2g}" for name, value in worst.items())
         raise InputError(f"ONNX Runtime differs from torch by more than {tolerance:g}: {said}; nothing was written")
     return worst
-
-
-def _rows(unit: Any, rows: slice) -> Any:
-    return unit[rows] if isinstance(unit, Tensor) else unit
 
 
 def _card(denoiser: Denoiser, record: dict[str, Any]) -> str:

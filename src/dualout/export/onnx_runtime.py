@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -165,9 +166,7 @@ class OnnxDenoiser(nn.Module):
 
     def route(self, route: Route) -> OnnxDenoiser:
         """The same network with only one of its outputs used; see `Denoiser.route`."""
-        view = object.__new__(OnnxDenoiser)
-        nn.Module.__init__(view)
-        view.record, view.schedule, view.runtime, view.network = self.record, self.schedule, self.runtime, self.network
+        view = copy.copy(self)
         view.parameterization = self.parameterization.route(route)
         return view
 

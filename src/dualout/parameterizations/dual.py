@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError, unknown
-from dualout.levels import Level, Scalar
+from dualout.levels import Level, Scalar, per_image
 from dualout.parameterizations.base import Parameterization, Route, SingleOutput, check_channels, log, mean_square
 from dualout.parameterizations.clean import CleanImage
 from dualout.parameterizations.epsilon import Epsilon
@@ -239,7 +239,7 @@ class StepRatio(nn.Module):
 
     def forward(self, raw: Tensor, t: Tensor) -> Tensor:
         """(B, 2C, H, W), (B,) -> (B, 2C + 1, H, W)."""
-        logit = self.logit[t].to(raw.dtype).view(-1, *[1] * (raw.ndim - 1))
+        logit = per_image(self.logit[t].to(raw.dtype), raw)
         return torch.cat([raw, logit.expand(raw.shape[0], 1, *raw.shape[2:])], 1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
-from dualout.levels import HALF, Level, Scalar
+from dualout.levels import HALF, Level, Scalar, per_image
 from dualout.parameterizations.base import Parameterization, Route, check_channels, mean_square, subtract
 from dualout.parameterizations.clean import CleanImage
 from dualout.parameterizations.dual import Dual, blend, check_ratio, ratio_of, spread, unlearned_ratio
@@ -151,8 +151,7 @@ class GateTable(nn.Module):
 
     def forward(self, raw: Tensor, t: Tensor) -> Tensor:
         """(B, 2C + 1, H, W), (B,) -> the same shape."""
-        shift = self.logits[t].to(raw.dtype).view(-1, *[1] * (raw.ndim - 1))
-        return torch.cat([raw[:, :-1], raw[:, -1:] + shift], 1)
+        return torch.cat([raw[:, :-1], raw[:, -1:] + per_image(self.logits[t].to(raw.dtype), raw)], 1)
 
 
 def _share(own: Scalar, other: Scalar) -> Scalar:
