@@ -19,13 +19,13 @@ from dualout.evaluation.statistics import Statistics
 from dualout.files import explained, read_json, write_json, write_text
 
 Row = dict[str, Any]
-COLUMNS = (
+_COMBINATION = (
     "run", "parameterization", "route", "sampler", "spacing", "steps", "seed", "features", "calibrated",
-    "fd", "kid", "precision", "recall", "images", "nfe", "seconds",
 )  # fmt: skip
+COLUMNS = (*_COMBINATION, "fd", "kid", "precision", "recall", "images", "nfe", "seconds")
 OPTIONAL = ("guidance", "guidance_interval")
 """Columns of rows that have them."""
-KEY = (*COLUMNS[:9], "images", *OPTIONAL)
+KEY = (*_COMBINATION, "images", *OPTIONAL)
 """What tells one row from another: all that is asked for in the words of a command."""
 
 
@@ -90,35 +90,28 @@ class Scoring:
 
     def pending(self) -> list[Row]:
         """The rows as they will be, without their scores: one for each reference."""
-        protocol = self.sampling.protocol()
+        sampling, protocol = self.sampling, self.sampling.protocol()
+        row: Row = {
+            "run": sampling.model.run,
+            "parameterization": sampling.model.denoiser.parameterization.spec,
+            "route": sampling.route,
+            "sampler": _named(sampling),
+            "spacing": protocol["spacing"],
+            "steps": sampling.sampler.steps,
+            "seed": self.seed,
+            "calibrated": sampling.calibrated,
+            "images": self.images,
+            "nfe": sampling.evaluations,
+        }
+        row |= {} if sampling.guidance is None else {"guidance": sampling.guidance}
+        interval = interval_text(sampling.guidance_interval)
+        row |= {"guidance_interval": interval} if interval else {}
+        trained_on = (sampling.model.details.get("trained_on") or {}).get("fingerprint")
         rows = []
         for reference in self.references:
-            learnt = (self.sampling.model.details.get("trained_on") or {}).get("fingerprint")
-            known = reference.images["fingerprint"] == learnt
-            note = warning(self.images, reference.images["count"], known)
-            guided: Row = {"guidance": self.sampling.guidance}
-            guided |= {"guidance_interval": interval_text(self.sampling.guidance_interval) or None}
-            rows.append(
-                {name: value for name, value in guided.items() if value is not None}
-                | {
-                    "run": self.sampling.model.run,
-                    "parameterization": self.sampling.model.denoiser.parameterization.spec,
-                    "route": self.sampling.route,
-                    "sampler": _named(self.sampling),
-                    "spacing": protocol["spacing"],
-                    "steps": self.sampling.sampler.steps,
-                    "seed": self.seed,
-                    "features": reference.features.spec,
-                    "calibrated": self.sampling.calibrated,
-                    "images": self.images,
-                    "nfe": self.sampling.evaluations,
-                    "protocol": {"images": self.images}
-                    | protocol
-                    | reference.protocol()
-                    | ({"warning": note} if note else {})
-                    | self.sampling.computed(),
-                }
-            )
+            note = warning(self.images, reference.images["count"], reference.images["fingerprint"] == trained_on)
+            own = {"images": self.images} | protocol | reference.protocol() | ({"warning": note} if note else {})
+            rows.append(row | {"features": reference.features.spec, "protocol": own | sampling.computed()})
         return rows
 
     def rows(self) -> list[Row]:
