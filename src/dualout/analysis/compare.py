@@ -23,6 +23,7 @@ from dualout.data.pixels import to_model
 from dualout.errors import InputError
 from dualout.evaluation.features import Features, cache_directory
 from dualout.evaluation.model import Model
+from dualout.evaluation.protocol import ENOUGH
 from dualout.evaluation.reference import Reference
 from dualout.evaluation.sampling import Sampling, parse_route
 from dualout.evaluation.scoring import Results, Scoring, first_seed
@@ -274,7 +275,7 @@ def markdown(best: Sequence[Row], equal: Sequence[Row], grid: Grid) -> str:
         f"{grid.images} images a score against the {grid.split} split, features {', '.join(grid.features)}; "
         f"{len(grid.training_seeds)} training seed(s), samples of seed set(s) {seeds}; the best spacing was chosen on "
         f"set(s) {chosen_on}. Ratios are to {grid.baseline}, paired by training seed, with their standard deviation "
-        "over seeds; below 1 is better. Scores of fewer than 10,000 images compare only among themselves.",
+        f"over seeds; below 1 is better. Scores of fewer than {ENOUGH:,} images compare only among themselves.",
         "",
         "## At each method's best spacing",
         "",

@@ -8,6 +8,7 @@ from statistics import fmean, median
 
 from dualout.analysis.study import Study
 from dualout.analysis.tables import Row, Spread, grouped, measured, number, spread
+from dualout.evaluation.protocol import ENOUGH
 
 CELL = ("sampler", "spacing", "steps")
 """What is equal between methods that are compared."""
@@ -124,14 +125,13 @@ def _setting(row: Row) -> str:
 
 def _caution(rows: Sequence[Row]) -> list[str]:
     counts = sorted({r["images"] for r in rows if r.get("images")})
-    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else ""
-    runs = grouped(rows, method)
     found = []
-    if counts and counts[0] < 10_000:
+    if counts and counts[0] < ENOUGH:
+        many = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         found.append(
-            f"Scores are of {many} images, below 10,000: they hold beside each other, not beside published ones."
+            f"Scores are of {many} images, below {ENOUGH:,}: they hold beside each other, not beside published ones."
         )
-    if any(len({r.get("run") for r in own}) == 1 for own in runs.values()):
+    if any(len({r.get("run") for r in own}) == 1 for own in grouped(rows, method).values()):
         found.append("One training each: differences of a few percent may be chance.")
     return found
 
