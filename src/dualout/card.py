@@ -10,13 +10,13 @@ import dualout
 
 denoiser = dualout.Denoiser.from_pretrained("{path}")
 noise = dualout.noise(range(16), {shape})
-images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise{told})
+images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise{conditions})
 ```""",
     "diffusers": """```python
 from dualout.export import DualOutputPipeline
 
 pipeline = DualOutputPipeline.from_pretrained("{path}")
-images = pipeline(batch_size=16, num_inference_steps=10{told}).images
+images = pipeline(batch_size=16, num_inference_steps=10{conditions}).images
 ```
 
 The network is an ordinary model of diffusers; only reading its output needs dualout.""",
@@ -26,7 +26,7 @@ from dualout.export import OnnxDenoiser
 
 denoiser = OnnxDenoiser("{path}")
 noise = dualout.noise(range(16), {shape})
-images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise{told})
+images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise{conditions})
 ```
 
 Or with any ONNX runtime: `model.onnx` takes noisy images `x_t` (B, C, H, W) and their time steps `t` (B,), 0 … T−1, and
@@ -75,10 +75,11 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
 
 def _use(library: str, path: str, shape: tuple[int, ...], classes: int | None) -> str:
     if classes is None:
-        return "## Use\n\n" + _USES[library].format(path=path, shape=shape, told="")
+        return "## Use\n\n" + _USES[library].format(path=path, shape=shape, conditions="")
     labels = f"[i % {classes} for i in range(16)]"
-    told = f", class_labels={labels if library == 'diffusers' else f'torch.tensor({labels})'}"
-    text = _USES[library].format(path=path, shape=shape, told=told) + _CLASSES.format(last=classes - 1, none=classes)
+    conditions = f", class_labels={labels if library == 'diffusers' else f'torch.tensor({labels})'}"
+    text = _USES[library].format(path=path, shape=shape, conditions=conditions)
+    text += _CLASSES.format(last=classes - 1, none=classes)
     return "## Use\n\n" + (text if library == "diffusers" else text.replace("\n", "\nimport torch\n", 1))
 
 

@@ -98,9 +98,9 @@ def _scores(judged: Mapping[str, Sequence[Row]], command: str) -> list[str]:
         if len(judged) > 1:
             blocks.append(page.heading(f"Features: {judge}"))
         several = len({r["method"] for r in rows}) > 1
-        told = reading.compare(rows) if several else []
+        findings = reading.compare(rows) if several else []
         # the first sentence stands above everything
-        blocks.append(page.bullets(told if blocks else told[1:]))
+        blocks.append(page.bullets(findings if blocks else findings[1:]))
         blocks.append(comparison(rows, features_of(rows[0])))
         blocks.append(page.figures(_score_figures(rows, judge)))
     return [*blocks, _again("Make the scores again", command)] if blocks else []

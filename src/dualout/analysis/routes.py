@@ -118,8 +118,8 @@ def _at(
             x0 = images[first : first + batch_size]
             seeds = mix(seed, repeat, np.arange(first, first + len(x0)))
             eps = noise(seeds, x0.shape[1:], device=x0.device, dtype=x0.dtype)
-            told = {} if labels is None else {"class_labels": labels[first : first + len(x0)].to(x0.device)}
-            prediction = denoiser(level.alpha * x0 + level.sigma * eps, t, **told)
+            conditions = {} if labels is None else {"class_labels": labels[first : first + len(x0)].to(x0.device)}
+            prediction = denoiser(level.alpha * x0 + level.sigma * eps, t, **conditions)
             for name, value in _squares(prediction, x0, eps, level).items():
                 sums.setdefault(name, []).append(value)
             if "ratio" in prediction.parts:

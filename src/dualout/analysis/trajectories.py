@@ -100,9 +100,9 @@ def _trajectory(
 ) -> Iterator[Moment]:
     device = getattr(getattr(denoiser, "times", None), "device", None)
     draw = SeededDraw(seeds, shape, device=device) if sampler.stochastic else None
-    told: dict[str, Any] = {} if labels is None else {"class_labels": torch.tensor(labels, device=device)}
+    conditions: dict[str, Any] = {} if labels is None else {"class_labels": torch.tensor(labels, device=device)}
     with torch.no_grad():
-        yield from sampler.trajectory(denoiser, noise(seeds, shape, device=device), draw, **told)
+        yield from sampler.trajectory(denoiser, noise(seeds, shape, device=device), draw, **conditions)
 
 
 @dataclass(frozen=True)

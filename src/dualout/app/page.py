@@ -153,13 +153,13 @@ def _controls(studio: Studio, letter: str) -> Controls:
     route.change(lambda name: gr.update(visible=name == "fixed r"), route, ratio, queue=False, show_progress="hidden")
 
     def changed(name: str, asked: float) -> list[Any]:
-        told = studio.models[name].classes is not None
-        there, most = studio.routes(name), min(100, studio.models[name].denoiser.schedule.steps)
+        model, routes = studio.models[name], studio.routes(name)
+        classes, most = model.classes is not None, min(100, model.denoiser.schedule.steps)
         return [
-            gr.update(choices=there, value=there[0]),
+            gr.update(choices=routes, value=routes[0]),
             gr.update(label=_calibrated_label(studio, name), value=False),
-            gr.update(visible=told, value=1),
-            gr.update(visible=told, value=_ALL, choices=_classes(studio, name)),
+            gr.update(visible=classes, value=1),
+            gr.update(visible=classes, value=_ALL, choices=_classes(studio, name)),
             gr.update(maximum=most, value=min(asked, most)),
         ]
 

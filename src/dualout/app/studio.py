@@ -59,8 +59,8 @@ class Setting:
         return f"{self.sampler}:eta={self.eta:g}" if self.sampler == "ddim" and self.eta else self.sampler
 
     @property
-    def read(self) -> Route:
-        """The route that is used."""
+    def sampling_route(self) -> Route:
+        """The route by its name in `dualout`, or the fixed ratio."""
         if self.route not in ROUTES:
             raise unknown("route", self.route, ROUTES)
         return self.ratio if (route := ROUTES[self.route]) is None else route
@@ -161,7 +161,7 @@ class Studio:
         found: dict[Any, str] = {}
         for name in ROUTES:
             try:
-                found.setdefault(parameterization.route(Setting(run, route=name).read), name)
+                found.setdefault(parameterization.route(Setting(run, route=name).sampling_route), name)
             except InputError:
                 continue  # a route that this model has not
         return list(found.values())
@@ -189,7 +189,7 @@ class Studio:
         return Sampling(
             model,
             build_sampler(setting.spec, setting.steps, setting.spacing, model.denoiser.schedule),
-            setting.read,
+            setting.sampling_route,
             seed,
             labels=labels,
             guidance=setting.guidance if model.classes is not None and setting.guidance != 1 else None,
@@ -231,8 +231,8 @@ def command(setting: Setting, request: Request) -> str:
         "dualout", "sample", setting.run, "--images", str(request.images), "--seed", str(request.seed),
         "--sampler", setting.spec, "--spacing", setting.spacing, "--steps", str(setting.steps),
     ]  # fmt: skip
-    if setting.read != "mix":
-        parts += ["--route", str(setting.read)]
+    if setting.sampling_route != "mix":
+        parts += ["--route", str(setting.sampling_route)]
     if setting.label is not None:
         parts += ["--class_label", setting.label]
     if setting.guidance != 1:

@@ -36,11 +36,9 @@ class Digits(Source):
         images, labels = np.rint(ink.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), target.astype(np.int64)
         rows = None
         if self.split != "all":
-            place = np.empty_like(labels)
+            test = np.zeros(len(labels), bool)
             for digit in range(10):
-                place[labels == digit] = np.arange(np.count_nonzero(labels == digit))
-            test = place % TEST_EVERY == TEST_EVERY - 1
+                test[np.flatnonzero(labels == digit)[TEST_EVERY - 1 :: TEST_EVERY]] = True
             rows = np.flatnonzero(test if self.split == "test" else ~test)
             labels = labels[rows]
-        classes = tuple(str(digit) for digit in range(10))
-        return Dataset("digits", images, "nhw", rows, torch.from_numpy(labels), classes)
+        return Dataset("digits", images, "nhw", rows, torch.from_numpy(labels), tuple(map(str, range(10))))

@@ -63,16 +63,13 @@ class Folder(Source):
         index = indexed(root, reading.cache, reading.progress)
         if not index.names:
             raise InputError(f"{self.path} holds no images{_held(index)}; images end in {', '.join(decode.suffixes())}")
-        own = any(name.startswith("train/") for name in index.names)
+        has_splits = any(name.startswith("train/") for name in index.names)
         tops = [name.partition("/")[0] for name in index.names]
-        rows = self._own(tops) if own else self._hashed(index)
+        rows = self._own_split(tops) if has_splits else self._hashed(index)
         names = [index.names[i] for i in rows.tolist()]
         # of both splits, so that a class has the same number in each
-        known = (
-            [n for n, top in zip(index.names, tops, strict=True) if top in ("train", "test")] if own else index.names
-        )
-        depth = int(own)
-        labels, classes = _classes(names, known, depth)
+        known = [n for n, top in zip(index.names, tops, strict=True) if not has_splits or top in ("train", "test")]
+        labels, classes = _classes(names, known, depth=int(has_splits))
         return Pictures(
             names=Names(len(names), lambda i: shown(names[i])),
             open=partial(_open, root, names),
@@ -80,7 +77,7 @@ class Folder(Source):
             classes=classes,
             identity=f"folder {index.digest(rows)} {_glimpse(root, names)}",
             whole=f"the folder {self.path}",
-            notes=_outside(tops) if own else (),
+            notes=_outside(tops) if has_splits else (),
         )
 
     def _root(self) -> Path:
@@ -90,7 +87,7 @@ class Folder(Source):
             raise InputError(f"the folder {self.path} {what}")
         return root
 
-    def _own(self, tops: list[str]) -> np.ndarray:
+    def _own_split(self, tops: list[str]) -> np.ndarray:
         if self.holdout:
             raise InputError(f"{self.path} has its own split in the sub-folder train; leave holdout out")
         wanted = ("train", "test") if self.split == "all" else (self.split,)

@@ -138,10 +138,10 @@ class _Maker:
 
     def _order(self, step: int) -> np.ndarray:
         """The images of a step, from the order of many steps, which costs little more than that of one."""
-        number, place = divmod(step, self.steps)
+        number, offset = divmod(step, self.steps)
         known, images = self.block
         if known != number:
             count = self.steps * self.batch_size
             images = order.indices(self.seed, len(self.dataset), number * count, count)
             self.block = (number, images)
-        return images[place * self.batch_size : (place + 1) * self.batch_size]
+        return images[offset * self.batch_size : (offset + 1) * self.batch_size]

@@ -32,12 +32,12 @@ def indices(seed: int, n: int, start: int, count: int) -> np.ndarray:
     if n < 1 or start < 0 or count < 0:
         raise ValueError(f"Must have n >= 1, start >= 0 and count >= 0, got n={n}, start={start}, count={count}")
     samples = np.arange(start, start + count, dtype=np.int64)
-    epochs, places = np.divmod(samples, n)
+    epochs, positions = np.divmod(samples, n)
     epochs -= start // n
     distinct = np.arange(start // n, start // n + (int(epochs[-1]) if count else 0) + 1)
     keys = np.stack([mix(seed, _ORDER, distinct, r) for r in range(ROUNDS)])
     base = math.isqrt(n - 1) + 1
-    found = _feistel(places, keys[:, epochs], base)
+    found = _feistel(positions, keys[:, epochs], base)
     outside = np.flatnonzero(found >= n)
     while len(outside):
         found[outside] = _feistel(found[outside], keys[:, epochs[outside]], base)

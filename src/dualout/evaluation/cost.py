@@ -77,20 +77,20 @@ class Living(TorchDispatchMode):
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self._now = 0
-        self._places = {t.untyped_storage().data_ptr() for t in known}
+        self._addresses = {t.untyped_storage().data_ptr() for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do it, and count what it made."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (place := tensor.untyped_storage().data_ptr()) not in self._places:
+            if isinstance(tensor, Tensor) and (address := tensor.untyped_storage().data_ptr()) not in self._addresses:
                 size = tensor.untyped_storage().nbytes()
-                self._places.add(place)
+                self._addresses.add(address)
                 self._now += size
                 self.most = max(self.most, self._now)
-                weakref.finalize(tensor, self._gone, place, size)
+                weakref.finalize(tensor, self._gone, address, size)
         return result
 
-    def _gone(self, place: int, size: int) -> None:
-        self._places.discard(place)
+    def _gone(self, address: int, size: int) -> None:
+        self._addresses.discard(address)
         self._now -= size

@@ -19,8 +19,8 @@ from dualout.networks.device import layout
 
 _LARGEST = 16384
 """Channels, and pixels a side."""
-_TRIED = 2**20
-"""Pixels of an image at most that a network is tried on when it is loaded."""
+_CHECKED_PIXELS = 2**20
+"""Of an image, at most, that a network is called with when it is loaded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +78,14 @@ class Model:
         names = entry(entry(config, "conditions"), "class_labels").get("classes") or []
         classes = len(names) or class_count(config["network"])
         model = cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)), directory.absolute())
-        model._try()
+        model._check_network()
         return model
 
     @torch.no_grad()
-    def _try(self) -> None:
-        """Let the network look at one image: what a configuration describes may be built, and fail at that."""
+    def _check_network(self) -> None:
+        """Call the network with one image: what a configuration describes may be built, and fail at that."""
         channels, height, width = self.shape
-        if height * width > _TRIED:
+        if height * width > _CHECKED_PIXELS:
             return
         labels = {} if self.classes is None else {"class_labels": torch.zeros(1, dtype=torch.long, device=self.device)}
         try:

@@ -122,10 +122,10 @@ class Sampling:
         self.sampler.timesteps(self.model.denoiser.schedule)
         self.chosen = choose(self.precision, self.device)
         backends.check(self.backend, self.chosen)
-        self._reading = self.model.denoiser.route(self.route)
+        self._routed = self.model.denoiser.route(self.route)
         self._prepared: backends.Chosen | None = None
         self.stepping = self.sampler
-        view: Denoises = self._reading
+        view: Denoises = self._routed
         if self.calibrated:
             self.calibration = self._own_calibration()
             view = Calibrated.of(view, self.calibration)
@@ -194,7 +194,7 @@ class Sampling:
             InputError: when an image is not finite.
         """
         self.prepare(len(indices), self.sampler.evaluations)
-        start, draw, conditions = self._begun(indices)
+        start, draw, conditions = self._inputs(indices)
         with self.chosen.autocast():
             x0 = self._sample(start, draw, **conditions)
         if not torch.isfinite(x0).all():
@@ -207,11 +207,11 @@ class Sampling:
 
     def trajectory(self, indices: Sequence[int]) -> Generator[Moment, None, None]:
         """The way of these images, one step at a time, computed by eager torch."""
-        start, draw, conditions = self._begun(indices)
+        start, draw, conditions = self._inputs(indices)
         yield from each_within(self.chosen.autocast, self.stepping.trajectory(self.view, start, draw, **conditions))
 
-    def _begun(self, indices: Sequence[int]) -> tuple[Tensor, SeededDraw | None, dict[str, Any]]:
-        """What these images begin with: their noise, the fresh noise of later steps, and their conditions."""
+    def _inputs(self, indices: Sequence[int]) -> tuple[Tensor, SeededDraw | None, dict[str, Any]]:
+        """What a sampler is given for these images: their noise, the fresh noise of each step, and their conditions."""
         seeds, shape = [self.seed + i for i in indices], self.model.shape
         draw = SeededDraw(seeds, shape, device=self.device) if self.sampler.stochastic else None
         return noise(seeds, shape, device=self.device), draw, dict(self._conditions(indices))
@@ -236,15 +236,15 @@ class Sampling:
         """
         if self.backend == "eager" or self._prepared is not None:
             return
-        network: nn.Module = self._reading.network  # type: ignore[assignment]
+        network: nn.Module = self._routed.network  # type: ignore[assignment]
         examples = self._examples(network, range(batch_size))
         shapes = [tuple(v.shape) for v in examples[0].tensors]
         key = (self.backend, self.chosen.name, *examples[0].conditions, *shapes)
         if key not in self.model.prepared:
             self.model.prepared[key] = backends.choose(self.backend, network, examples, self.chosen, calls)
         self._prepared = self.model.prepared[key]
-        self._reading.network = self._prepared.network
-        start, _, conditions = self._begun(range(batch_size))
+        self._routed.network = self._prepared.network
+        start, _, conditions = self._inputs(range(batch_size))
         with self.chosen.autocast():
             fused, self._steps = backends.fuse(
                 self._prepared.record["backend"], self.view, self.stepping, start, conditions, own or calls
@@ -258,14 +258,14 @@ class Sampling:
         times = self.stepping.timesteps(self.model.denoiser.schedule)
         if isinstance(self.view, ClassifierFree):
             times = [t for t in times if self.view.doubles(t)]
-        listening = _Listening(network)
-        self._reading.network = listening
+        recorder = _Recorder(network)
+        self._routed.network = recorder
         try:
             for t in (times[0], times[len(times) // 2], times[-1]):
                 self.view(start, t, **self._conditions(indices))
         finally:
-            self._reading.network = network
-        return listening.calls
+            self._routed.network = network
+        return recorder.calls
 
     def batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """Images 0 … count − 1, in batches: uint8 (B, C, H, W), on the CPU."""
@@ -293,14 +293,14 @@ class Sampling:
         } | ({} if self.backend == "eager" else {"backend": self.backend})
 
     def computed(self) -> dict[str, Any]:
-        """What computed the images: software, device, and which backend the network's calls and the rest of the steps
-        came to be computed by, as plain JSON values."""
+        """What computed the images, as plain JSON values: software, device, and the backends of the network and of the
+        rest of a step."""
         record = {"backend": self.backend} if self._prepared is None else self._prepared.record
         record = record | {"steps": self._steps}
         return software(self.device) | {"computed_by": record}
 
 
-class _Listening(nn.Module):
+class _Recorder(nn.Module):
     """A network that keeps what it is called with."""
 
     def __init__(self, network: nn.Module) -> None:

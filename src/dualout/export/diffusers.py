@@ -227,8 +227,8 @@ class DualOutputPipeline(DiffusionPipeline):
         noise = first_noise(self.unet, batch_size, generator, latents, (height, width), device)
         if noise.ndim != 4 and output_type in ("pil", "np"):
             raise InputError(f'output_type {output_type!r} is for images; signals and videos are "pt" or "latent"')
-        told = self._told(class_labels, conditions, len(noise), device)
-        denoiser = self._denoiser(route, calibrated, guidance_scale, guidance_interval, told)
+        conditions = {**(conditions or {}), **self._labels(class_labels, len(noise), device)}
+        denoiser = self._denoiser(route, calibrated, guidance_scale, guidance_interval, conditions)
         extra = self._arguments(eta, generator)
         clip = self.config["clip"]
 
@@ -237,7 +237,7 @@ class DualOutputPipeline(DiffusionPipeline):
         counted: Any = self.progress_bar
         for k, t in enumerate(counted(self.scheduler.timesteps)):
             x_t = self.scheduler.scale_model_input(x, t)
-            p = look(denoiser, self.scheduler, k, times[k], x_t, **told)
+            p = look(denoiser, self.scheduler, k, times[k], x_t, **conditions)
             if k == 0 and "variance" in p.parts and not reads_variance(self.scheduler):
                 warnings.warn(_IGNORED.format(type(self.scheduler).__name__), stacklevel=2)
             if calibrated:  # the images were corrected, too
@@ -264,17 +264,16 @@ class DualOutputPipeline(DiffusionPipeline):
             raise InputError(f"the calibration is for {len(calibration.times)} steps, got num_inference_steps={steps}")
         return set_times(self.scheduler, len(calibration.times), calibration.times, device)
 
-    def _told(self, labels: Any, conditions: dict[str, Any] | None, count: int, device: torch.device) -> dict[str, Any]:
-        told = dict(conditions or {})
-        if labels is not None:
-            labels = torch.as_tensor(labels, device=device)
-            if labels.ndim and len(labels) != count:
-                raise InputError(f"{len(labels)} class_labels for {count} images: give one an image, or one for all")
-            told["class_labels"] = labels.expand(count)
-        return told
+    def _labels(self, labels: Any, count: int, device: torch.device) -> dict[str, Any]:
+        if labels is None:
+            return {}
+        labels = torch.as_tensor(labels, device=device)
+        if labels.ndim and len(labels) != count:
+            raise InputError(f"{len(labels)} class_labels for {count} images: give one an image, or one for all")
+        return {"class_labels": labels.expand(count)}
 
     def _denoiser(
-        self, route: Route, calibrated: bool, scale: float, interval: Sequence[float] | None, told: dict[str, Any]
+        self, route: Route, calibrated: bool, scale: float, interval: Sequence[float] | None, conditions: dict[str, Any]
     ) -> Any:
         denoiser: Any = self.denoiser
         if route != "mix":
@@ -287,7 +286,7 @@ class DualOutputPipeline(DiffusionPipeline):
             raise InputError("guidance_interval says where to guide, and guidance_scale how much: give that too")
         if scale != 1:
             classes = self.unet.config.get("num_class_embeds")
-            if not classes or "class_labels" not in told:
+            if not classes or "class_labels" not in conditions:
                 raise InputError("guidance_scale needs a network that is told classes, and class_labels")
             denoiser = ClassifierFree(denoiser, scale, interval=interval, class_labels=classes - 1)
         return denoiser

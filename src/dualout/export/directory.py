@@ -35,8 +35,8 @@ def whole(directory: str | Path, *, last: str) -> Iterator[Path]:
                 (p for p in aside.rglob("*") if p.is_file()), key=lambda p: p.relative_to(aside) == Path(last)
             )
             for file in files:
-                place = directory / file.relative_to(aside)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                take_place(file, place)
+                target = directory / file.relative_to(aside)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                take_place(file, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -138,9 +138,9 @@ def times_of(scheduler: Any, schedule: Schedule, steps: int, spacing: str | None
 
     None where the scheduler has been told another spacing since, or is of another kind: then they are its own.
     """
-    told = scheduler.config
-    own = told.get("steps_offset") or any(told.get(key) for key in _OWN_SIGMAS)
-    if type(scheduler).__name__ not in _COUNTERPARTS or told.get("timestep_spacing") != spacing or own:
+    config = scheduler.config
+    own = config.get("steps_offset") or any(config.get(key) for key in _OWN_SIGMAS)
+    if type(scheduler).__name__ not in _COUNTERPARTS or config.get("timestep_spacing") != spacing or own:
         return None
     return space(spacing, schedule, steps) if spacing and 1 <= steps <= schedule.steps else None
 

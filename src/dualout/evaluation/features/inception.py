@@ -167,13 +167,13 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 def _interpolation(before: int, after: int) -> Tensor:
     """The matrix (after, before) that interpolates linearly."""
-    place = torch.arange(after, dtype=torch.float64) * (before / after)
-    low = place.long()
+    position = torch.arange(after, dtype=torch.float64) * (before / after)
+    low = position.long()
     high = (low + 1).clamp(max=before - 1)
     matrix = torch.zeros(after, before, dtype=torch.float64)
     row = torch.arange(after)
-    matrix[row, low] += 1 - (place - low)
-    matrix[row, high] += place - low
+    matrix[row, low] += 1 - (position - low)
+    matrix[row, high] += position - low
     return matrix
 
 
