@@ -19,8 +19,8 @@ from dualout.errors import InputError
 def no_larger_than(path: Path) -> Iterator[None]:
     """Stop building a network that has far more weights than a safetensors file.
 
-    A size that is damaged, or meant to, would fill the memory before the weights are compared. Twice as many are let
-    pass, since layers that stand in for others are built besides them.
+    A width that is damaged, or forged, would fill the memory before the weights are compared. Twice as many may be
+    built, since layers that stand in for others come in addition to them.
 
     Raises:
         InputError: when there are more, or the file cannot be read.

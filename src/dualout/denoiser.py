@@ -64,7 +64,7 @@ class Denoiser(nn.Module):
         self.head = parameterization.head(schedule)
         self.card: dict[str, Any] = {}
         """What is written on the model card: how it was trained, and its metrics with their protocols."""
-        # what is the denoiser's own is where the network is
+        # the denoiser's own tensors are on the network's device
         device = next((p.device for p in network.parameters()), None) if isinstance(network, nn.Module) else None
         self.register_buffer("times", torch.arange(schedule.steps, device=device), persistent=False)
         if self.head is not None:
@@ -111,7 +111,7 @@ class Denoiser(nn.Module):
         x_in = x_t if scale is None else x_t * scale
         if self._dtype not in (None, x_t.dtype):
             x_in = x_in.to(self._dtype)
-        # a module searches for what it holds by name; the first look is the quick one
+        # quicker than the attribute, which a module looks for in several dictionaries
         network = self._modules.get("network")
         if network is None:  # a function
             network = self.network

@@ -29,8 +29,8 @@ _ASIDE_FILE = r"\..+\.[a-z0-9_]{8}\.tmp"
 _LARGEST = 2**28
 """Bytes of a JSON file, of which each may take ten in memory."""
 _KINDS = {dict: "object", list: "list"}
-_FOUND = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
-"""What systems put into directories that somebody looked at."""
+_LEFT_BY_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+"""What file managers put into the directories that they show."""
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 _FULL_DISK = (39, 112)
 """Windows' own numbers for it, which Rust's libraries tell."""
@@ -84,11 +84,11 @@ def portable(name: str) -> str:
 
 
 def held(directory: Path) -> list[str]:
-    """The names in a directory, sorted, but for locks, what a process is writing there and what systems put there;
-    none where there is none."""
-    there = (p.name for p in directory.iterdir()) if directory.is_dir() else iter(())
-    passing = re.compile(rf"{_ASIDE_FILE}|\..*\.lock|{re.escape(ASIDE)}.*")
-    return sorted(name for name in there if name not in _FOUND and not passing.fullmatch(name))
+    """The names in a directory, sorted, without locks, files that are being written, and what systems leave there;
+    empty where there is no directory."""
+    names = (p.name for p in directory.iterdir()) if directory.is_dir() else iter(())
+    temporary = re.compile(rf"{_ASIDE_FILE}|\..*\.lock|{re.escape(ASIDE)}.*")
+    return sorted(name for name in names if name not in _LEFT_BY_SYSTEMS and not temporary.fullmatch(name))
 
 
 def refuse_others(directory: Path, instead: str, but: str = "") -> None:
@@ -130,12 +130,12 @@ def writable(directory: Path) -> None:
     Raises:
         InputError: when it cannot be.
     """
-    for place in [directory, *directory.parents]:
-        if place.is_symlink() and not place.exists():
-            raise InputError(f"cannot write in {directory}: {place} is a link to nowhere, {place.readlink()}")
-        if place.exists():
-            if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
-                raise InputError(f"cannot write in {place}: it is read-only, or not yours")
+    for path in [directory, *directory.parents]:
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"cannot write in {directory}: {path} is a link to nowhere, {path.readlink()}")
+        if path.exists():
+            if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+                raise InputError(f"cannot write in {path}: it is read-only, or not yours")
             return
 
 
@@ -280,10 +280,10 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _explain(path: Path, error: OSError) -> str:
-    place = path if path.is_dir() else path.parent
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with_room = next((p for p in [place, *place.parents] if p.exists()), Path("/"))
-        free = shutil.disk_usage(with_room).free // 2**20
+        directory = path if path.is_dir() else path.parent
+        existing = next((p for p in [directory, *directory.parents] if p.exists()), Path("/"))
+        free = shutil.disk_usage(existing).free // 2**20
         return (
             f"the disk is full: cannot write {path} ({free} MiB free); nothing was overwritten. Make room and run again"
         )
@@ -291,7 +291,7 @@ def _explain(path: Path, error: OSError) -> str:
 
 
 def _umask() -> int:
-    # it is told only where it is set: what other threads write meanwhile is for nobody else
+    # it can only be read by setting it: what other threads write meanwhile is for nobody else
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

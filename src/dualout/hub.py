@@ -32,7 +32,7 @@ def is_name(text: str) -> bool:
 
 
 def download(repo_id: str, patterns: list[str]) -> Path:
-    """The directory that a repository's files of these names are in now, or were already.
+    """The local directory of a repository's files with these names, downloaded unless it is there already.
 
     Raises:
         InputError: when there is no such repository, or no connection.

@@ -183,7 +183,7 @@ def _plain(value: Any) -> Any:
 
 
 def _declared(cls: type[Registered]) -> dict[str, Any]:
-    """The types of a class's fields, by name; kept by the class, so that it may still be forgotten."""
+    """The types of a class's fields, by name; kept in the class, which a cache of its own would keep alive."""
     if "_types" not in cls.__dict__:
         try:
             cls._types = get_type_hints(cls)
@@ -193,21 +193,21 @@ def _declared(cls: type[Registered]) -> dict[str, Any]:
 
 
 def _checked(cls: type[Registered]) -> list[tuple[str, Any, frozenset[type]]]:
-    """The fields whose types are checked, with the types that are right at a glance; kept by the class."""
+    """The fields whose types are checked, each with the exact types that need no closer look; kept in the class."""
     if "_checked" not in cls.__dict__:
         types = _declared(cls)
         hints = {f.name: types.get(f.name, Any) for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
         cls._checked = [
-            (key, hint, frozenset(_at_a_glance(hint)))
+            (key, hint, frozenset(_exact_types(hint)))
             for key, hint in hints.items()
             if hint is not Any and not _registered(hint)
         ]
     return cls._checked
 
 
-def _at_a_glance(hint: Any) -> list[type]:
+def _exact_types(hint: Any) -> list[type]:
     if get_origin(hint) in (Union, UnionType):
-        return [kind for option in get_args(hint) for kind in _at_a_glance(option)]
+        return [kind for option in get_args(hint) for kind in _exact_types(option)]
     return [int, float] if hint is float else [hint] if hint in _WORDS and hint not in (list, dict) else []
 
 

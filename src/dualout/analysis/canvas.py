@@ -237,7 +237,7 @@ def sheet(images: np.ndarray, turn: int = 1) -> bytes:
 
     Args:
         images: uint8 (N, H, W, 1 or 3).
-        turn: how many classes they take in turn: a class has its own columns, where the sheet stays a sheet.
+        turn: how many classes the images go through in turn; where they are few enough, each has columns of its own.
     """
     columns = math.isqrt(len(images) - 1) + 1
     if 1 < turn <= 2 * columns:

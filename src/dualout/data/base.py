@@ -29,7 +29,7 @@ _HOLDOUT = 0x686F6C64
 
 
 class Names(Sequence[str]):
-    """What images are called, made up when it is asked for: of a million, messages name a few."""
+    """What images are called, computed when it is needed: of a million, messages name a few."""
 
     def __init__(self, count: int, name: Callable[[int], str]) -> None:
         self._n, self._name = count, name

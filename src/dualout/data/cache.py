@@ -78,8 +78,14 @@ class Job:
 
 @dataclass
 class State:
-    """How far it has got: files seen, rows written, and the number and reason of each that could not be read, and of
-    these, the numbers of those that may be readable another time."""
+    """How far it has got.
+
+    Attributes:
+        files: how many were seen.
+        rows: how many of them were decoded.
+        bad: number and reason of each of the others.
+        passing: the numbers of those among them that may be readable another time.
+    """
 
     files: int = 0
     rows: int = 0

@@ -61,16 +61,16 @@ def generate(
             raise InputError(f"--{name} is a whole number, 1 or more; got {value}")
     if store not in STORES:
         raise unknown("format", store, STORES)
-    place = STORES[store](Path(out).expanduser(), sampling.model.shape, images, batch_size, sampling.labels)
-    place.begin(sampling, batch_size, part[1])
+    destination = STORES[store](Path(out).expanduser(), sampling.model.shape, images, batch_size, sampling.labels)
+    destination.begin(sampling, batch_size, part[1])
     # of processes that share the work, the first speaks for all
-    with nullcontext() if part[0] else alone(place.directory, "making images"):
-        yield from _made(place, sampling, images, batch_size, part)
+    with nullcontext() if part[0] else alone(destination.directory, "making images"):
+        yield from _made(destination, sampling, images, batch_size, part)
 
 
-def _made(place: Store, sampling: Sampling, images: int, batch_size: int, part: tuple[int, int]) -> Iterator[int]:
-    blocks = list(place.blocks())[part[0] :: part[1]]
-    todo = [place.missing(block) for block in blocks]
+def _made(destination: Store, sampling: Sampling, images: int, batch_size: int, part: tuple[int, int]) -> Iterator[int]:
+    blocks = list(destination.blocks())[part[0] :: part[1]]
+    todo = [destination.missing(block) for block in blocks]
     done = sum(map(len, blocks)) - sum(map(len, todo))
     yield done
     left = sum(-(-len(missing) // batch_size) for missing in todo)
@@ -82,12 +82,12 @@ def _made(place: Store, sampling: Sampling, images: int, batch_size: int, part: 
             for start in range(0, len(missing), batch_size):
                 made.append(sampling.images(missing[start : start + batch_size]))
                 if start + batch_size >= len(missing):
-                    place.write(missing, torch.cat(made))
+                    destination.write(missing, torch.cat(made))
                 done += len(made[-1])
                 yield done
-        place.finish()
+        destination.finish()
     except (InputError, MemoryError, RuntimeError):
-        place.withdraw()
+        destination.withdraw()
         raise
 
 
@@ -157,7 +157,7 @@ class Store(ABC):
         sweep(self.directory)
 
     def withdraw(self) -> None:
-        """Take back what `begin` made now, where nothing has been written since: it would stand in the way."""
+        """Undo what `begin` made, where nothing was written since: it would stand in the way of another request."""
         if not self._begun or any(p.is_file() for p in self.directory.rglob("*") if p.name != PROTOCOL):
             return
         (self.directory / PROTOCOL).unlink(missing_ok=True)

@@ -35,7 +35,7 @@ _ROWS = 1024
 
 
 class Alone(NamedTuple):
-    """What comparing a set asks of it alone: as much work as the other set is, and the same whatever that is."""
+    """What a comparison needs of one set whatever the other is, found once for all others."""
 
     reach: Tensor
     """How far each image's surroundings reach: the distance to its k-th neighbour, float64 (N,)."""

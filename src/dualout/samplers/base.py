@@ -41,7 +41,7 @@ class Denoises(Protocol):
         ...
 
 
-class _Look(NamedTuple):
+class _Before(NamedTuple):
     k: int
     """Which step: 0 … K−1."""
     t: int
@@ -52,7 +52,7 @@ class _Look(NamedTuple):
     """The denoiser's prediction from them."""
 
 
-class Moment(_Look):
+class Moment(_Before):
     """One step of a trajectory: ``k, t, x_t, prediction = moment``, and the images after it, `x_next`."""
 
     x_next: Tensor
@@ -83,7 +83,7 @@ class Sampler(Registered, ABC):
 
     kind: ClassVar[str] = "sampler"
     plans_keep: ClassVar[bool] = True
-    """Whether a plan is numbers alone, and serves again; not so where it holds what changes on the way."""
+    """Whether a plan can be used again: it is numbers alone, and no object that a trajectory changes."""
     steps: int = 20
     _: KW_ONLY
     spacing: Spacing = "trailing"
@@ -234,7 +234,7 @@ def each_within(
 
 
 def planned(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[Any]]:
-    """The time steps and the plan; those of numbers alone are kept."""
+    """The time steps and the plan, from a cache where `plans_keep`."""
     try:
         return (_plan_kept if sampler.plans_keep else _plan)(sampler, schedule)
     except TypeError:  # cannot be hashed: a spacing that is an array
