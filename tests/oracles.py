@@ -117,11 +117,11 @@ def with_head(parameterization: Parameterization, raw: Tensor) -> Tensor:
 
 
 def constant_denoiser(schedule: Schedule, x0: Tensor) -> Denoiser:
-    """A denoiser that always believes the same images."""
+    """A denoiser that always predicts the same images."""
     return Denoiser(lambda x, t: x0.to(x.dtype).expand_as(x), CleanImage(), schedule)
 
 
-def believed(schedule: Schedule, x_t: Tensor, x0: Tensor, t: int) -> Prediction:
+def predicted(schedule: Schedule, x_t: Tensor, x0: Tensor, t: int) -> Prediction:
     """A belief put by hand."""
     return Prediction(x_t, schedule.scalars(t), x0, {})
 

@@ -122,7 +122,7 @@ def test_too_many_steps_are_refused(sampler: Sampler) -> None:
 
 
 @EVERY
-def test_one_step_ends_at_the_believed_image(sampler: Sampler) -> None:
+def test_one_step_ends_at_the_predicted_image(sampler: Sampler) -> None:
     denoiser, one = toy_denoiser(short(), Dual()), dataclasses.replace(sampler, steps=1)
     (moment,) = one.trajectory(denoiser, start(2), fresh(2))
     torch.testing.assert_close(moment.x_next, moment.prediction.x0.clamp(-1, 1), rtol=1e-6, atol=1e-6)

@@ -101,7 +101,7 @@ def test_karras_scales_what_the_network_sees() -> None:
         x_t = level.alpha * x0 + level.sigma * noise
         p = Denoiser(network, Karras(sigma_data=sigma_data), schedule)(x_t, t)
         assert seen[-1].std() == pytest.approx(1, abs=0.03)
-        # F = 0 believes what is best for Gaussian data
+        # F = 0 predicts what is best for Gaussian data
         best = level.alpha * sigma_data**2 / (level.alpha**2 * sigma_data**2 + level.sigma**2) * x_t
         torch.testing.assert_close(p.x0, best, rtol=1e-5, atol=1e-6)
 

@@ -207,7 +207,7 @@ def test_a_zero_logit_is_best_for_outputs_that_err_alike(first: SingleOutput, se
         heads = [p.target(x0, noise, level) + 0.1 * e for p, e in ((first, off), (second, other))]
         raw = torch.cat([*heads, torch.zeros_like(x0)], 1)
         p = Dual(gate="balanced", first=first, second=second).read(raw, x_t, level)
-        one, two = first.believe(heads[0], x_t, level), second.believe(heads[1], x_t, level)
+        one, two = first.to_x0(heads[0], x_t, level), second.to_x0(heads[1], x_t, level)
         # least squares over 3,600 pixels; the ratio of two variances is known to about 2 / √3600
         best = ((x0 - one) * (two - one)).sum() / (two - one).square().sum()
         assert float(p.parts["ratio"][0, 0, 0, 0]) == pytest.approx(float(best), abs=0.05)

@@ -72,7 +72,7 @@ def test_the_bound_is_the_papers(base: Parameterization, schedule: Schedule) -> 
         raw = denoiser.network(x_t[None], t[b : b + 1])[0]
         v = (raw[-2:] + 1) / 2
         log_variance = v * beta[time].log() + (1 - v) * small[max(time, 1)].log()
-        believed = denoiser(x_t[None], time).x0[0]
+        predicted = denoiser(x_t[None], time).x0[0]
         before = signal[time - 1] if time else torch.tensor(1.0, dtype=torch.float64)
 
         def mean(x: Tensor, time: int = time, before: Tensor = before, x_t: Tensor = x_t) -> Tensor:
@@ -80,7 +80,7 @@ def test_the_bound_is_the_papers(base: Parameterization, schedule: Schedule) -> 
             on_x_t = (1 - beta[time]).sqrt() * (1 - before) / (1 - signal[time])
             return on_x0 * x + on_x_t * x_t
 
-        model = Normal(mean(believed), (0.5 * log_variance).exp())
+        model = Normal(mean(predicted), (0.5 * log_variance).exp())
         if time:
             nats = kl_divergence(Normal(mean(x0[b]), small[time].sqrt()), model)
         else:

@@ -227,7 +227,7 @@ def test_classes_guidance_and_a_calibration(tmp_path: Path) -> None:
         alpha, sigma = (1.0, 0.0) if s is None else denoiser.schedule.scalars(s)[:2]
         x = (alpha * x0.clip(-1, 1) + sigma * eps).astype(np.float32)
     torch.testing.assert_close(torch.from_numpy(x), expected, **CLOSE)
-    # where the calibration says nothing, nothing is believed
+    # where the calibration says nothing, nothing is predicted
     assert np.isnan(session.run(["x0"], {"x_t": x, "t": np.full(3, 17), **told})[0]).all()
 
 

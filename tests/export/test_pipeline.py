@@ -172,7 +172,7 @@ def test_learned_variance_is_sampled_with() -> None:
 
 
 class OneImage(ModelMixin, ConfigMixin):
-    """Believes in one image, whatever it sees."""
+    """Predicts one image, whatever it sees."""
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 1) -> None:

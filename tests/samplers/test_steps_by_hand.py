@@ -42,7 +42,7 @@ class Walk:
     def clipped(self, x0: Tensor) -> Tensor:
         return x0 if self.clip is None else x0.clamp(*self.clip)
 
-    def believed(self, x: Tensor, k: int) -> Tensor:
+    def predicted(self, x: Tensor, k: int) -> Tensor:
         return self.clipped(self.look(x, k).x0)
 
     def run(self, sampler: Sampler, draw=None) -> list[Tensor]:
@@ -85,10 +85,10 @@ def test_ddpm(schedule: Schedule, clip: tuple[float, float] | None, variance: st
         step = t.alpha / s.alpha
         beta = t.sigma**2 - step**2 * s.sigma**2
         if s.sigma == 0:
-            x = walk.believed(x, k)
+            x = walk.predicted(x, k)
         else:
             precision = 1 / s.sigma**2 + step**2 / beta
-            mean = (s.alpha * walk.believed(x, k) / s.sigma**2 + step * x / beta) / precision
+            mean = (s.alpha * walk.predicted(x, k) / s.sigma**2 + step * x / beta) / precision
             x = mean + math.sqrt(beta if variance == "large" else 1 / precision) * z[k]
         states.append(x)
     same(walk.run(DDPM(variance=variance, **walk.options()), z.__getitem__), states)
@@ -111,15 +111,15 @@ def half(level: Level[float]) -> float:
 def test_dpmsolver_2m(schedule: Schedule, clip: tuple[float, float] | None) -> None:
     walk = Walk(schedule, clip)
     a, b, c, _ = walk.levels
-    first = walk.believed(walk.start, 0)
+    first = walk.predicted(walk.start, 0)
     x1 = b.sigma / a.sigma * walk.start - b.alpha * math.expm1(half(a) - half(b)) * first
     # Lu et al., algorithm 2: D = (1 + 1/2r)·x0 − 1/2r·x0 before, r = h before / h
-    second = walk.believed(x1, 1)
+    second = walk.predicted(x1, 1)
     h = half(c) - half(b)
     r = (half(b) - half(a)) / h
     d = (1 + 1 / (2 * r)) * second - 1 / (2 * r) * first
     x2 = c.sigma / b.sigma * x1 - c.alpha * math.expm1(-h) * d
-    same(walk.run(DPMSolver(order=2, **walk.options())), [x1, x2, walk.believed(x2, 2)])
+    same(walk.run(DPMSolver(order=2, **walk.options())), [x1, x2, walk.predicted(x2, 2)])
 
 
 @ON_EACH
@@ -148,11 +148,11 @@ def test_unipc_2(schedule: Schedule, clip: tuple[float, float] | None) -> None:
     # Zhao et al., algorithms 5 to 8, with B(h) = e^h − 1 of h = −(λ_s − λ_t)
     walk = Walk(schedule, clip, (45, 30, 20, 9))
     a, b, c, d, _ = walk.levels
-    first = walk.believed(walk.start, 0)
+    first = walk.predicted(walk.start, 0)
     h = half(b) - half(a)
     x1 = b.sigma / a.sigma * walk.start - b.alpha * math.expm1(-h) * first
     # the corrector with p = 1: half of the difference, which the paper sets where there is one unknown
-    second = walk.believed(x1, 1)
+    second = walk.predicted(x1, 1)
     x1_corrected = x1 - b.alpha * math.expm1(-h) * 0.5 * (second - first)
     # the predictor with p = 2, likewise
     h = half(c) - half(b)
@@ -160,7 +160,7 @@ def test_unipc_2(schedule: Schedule, clip: tuple[float, float] | None) -> None:
     base = c.sigma / b.sigma * x1_corrected - c.alpha * math.expm1(-h) * second
     x2 = base - c.alpha * math.expm1(-h) * 0.5 * (first - second) / r
     # the corrector with p = 2: both unknowns, from their order conditions Σ ρᵢ·rᵢ^(k−1) = k!·φ_(k+1)/B
-    third = walk.believed(x2, 2)
+    third = walk.predicted(x2, 2)
     phi_2 = (math.expm1(-h) / -h - 1) / -h
     phi_3 = (phi_2 - 0.5) / -h
     conditions = torch.tensor([[1.0, 1.0], [r, 1.0]], dtype=torch.float64)
@@ -172,7 +172,7 @@ def test_unipc_2(schedule: Schedule, clip: tuple[float, float] | None) -> None:
     h = half(d) - half(c)
     r = (half(b) - half(c)) / h
     x3 = d.sigma / c.sigma * x2_corrected - d.alpha * math.expm1(-h) * (third + 0.5 * (second - third) / r)
-    same(walk.run(UniPC(order=2, **walk.options())), [x1, x2, x3, walk.believed(x3, 3)])
+    same(walk.run(UniPC(order=2, **walk.options())), [x1, x2, x3, walk.predicted(x3, 3)])
 
 
 @ON_EACH

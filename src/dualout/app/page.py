@@ -143,8 +143,8 @@ def _controls(studio: Studio, letter: str) -> Controls:
     steps = gr.Slider(1, most, min(10, most), step=1, label="Steps K", elem_id=f"steps-{letter}")
     eta = gr.Slider(0, 1, 0, step=0.05, label="η: fresh noise of DDIM's steps")
     routes = studio.routes(runs[0])
-    route = gr.Radio(routes, value=routes[0], label="Route believed", elem_id=f"route-{letter}")
-    ratio = gr.Slider(0, 1, 0.5, step=0.01, label="r: 0 believes eps only, 1 x0 only", visible=False)
+    route = gr.Radio(routes, value=routes[0], label="Route", elem_id=f"route-{letter}")
+    ratio = gr.Slider(0, 1, 0.5, step=0.01, label="r: 0 is eps only, 1 is x0 only", visible=False)
     calibrated = gr.Checkbox(False, label=_calibrated_label(studio, runs[0]))
     classes = model.classes is not None
     guidance = gr.Slider(0, 8, 1, step=0.25, label="Guidance; 1 is none", visible=classes)

@@ -197,7 +197,7 @@ class Studio:
         )
 
     def make(self, request: Request) -> Iterator[Progress | Made]:
-        """Do what is asked: every step's belief, and after each setting's last step what became of it.
+        """Do what is asked: every step's prediction, and after each setting's last step what became of it.
 
         Closing the iterator stops the work at the step that is being made.
 

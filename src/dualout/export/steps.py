@@ -180,7 +180,7 @@ def _next(scheduler: Any, k: int, times: Sequence[int]) -> Iterator[None]:
     """Within, the step of a scheduler of DDIM's kind goes from its k-th time step to the next that is looked at.
 
     T // K on is elsewhere, unless K divides T and the spacing is even from there on: images would be taken to one noise
-    level and believed to be at another. A step that would pass t = 0 goes to `final_alpha_cumprod`; in a single step of
+    level and read as if at another. A step that would pass t = 0 goes to `final_alpha_cumprod`; in a single step of
     T all do, and it is the level wanted.
     """
     if type(scheduler).__name__ not in _STRIDES:

@@ -106,7 +106,7 @@ class SingleOutput(Parameterization, ABC):
         """What the network should output for x_t = alpha·x0 + sigma·eps."""
 
     @abstractmethod
-    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+    def to_x0(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
         """The clean image that follows from a raw output; both (B, C, H, W)."""
 
     @abstractmethod
@@ -118,11 +118,11 @@ class SingleOutput(Parameterization, ABC):
         return image_channels
 
     def read(self, raw: Tensor, x_t: Tensor, level: Level) -> Prediction:
-        """A Prediction of the clean image that `believe` gives."""
+        """A Prediction of the clean image that `to_x0` gives."""
         if raw.shape != x_t.shape:
             check_channels(raw, x_t, (x_t.shape[1],), self.name)
         level = level.over(x_t)
-        p = Prediction(x_t, level, self.believe(raw, x_t, level), {self.symbol: raw})
+        p = Prediction(x_t, level, self.to_x0(raw, x_t, level), {self.symbol: raw})
         return directly(p, raw) if self.is_noise else p
 
     def losses(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> dict[str, Tensor]:

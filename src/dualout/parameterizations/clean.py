@@ -22,7 +22,7 @@ class CleanImage(SingleOutput):
         """x0."""
         return x0
 
-    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+    def to_x0(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
         """The output as it is."""
         return raw
 

@@ -123,7 +123,7 @@ class Dual(Parameterization):
         given = check_channels(raw, x_t, self.accepts(channels), self.name)
         one, two, logit = raw.split_with_sizes((channels, channels, given - 2 * channels), 1)
         ratio = self._ratio(logit, level)
-        x0_one, x0_two = self.first.believe(one, x_t, level), self.second.believe(two, x_t, level)
+        x0_one, x0_two = self.first.to_x0(one, x_t, level), self.second.to_x0(two, x_t, level)
         parts = {self.first.symbol: one, self.second.symbol: two, "ratio": spread(ratio, x_t)}
         if "eps" not in parts:
             parts["eps"] = (x_t - level.alpha * x0_one) / level.sigma
@@ -164,7 +164,7 @@ class Dual(Parameterization):
 
     def _gate_loss(self, prediction: Prediction, x0: Tensor) -> Tensor:
         x_t, level, parts = prediction.x_t, prediction.level, prediction.parts
-        one, two = (p.believe(parts[p.symbol], x_t, level) for p in (self.first, self.second))
+        one, two = (p.to_x0(parts[p.symbol], x_t, level) for p in (self.first, self.second))
         if self.detach:
             one, two = one.detach(), two.detach()
         error = mean_square(x0 - blend(parts["ratio"], two, one))

@@ -23,7 +23,7 @@ class Epsilon(SingleOutput):
         """eps."""
         return eps
 
-    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+    def to_x0(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
         """(x_t − sigma·eps) / alpha."""
         return subtract(raw, x_t, level)
 

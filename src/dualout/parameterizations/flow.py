@@ -21,7 +21,7 @@ class Flow(SingleOutput):
         """eps − x0."""
         return eps - x0
 
-    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+    def to_x0(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
         """(x_t − sigma·u) / (alpha + sigma)."""
         return (x_t - level.sigma * raw) / (level.alpha + level.sigma)
 

@@ -51,7 +51,7 @@ class Karras(SingleOutput):
         # with x_t = alpha·x0 + sigma·eps put in: no difference of nearly equal numbers is divided by c_out
         return c_in * (sigma / self.sigma_data * x0 - alpha * self.sigma_data * eps)
 
-    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+    def to_x0(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
         """c_skip·x_t + c_out·F."""
         c_skip, c_out, _ = self._coefficients(level)
         return c_skip * x_t + c_out * raw

@@ -123,14 +123,14 @@ def bound(prediction: Prediction, x0: Tensor) -> Tensor:
     q = prediction.level.posterior
     if q is None:
         raise InputError("L_vlb needs levels from Schedule.level, which know the step to the level before")
-    believed = prediction.x0.detach()
+    predicted = prediction.x0.detach()
     log_p, log_q = log_variance(prediction.parts["variance"], q.large, q.small), log(q.small)
     # the means differ by what x0 is weighted with: both hold the same x_t
-    apart = q.gain * (x0 - believed)
+    apart = q.gain * (x0 - predicted)
     kl = 0.5 * (log_p - log_q - 1 + (log_q - log_p).exp() + apart**2 * (-log_p).exp())
     # the mean of the last step is x̂0 itself, and no other gain is 1
     first = torch.as_tensor(q.gain, device=x0.device) == 1
-    nats = torch.where(first, -log_likelihood(x0, believed, log_p), kl)
+    nats = torch.where(first, -log_likelihood(x0, predicted, log_p), kl)
     return nats.flatten(1).mean(1) / math.log(2)
 
 

@@ -22,7 +22,7 @@ class Velocity(SingleOutput):
         """alpha·eps − sigma·x0."""
         return level.alpha * eps - level.sigma * x0
 
-    def believe(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
+    def to_x0(self, raw: Tensor, x_t: Tensor, level: Level) -> Tensor:
         """(alpha·x_t − sigma·v) / (alpha² + sigma²)."""
         power = level.alpha**2 + level.sigma**2
         return (level.alpha / power) * x_t - (level.sigma / power) * raw
