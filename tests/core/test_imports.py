@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 HEAVY = ("diffusers", "matplotlib", "torchmetrics", "sklearn", "accelerate", "rich", "gradio", "transformers")
 
@@ -52,3 +57,29 @@ def test_sampling_needs_torch_and_no_other() -> None:
     assert "torch" in loaded
     # sympy comes with torch's compiler, and takes as long as torch itself
     assert not loaded & {"sympy", *HEAVY}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    imported, texts = set(), []
+    for path in Path(importlib.import_module("dualout").__file__ or "").parent.rglob("*.py"):
+        texts.append(path.read_text(encoding="utf-8"))
+        for node in ast.walk(ast.parse(texts[-1])):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imported.add(node.module.partition(".")[0])
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k not in ("dev", "docs")}
+    by_module = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+
+    def modules(declared: list[str]) -> set[str]:
+        names = [re.split(r"[\[<>=]", one)[0] for one in declared]
+        return {by_module.get(name, name.replace("-", "_")) for name in names}
+
+    needed, optional = modules(project["dependencies"]), modules([one for part in extras.values() for one in part])
+    # what comes with one of them: protobuf and the graph's classes with onnx, the server with gradio
+    brought = {"docstring_parser", "google", "onnx_ir", "starlette"}
+    assert imported - set(sys.stdlib_module_names) - {"dualout"} <= needed | optional | brought
+    assert needed <= imported
+    # an optional one may be imported by its name in a text
+    assert {name for name in optional if not any(name in text for text in texts)} == set()

