@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+LATENTS = "latents of"
+"""The entry of a card that says what makes its model's images of pictures: a part of the pipeline that it is of."""
 _USES = {
     "dualout": """```python
 import dualout
 
 denoiser = dualout.Denoiser.from_pretrained("{path}")
 noise = dualout.noise(range(16), {shape})
-images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise{conditions})
+images = dualout.samplers.DDIM(steps=10{unclipped}).sample(denoiser, noise{conditions})
 ```""",
     "diffusers": """```python
 from dualout.export import DualOutputPipeline
@@ -26,7 +28,7 @@ from dualout.export import OnnxDenoiser
 
 denoiser = OnnxDenoiser("{path}")
 noise = dualout.noise(range(16), {shape})
-images = dualout.samplers.DDIM(steps=10).sample(denoiser, noise{conditions})
+images = dualout.samplers.DDIM(steps=10{unclipped}).sample(denoiser, noise{conditions})
 ```
 
 Or with any ONNX runtime: `model.onnx` takes noisy images `x_t` (B, C, H, W) and their time steps `t` (B,), 0 … T−1, and
@@ -49,6 +51,7 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
     image = config.get("image", {})
     size = image.get("size", 32)
     shape = (image.get("channels", 3), *(size if isinstance(size, list) else (size, size)))
+    latents = makes_latents(config)
     sections = [
         f"---\nlibrary_name: {library}\npipeline_tag: unconditional-image-generation\n"
         "tags: [diffusion, dual-output, dualout]\n---",
@@ -60,11 +63,11 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
                 "parameterization": _short(parameterization),
                 "schedule": _short(schedule),
                 "network": network["class"],
-                "images": " × ".join(map(str, shape)) + " in [−1, 1]",
+                "images": " × ".join(map(str, shape)) + (", latents" if latents else " in [−1, 1]"),
                 **config.get("more", {}),
             },
         ),
-        _use(library, card.get("path", "PATH"), shape, class_count(network)),
+        _use(library, card.get("path", "PATH"), shape, class_count(network), latents),
     ]
     sections += [
         _table(title, card[key]) for key, title in (("training", "Training"), ("data", "Data")) if card.get(key)
@@ -73,14 +76,22 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _use(library: str, path: str, shape: tuple[int, ...], classes: int | None) -> str:
+def _use(library: str, path: str, shape: tuple[int, ...], classes: int | None, latents: bool) -> str:
+    given = {"path": path, "shape": shape, "unclipped": ", clip=None" if latents else ""}
+    output = ', output_type="latent"' if latents and library == "diffusers" else ""
     if classes is None:
-        return "## Use\n\n" + _USES[library].format(path=path, shape=shape, conditions="")
+        return "## Use\n\n" + _USES[library].format(**given, conditions=output)
     labels = f"[i % {classes} for i in range(16)]"
     conditions = f", class_labels={labels if library == 'diffusers' else f'torch.tensor({labels})'}"
-    text = _USES[library].format(path=path, shape=shape, conditions=conditions)
+    text = _USES[library].format(**given, conditions=conditions + output)
     text += _CLASSES.format(last=classes - 1, none=classes)
     return "## Use\n\n" + (text if library == "diffusers" else text.replace("\n", "\nimport torch\n", 1))
+
+
+def makes_latents(config: dict[str, Any]) -> bool:
+    """Whether a checkpoint's images are latents: it was trained on some, or its network is of a pipeline of them."""
+    image, card = config.get("image"), config.get("card")
+    return bool(isinstance(image, dict) and image.get("latents")) or (isinstance(card, dict) and LATENTS in card)
 
 
 def class_count(network: dict[str, Any]) -> int | None:

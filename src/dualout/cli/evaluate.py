@@ -62,6 +62,9 @@ class Options:
     """For class-conditional models: scale of classifier-free guidance; 1 is none"""
     guidance_interval: str | None = None
     """Which noise levels are guided: two values of sigma / alpha, LOW,HIGH, as in 0.2,5; by default all"""
+    decode: str | None = None
+    """For models of latents: the autoencoder of diffusers that decodes them, a directory or the name of a Hugging Face
+    Hub repository, its own or a pipeline's; they are compared with the pictures of --data"""
     out: str | None = None
     """Output directory: new, empty, or of this command; by default `evaluation` in the run's directory"""
     card: bool = False
@@ -183,16 +186,17 @@ def _scorings(options: Options, group: Group) -> list[Scoring]:
     samplings = _samplings(options)
     named = _features(options, [sampling for _, sampling in samplings])
     features = [Features.parse(spec) for spec in _some(named, "features")]
-    shapes, place = [sampling.model.shape for _, sampling in samplings], samplings[0][1].device
+    shapes, place = [sampling.model.image for _, sampling in samplings], samplings[0][1].device
     options = replace(options, data=_data(options, [sampling for _, sampling in samplings]))
     references = _references(options, shapes, features, place)
     return [
-        Scoring(sampling, options.images, references[sampling.model.shape], seed, group) for seed, sampling in samplings
+        Scoring(sampling, options.images, references[sampling.model.image], seed, group) for seed, sampling in samplings
     ]
 
 
 def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     """Every combination, with the seed that it is called by."""
+    from dualout.evaluation.autoencoder import Autoencoder
     from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_interval, parse_route
     from dualout.evaluation.scoring import check_count, first_seed
@@ -204,7 +208,8 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     steps, seeds = _numbers(options.steps, "steps"), _numbers(options.seeds, "seeds")
     scales = [None] if options.guidance is None else _numbers(options.guidance, "guidance", float)
     place = device(options.device)
-    models = [Model.load(name, place) for name in _some(options.runs, "runs")]
+    decoder = None if options.decode is None else Autoencoder(options.decode, place)
+    models = [Model.load(name, place, decoder=decoder) for name in _some(options.runs, "runs")]
     readable = _routes(models, routes)
     return [
         (
@@ -224,7 +229,7 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
         for model in models
         for route in readable[model.run]
         for (spec, spacing), k in product(samplers, steps)
-        for sampler in [build_sampler(spec, k, spacing, model.denoiser.schedule)]
+        for sampler in [build_sampler(spec, k, spacing, model.denoiser.schedule, model.clips())]
         for scale in scales
         for seed in seeds
     ]
@@ -253,6 +258,11 @@ def _routes(models: Sequence[Model], routes: Sequence[Route]) -> dict[str, list[
 
 def _data(options: Options, samplings: Sequence[Sampling]) -> str:
     """What the models' images are compared with."""
+    if options.decode is not None and options.data is None:
+        raise InputError(
+            "--decode makes pictures, and what the models were trained on are their latents: say by --data what those "
+            "were encoded from, as in --data folder:PATH"
+        )
     known = sorted({name for sampling in samplings if (name := sampling.model.trained_on)})
     if options.data is None and len(known) > 1:
         raise InputError(f"these models were trained on different data ({', '.join(known)}): give --data")
@@ -261,7 +271,7 @@ def _data(options: Options, samplings: Sequence[Sampling]) -> str:
 
 def _features(options: Options, samplings: Sequence[Sampling]) -> str:
     """What images are compared by: what is asked for, or what takes those of these models."""
-    small = all(sampling.model.shape == (1, 8, 8) for sampling in samplings)
+    small = all(sampling.model.image == (1, 8, 8) for sampling in samplings)
     return options.features if options.features is not None else "digits" if small else "pixels,random"
 
 

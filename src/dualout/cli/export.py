@@ -55,8 +55,9 @@ class Options:
     """With --calibrated, the number of steps that it is for; a pipeline gets its number of steps when it is called"""
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace"""
-    clip: bool = True
-    """Clip the predicted clean image to the range of images at every step"""
+    clip: bool | None = None
+    """Clip the predicted clean image to the range of images at every step; by default yes, but for latents, which have
+    no range"""
     calibrated: bool = False
     """Export the calibration for this sampler, spacing and number of steps too"""
     opset: int = 20
@@ -140,7 +141,7 @@ def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
     with whole(out, last=CONFIG) as aside:
         denoiser.save_pretrained(aside)
         # what cannot be read again is not left there
-        model = Model.load(aside).protocol() | {"name": out.name}
+        model = Model.load(aside, latents=True).protocol() | {"name": out.name}
     console.wrote(out, f"a checkpoint of {source}")
     return {"format": options.format, "model": model}
 
@@ -150,8 +151,8 @@ def _program(options: Options, out: Path) -> dict[str, Any]:
     from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
 
-    model = Model.load(options.run)
-    sampler = build_sampler(options.sampler, options.steps, options.spacing, clip=options.clip)
+    model = Model.load(options.run, latents=True)
+    sampler = build_sampler(options.sampler, options.steps, options.spacing, clip=model.clips(options.clip))
     route = parse_route(options.route)
     sampling = Sampling(model, sampler, route, calibrated=True) if options.calibrated else None
     denoiser = model.denoiser.route(route)

@@ -39,8 +39,9 @@ class Options:
     """Seed of the first image; image i is made from seed + i"""
     route: str = "mix"
     """Which output of a dual model to use: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
-    clip: bool = True
-    """Clip the predicted clean image to the range of images at every step"""
+    clip: bool | None = None
+    """Clip the predicted clean image to the range of images at every step; by default yes, but for latents, which have
+    no range"""
     class_label: str | None = None
     """For class-conditional models: a class, by number or name, or several, comma-separated, that images take in turn;
     by default all in turn"""
@@ -51,7 +52,11 @@ class Options:
     out: str = "out"
     """Output directory: new, empty, or of the same command, interrupted"""
     format: str = "png"
-    """png, one file for each image; or npz, one images.npz with `images` uint8 N×H×W or N×H×W×C"""
+    """png, one file for each image; or npz, one images.npz with `images` uint8 N×H×W or N×H×W×C, or latents as they
+    are, float32 N×C×H×W"""
+    decode: str | None = None
+    """For models of latents: the autoencoder of diffusers that decodes them, a directory or the name of a Hugging Face
+    Hub repository, its own or a pipeline's"""
     batch_size: int = 64
     """How many images at a time"""
     device: str = "auto"
@@ -70,16 +75,20 @@ def run(arguments: list[str]) -> int | None:
     """Run the command."""
     options = parse(Options, "sample", arguments, __doc__ or "")
 
+    from dualout.evaluation.autoencoder import Autoencoder
     from dualout.evaluation.generate import PROTOCOL, generate
     from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_interval, parse_route
     from dualout.networks.device import device
 
     part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    model = Model.load(options.run, device(options.device))
+    place = device(options.device)
+    decoder = None if options.decode is None else Autoencoder(options.decode, place)
+    model = Model.load(options.run, place, decoder=decoder, latents=True)
+    clip = model.clips(options.clip)
     sampling = Sampling(
         model,
-        build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule, options.clip),
+        build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule, clip),
         parse_route(options.route),
         options.seed,
         labels=None if options.class_label is None else _labels(options.class_label, model.class_names),
@@ -113,6 +122,8 @@ def _dry_run(options: Options, sampling: Sampling, part: tuple[int, int]) -> Non
     from dualout.cli._cost import print_cost
 
     told = {"times": ", ".join(map(str, sampling.stepping.timesteps(sampling.model.denoiser.schedule)))}
+    if options.decode is not None:
+        told["decoded"] = f"to {'×'.join(map(str, sampling.model.image))} by {options.decode}, which is not counted"
     print_cost(options, [sampling], options.images, part[1], told)
 
 
@@ -139,9 +150,9 @@ def _grid(out: Path, turn: int, most: int = 64) -> bool:
     from dualout.analysis.canvas import sheet
     from dualout.evaluation.generate import stored
 
-    images = stored(out, most).permute(0, 2, 3, 1).numpy()
-    if images.shape[-1] not in (1, 3):
+    images = stored(out, most)
+    if images.is_floating_point() or images.shape[1] not in (1, 3):
         return False
     with atomically(out / "grid.png") as aside:
-        aside.write_bytes(sheet(images, turn))
+        aside.write_bytes(sheet(images.permute(0, 2, 3, 1).numpy(), turn))
     return True

@@ -1,5 +1,6 @@
 """Making many images, and scoring them against real ones."""
 
+from dualout.evaluation.autoencoder import Autoencoder
 from dualout.evaluation.features import Features, NetworkFeatures
 from dualout.evaluation.generate import generate
 from dualout.evaluation.metrics import frechet, kid, precision_recall, scores
@@ -10,6 +11,7 @@ from dualout.evaluation.scoring import Results, Scoring
 from dualout.evaluation.statistics import Statistics
 
 __all__ = [
+    "Autoencoder",
     "Features",
     "Model",
     "NetworkFeatures",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dualout.errors import InputError, unknown
+from dualout.evaluation.model import Model
 from dualout.evaluation.protocol import differences, listed
 from dualout.evaluation.sampling import Sampling
 from dualout.files import alone, atomically, explained, read_json, refuse_others, sweep, write_json
@@ -45,7 +46,7 @@ def generate(
         images: how many.
         out: a directory: new, empty, or begun before with the same request.
         store: "png", a file an image (000000.png …), or "npz", one images.npz with `images` uint8 (N, H, W) or
-            (N, H, W, C), and `labels` where there are classes.
+            (N, H, W, C), or float32 (N, C, H, W) where they are latents, and `labels` where there are classes.
         batch_size: how many at a time.
         part: (p, of): this process is the p-th of so many, counted from 0, and makes every of-th shard.
 
@@ -61,7 +62,7 @@ def generate(
             raise InputError(f"--{name} is a whole number, 1 or more; got {value}")
     if store not in STORES:
         raise unknown("format", store, STORES)
-    destination = STORES[store](Path(out).expanduser(), sampling.model.shape, images, batch_size, sampling.labels)
+    destination = STORES[store](Path(out).expanduser(), sampling.model, images, batch_size, sampling.labels)
     destination.begin(sampling, batch_size, part[1])
     # of processes that share the work, the first speaks for all
     with nullcontext() if part[0] else alone(destination.directory, "making images"):
@@ -92,7 +93,7 @@ def _made(destination: Store, sampling: Sampling, images: int, batch_size: int, 
 
 
 def stored(out: str | Path, count: int) -> Tensor:
-    """The first images of a finished directory, uint8 (B, C, H, W)."""
+    """The first images of a finished directory, uint8 (B, C, H, W); latents are float32."""
     directory = Path(out).expanduser()
     if (directory / Npz.file).exists():
         array = _first_of_npz(directory / Npz.file, count)
@@ -100,6 +101,8 @@ def stored(out: str | Path, count: int) -> Tensor:
         paths = [path for i in range(count) if (path := png_path(directory, i)).exists()]
         array = np.stack([_read_png(path) for path in paths])
     images = torch.from_numpy(array)
+    if images.is_floating_point():
+        return images
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
@@ -108,7 +111,7 @@ class Store(ABC):
 
     Args:
         directory: their directory.
-        shape: (C, H, W).
+        model: what makes them.
         images: how many there will be.
         batch_size: how many are made at a time.
         labels: the classes, in turn; None where there are none.
@@ -117,9 +120,10 @@ class Store(ABC):
     kind: ClassVar[str]
 
     def __init__(
-        self, directory: Path, shape: tuple[int, int, int], images: int, batch_size: int, labels: Sequence[int] | None
+        self, directory: Path, model: Model, images: int, batch_size: int, labels: Sequence[int] | None
     ) -> None:
-        self.directory, self.shape, self.images, self.labels = directory, shape, images, labels
+        self.directory, self.images, self.labels = directory, images, labels
+        self.shape, self.dtype = model.image, model.output.dtype
         self.shard = self.shard_size(batch_size)
         self._begun = self._new = False
 
@@ -184,7 +188,7 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, indices: Sequence[int], images: Tensor) -> None:
-        """Write images, uint8 (B, C, H, W)."""
+        """Write images, (B, C, H, W)."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -201,7 +205,12 @@ class Png(Store):
         return batch_size
 
     def check(self) -> None:
-        """Only grey and colour."""
+        """Only grey and colour pictures."""
+        if self.dtype != np.uint8:
+            raise InputError(
+                "the model makes latents, which are no pictures: --format npz writes them as they are, and --decode "
+                "makes pictures of them, by the autoencoder in a directory or on the Hub"
+            )
         if self.shape[0] not in (1, 3):
             raise InputError(
                 f"a PNG holds grey or colour images, these have {self.shape[0]} channels: take --format npz"
@@ -218,7 +227,7 @@ class Png(Store):
         for index, image in zip(indices, images, strict=True):
             # not flushed to disk one by one, which takes longer than to make it: `missing` looks for its end
             with atomically(png_path(self.directory, index), durable=False) as aside:
-                Image.fromarray(_channels_last(image[None])[0]).save(aside, "png")
+                Image.fromarray(_arranged(image[None])[0]).save(aside, "png")
 
     def finish(self) -> None:
         """Nothing: the files are the result."""
@@ -233,7 +242,7 @@ class Npz(Store):
 
     def shard_size(self, batch_size: int) -> int:
         """512 images, or as many as 64 MiB hold, whatever the batch: the shards are the same when it changes."""
-        return max(1, min(self.most, 2**26 // int(np.prod(self.shape))))
+        return max(1, min(self.most, 2**26 // (int(np.prod(self.shape)) * self.dtype.itemsize)))
 
     @property
     def shards(self) -> Path:
@@ -267,7 +276,7 @@ class Npz(Store):
         path = self.path(range(indices[0], indices[-1] + 1))
         with explained(path):
             self.shards.mkdir(exist_ok=True)
-        array = _channels_last(images)
+        array = _arranged(images)
         with atomically(path) as aside, aside.open("wb") as file:
             # not by np.save, whose error on a full disk tells how much was written, and not why
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
@@ -290,10 +299,9 @@ class Npz(Store):
                 self.shards.rmdir()
 
     def _put_together(self, archive: zipfile.ZipFile, blocks: Sequence[range]) -> None:
-        c, h, w = self.shape
-        shape = (self.images, h, w) if c == 1 else (self.images, h, w, c)
+        shape = (self.images, *_arranged(torch.empty(1, *self.shape, dtype=getattr(torch, self.dtype.name))).shape[1:])
         with archive.open("images.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(file, header)
             for block in blocks:
                 file.write(np.load(self.path(block)).tobytes())
@@ -306,9 +314,11 @@ class Npz(Store):
 STORES: dict[str, type[Store]] = {store.kind: store for store in (Png, Npz)}
 
 
-def _channels_last(images: Tensor) -> np.ndarray:
-    """uint8 (B, C, H, W) -> (B, H, W) for grey, (B, H, W, C) otherwise."""
+def _arranged(images: Tensor) -> np.ndarray:
+    """uint8 (B, C, H, W) -> (B, H, W) for grey, (B, H, W, C) otherwise; latents as they are."""
     array = images.numpy()
+    if images.is_floating_point():
+        return np.ascontiguousarray(array)
     return np.ascontiguousarray(array[:, 0] if array.shape[1] == 1 else array.transpose(0, 2, 3, 1))
 
 
@@ -351,8 +361,8 @@ def _first_of_npz(path: Path, count: int) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
             np.lib.format.read_magic(file)
-            shape, _, _ = np.lib.format.read_array_header_2_0(file)
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
             shape = (min(count, shape[0]), *shape[1:])
-            return np.frombuffer(bytearray(file.read(int(np.prod(shape)))), np.uint8).reshape(shape)
+            return np.frombuffer(bytearray(file.read(int(np.prod(shape)) * dtype.itemsize)), dtype).reshape(shape)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged: {error}; remove it, and give the same command again") from error

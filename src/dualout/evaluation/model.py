@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from dualout import checkpoint
-from dualout.card import arguments_of, class_count
+from dualout.card import LATENTS, arguments_of, class_count, makes_latents
 from dualout.checkpoint import entry
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
+from dualout.evaluation.autoencoder import Autoencoder
 from dualout.evaluation.features.base import file_hash
+from dualout.evaluation.output import Decoded, Latents, Output, Pixels
 from dualout.networks.backends import Chosen
 from dualout.networks.device import layout
 
@@ -30,12 +32,13 @@ class Model:
     Attributes:
         run: where it came from, as it was named.
         denoiser: ready to use, on its device.
-        shape: (C, H, W) of its images.
+        shape: (C, H, W) of what it denoises.
         classes: how many classes it is conditioned on (``class_labels``); None when it takes none. The number `classes`
             itself stands for no class.
         details: which weights these are, as plain JSON values.
         class_names: what the classes are called, where that is known.
         directory: where its files are, or were, as an absolute path; None where it was not read from any.
+        output: what becomes of that which it makes.
         prepared: its network as backends have made it ready, for all samplings of the model.
     """
 
@@ -46,24 +49,37 @@ class Model:
     details: dict[str, Any]
     class_names: tuple[str, ...] = ()
     directory: Path | None = None
+    output: Output = field(default_factory=Pixels)
     prepared: dict[Any, Chosen] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def load(cls, run: str | Path, device: torch.device | str = "cpu") -> Model:
+    def load(
+        cls,
+        run: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        decoder: Autoencoder | None = None,
+        latents: bool = False,
+    ) -> Model:
         """Read a checkpoint directory, the directory of a run, or a repository of the Hugging Face Hub.
 
+        Args:
+            run: which.
+            device: where it is computed.
+            decoder: for a model of latents, what makes pictures of them.
+            latents: whether latents are of use as they are.
+
         Raises:
-            InputError: for anything missing, damaged, of another architecture or not allowed.
+            InputError: for anything missing, damaged, of another architecture or not allowed; for a model of latents
+                where only pictures are of use; and for a decoder that does not fit.
         """
         directory = checkpoint.locate(run)
         config = checkpoint.read_config(directory)
-        if entry(config, "image").get("latents"):
-            raise InputError(
-                f"{run} makes latents, which are no pictures before something decodes them; in Python, "
-                f"DDIM(steps=20, clip=None).sample(Denoiser.from_pretrained({str(run)!r}), noise) makes some to decode"
-            )
         shape = image_shape(config, directory)
+        output = _output(run, makes_latents(config), shape, decoder, latents)
         denoiser = Denoiser.from_pretrained(directory).to(device)
+        if not output.bounded:
+            denoiser.card.setdefault(LATENTS, "autoencoder")
         denoiser.network.to(memory_format=layout(torch.device(device)))  # type: ignore[union-attr]
         trained_on = entry(config, "data")
         details = {
@@ -77,7 +93,7 @@ class Model:
         }
         names = entry(entry(config, "conditions"), "class_labels").get("classes") or []
         classes = len(names) or class_count(config["network"])
-        model = cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)), directory.absolute())
+        model = cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)), directory.absolute(), output)
         model._check_network()
         return model
 
@@ -106,6 +122,15 @@ class Model:
         return next(self.denoiser.buffers()).device
 
     @property
+    def image(self) -> tuple[int, int, int]:
+        """(C, H, W) of what comes out in the end."""
+        return self.output.shape(self.shape)
+
+    def clips(self, asked: bool | None = None) -> bool:
+        """Whether predicted clean images are clipped: as it is asked for, or else where they have a range."""
+        return self.output.bounded if asked is None else asked
+
+    @property
     def trained_on(self) -> str | None:
         """The images that it was trained on, as --data names them; None where that is not written down."""
         name = (self.details.get("trained_on") or {}).get("name")
@@ -115,6 +140,22 @@ class Model:
         """Which model made the images."""
         name = self.run.rstrip("/").rsplit("/", 1)[-1]
         return {"name": name, "image": list(self.shape), "classes": self.classes} | self.details
+
+
+def _output(
+    run: str | Path, latent: bool, shape: tuple[int, int, int], decoder: Autoencoder | None, as_they_are: bool
+) -> Output:
+    if decoder is not None:
+        if not latent:
+            raise InputError(f"{run} makes pictures, not latents: leave out --decode {decoder.source}")
+        return Decoded(decoder, shape)
+    if latent and not as_they_are:
+        raise InputError(
+            f"{run} makes latents, which are no pictures before an autoencoder decodes them: dualout sample and "
+            "evaluate do it with --decode, the directory of the one that encoded them; dualout sample --format npz "
+            "writes them as they are"
+        )
+    return Latents() if latent else Pixels()
 
 
 def image_shape(config: dict[str, Any], directory: Path) -> tuple[int, int, int]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dualout.calibrated import Calibrated, Calibration
-from dualout.data.pixels import to_uint8
 from dualout.errors import InputError
 from dualout.evaluation.model import Model
 from dualout.evaluation.protocol import software
@@ -188,7 +187,7 @@ class Sampling:
         return sum(1 + self.view.doubles(t) for t in looks)
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """The images with these numbers, as one batch: uint8 (B, C, H, W), on the CPU.
+        """The images with these numbers, as one batch: uint8 (B, C, H, W), on the CPU; latents are float32.
 
         Raises:
             InputError: when an image is not finite.
@@ -203,7 +202,7 @@ class Sampling:
                 f"{self.model.run}: {len(bad)} of {len(x0)} images are not finite (image {bad[0]} is one), sampled by "
                 f"{self.sampler.spec} in {self.chosen.name}; try --precision fp32, or another sampler"
             )
-        return to_uint8(x0).cpu()
+        return self.model.output(x0)
 
     def trajectory(self, indices: Sequence[int]) -> Generator[Moment, None, None]:
         """The way of these images, one step at a time, computed by eager torch."""
@@ -268,7 +267,7 @@ class Sampling:
         return recorder.calls
 
     def batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """Images 0 … count − 1, in batches: uint8 (B, C, H, W), on the CPU."""
+        """Images 0 … count − 1, in batches, as of `images`."""
         for start in range(0, count, batch_size):
             yield self.images(range(start, min(start + batch_size, count)))
 
@@ -288,7 +287,7 @@ class Sampling:
             "guidance": self.guidance,
             "precision": self.chosen.name,
             "calibration": None if self.calibration is None else self.calibration.record(),
-            "pixels": "clipped to [−1, 1], rounded to 0 … 255",
+            **self.model.output.protocol(),
             **({} if self.guidance_interval is None else {"guidance_interval": list(self.guidance_interval)}),
         } | ({} if self.backend == "eager" else {"backend": self.backend})
 

@@ -54,7 +54,7 @@ class Scoring:
         group: Group | None = None,
     ) -> None:
         check_count(images)
-        channels, *size = sampling.model.shape
+        channels, *size = sampling.model.image
         for reference in references:
             reference.features.check(channels, (size[0], size[1]))
         self.sampling, self.images, self.references, self.seed = sampling, images, references, seed

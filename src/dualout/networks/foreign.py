@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dualout import bounded, checkpoint, hub
+from dualout.card import LATENTS
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.files import read_json
@@ -31,9 +32,8 @@ from dualout.parameterizations import CleanImage, Epsilon, LearnedVariance, Para
 from dualout.registry import Registered
 from dualout.schedules import Cosine, FromBetas, Linear, ScaledLinear, Schedule
 
-LATENTS = "latents of"
-"""The entry of a denoiser's card that says which part of its pipeline makes its images of pictures."""
-_CODERS = ("vae", "vqvae", "movq", "vqgan")
+CODERS = ("vae", "vqvae", "movq", "vqgan")
+"""What pipelines call that part."""
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _WRAPPINGS = re.compile(r"^(module\.|_orig_mod\.)+")
 _NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net", "unet")
@@ -127,10 +127,10 @@ def _parts(directory: Path) -> tuple[list[str], str]:
 def _from_pipeline(directory: Path) -> Denoiser:
     """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
     parts, name = _parts(directory)
-    network = _diffusers_model(directory / name)
+    network = diffusers_model(directory / name)
     parameterization, schedule = trained_by(_json(directory / "scheduler" / "scheduler_config.json"))
     denoiser = Denoiser(network, _with_variance(network, parameterization), schedule).eval()
-    coder = next((k for k in _CODERS if k in parts), None)
+    coder = next((k for k in CODERS if k in parts), None)
     if coder is not None:
         denoiser.card[LATENTS] = coder
     return denoiser
@@ -142,12 +142,17 @@ def _from_model(directory: Path, parameterization: str | None, schedule: str | N
             f"{directory} is a model without its scheduler, which would tell how it was trained: say "
             "--parameterization eps (or x0, velocity) and --schedule linear (or scaledlinear, cosine, …)"
         )
-    network = _diffusers_model(directory)
+    network = diffusers_model(directory)
     read = _with_variance(network, Parameterization.parse(parameterization))
     return Denoiser(network, read, Schedule.parse(schedule)).eval()
 
 
-def _diffusers_model(directory: Path) -> Any:
+def diffusers_model(directory: Path, **options: Any) -> Any:
+    """A model of diffusers from its directory, all of it or nothing; options are those of its `from_pretrained`.
+
+    Raises:
+        InputError: for what is missing, damaged, or of a class that is not on the allow-list.
+    """
     config = _json(directory / checkpoint.CONFIG)
     cls: Any = checkpoint.allowed(f"diffusers.{config.get('_class_name')}")
     weights = [p for p in directory.iterdir() if p.suffix in FILES]
@@ -155,7 +160,7 @@ def _diffusers_model(directory: Path) -> Any:
         # a number takes a byte or more
         with bounded.no_more_than(sum(p.stat().st_size for p in weights), str(directory)):
             network, told = cls.from_pretrained(
-                str(directory), output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+                str(directory), output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True, **options
             )
     except InputError:
         raise

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from dualout import checkpoint, data
+from dualout.card import LATENTS
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset, check_dataset
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.networks import foreign
 from dualout.networks.adapter import config_of
 from dualout.networks.build import build
 from dualout.networks.device import device, layout
@@ -240,7 +240,7 @@ def check_fit(config: TrainConfig, denoiser: Denoiser, dataset: Dataset) -> None
     """Refuse a network that does not take these images."""
     if not isinstance(denoiser.network, nn.Module):
         raise InputError(f"only a torch.nn.Module can be trained; the network is {denoiser.network!r}")
-    coder = denoiser.card.get(foreign.LATENTS)
+    coder = denoiser.card.get(LATENTS)
     if coder is not None and not dataset.latents:
         raise InputError(
             f"the network takes latents of its pipeline's {coder}, and the data {dataset.name!r} are pictures: encode "

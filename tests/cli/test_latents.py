@@ -1,0 +1,276 @@
+"""Models of latents on the command line: latents as they are, and pictures that an autoencoder of diffusers decodes."""
+
+import json
+import shutil
+from fnmatch import fnmatch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dualout
+from dualout.cli.main import main
+from dualout.data import load, to_uint8
+from dualout.evaluation import output
+from dualout.evaluation.generate import Npz, stored
+from dualout.networks.build import build
+
+SHAPE = (2, 4, 4)
+BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+SMALL = {"in_channels": 1, "out_channels": 1, "block_out_channels": (4, 4), "norm_num_groups": 2, **BLOCKS}
+
+
+def kl(**options):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(3)
+    return AutoencoderKL(**{**SMALL, "latent_channels": 2, "scaling_factor": 0.5, **options}).eval()
+
+
+def tiny():
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(
+        in_channels=3, out_channels=3, latent_channels=2, encoder_block_out_channels=(4, 4), scaling_factor=0.25,
+        decoder_block_out_channels=(4, 4), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    ).eval()  # fmt: skip
+
+
+def vq():
+    from diffusers import VQModel
+
+    return VQModel(**{**SMALL, "latent_channels": 2, "num_vq_embeddings": 8, "scaling_factor": 0.3}).eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "latent"
+    denoiser = dualout.Denoiser(build("tiny:width=8", 2, 4, 5), dualout.Dual(), dualout.schedules.Linear(steps=100))
+    denoiser.save_pretrained(path, image={"channels": 2, "size": [4, 4], "latents": True})
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(run):
+    """The latents of images 0 to 6, by the library."""
+    denoiser = dualout.Denoiser.from_pretrained(run)
+    with torch.no_grad():
+        return dualout.samplers.DDIM(steps=3, clip=None).sample(denoiser, dualout.noise(range(7), SHAPE))
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae") / "vae"
+    kl(shift_factor=0.2).save_pretrained(path)
+    return path
+
+
+def sample(run, out, *flags):
+    told = [str(run), "--images", "7", "--steps", "3", "--batch_size", "4", "--device", "cpu", "--out", str(out)]
+    return main(["sample", *told, *map(str, flags)])
+
+
+def pictures(out):
+    return torch.from_numpy(np.stack([np.asarray(Image.open(p)) for p in sorted(out.glob("0*.png"))])).int()
+
+
+def near(pictures, expected):
+    """Of equal pixels, but for what rounds to either side."""
+    return pictures.shape == expected.shape and int((pictures - expected.int()).abs().max()) <= 1
+
+
+def protocol(out):
+    return json.loads((out / "protocol.json").read_text())
+
+
+def test_latents_are_written_as_they_are_and_read_as_data(run, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(Npz, "most", 3)
+    assert sample(run, tmp_path / "out", "--format", "npz") == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["images.npz", "protocol.json"]
+    found = np.load(tmp_path / "out" / "images.npz")["images"]
+    assert (found.dtype, found.shape) == (np.float32, (7, *SHAPE))
+    torch.testing.assert_close(torch.from_numpy(found), made)
+    assert float(made.abs().max()) > 1
+    assert torch.equal(stored(tmp_path / "out", 2), torch.from_numpy(found[:2]))
+    told = protocol(tmp_path / "out")
+    assert "float32" in told["latents"]
+    assert "pixels" not in told
+    assert told["sampler"]["clip"] is None
+    data = load(f"arrays:{tmp_path / 'out' / 'images.npz'}:latents=true")
+    assert np.array_equal(data.batch(range(7)), found)
+    # only who asks for it has them clipped
+    assert sample(run, tmp_path / "clipped", "--format", "npz", "--clip") == 0
+    assert protocol(tmp_path / "clipped")["sampler"]["clip"] == [-1.0, 1.0]
+
+
+def test_pictures_are_decoded_and_go_on_where_they_stopped(run, made, vae, tmp_path, monkeypatch, capsys):
+    # a few at a time
+    monkeypatch.setattr(output, "_AT_ONCE", 3 * 64)
+    out = tmp_path / "out"
+    assert sample(run, out, "--decode", vae) == 0
+    with torch.no_grad():
+        expected = to_uint8(kl(shift_factor=0.2).decode(made / 0.5 + 0.2).sample)[:, 0]
+    assert near(pictures(out), expected)
+    assert Image.open(out / "grid.png").size == (8 * (3 * 9 - 1), 8 * (3 * 9 - 1))
+    told = protocol(out)
+    assert told["pixels"].startswith("clipped")
+    assert told["sampler"]["clip"] is None
+    assert told["model"]["image"] == [2, 4, 4]
+    decoded = told["decoder"]
+    assert (decoded["name"], decoded["class"], decoded["scaling_factor"]) == ("vae", "AutoencoderKL", 0.5)
+    assert (decoded["shift_factor"], len(decoded["sha256"])) == (0.2, 64)
+    assert sample(run, tmp_path / "npz", "--decode", vae, "--format", "npz") == 0
+    found = np.load(tmp_path / "npz" / "images.npz")["images"]
+    assert found.dtype == np.uint8
+    assert near(torch.from_numpy(found).int(), expected)
+    # interrupted: what is missing is made again, with this autoencoder and no other
+    whole = (out / "000005.png").read_bytes()
+    (out / "000005.png").unlink()
+    capsys.readouterr()
+    assert sample(run, out, "--decode", vae) == 0
+    assert "6 images are there already" in capsys.readouterr().err
+    assert (out / "000005.png").read_bytes() == whole
+    kl(scaling_factor=0.7).save_pretrained(tmp_path / "vae")
+    assert sample(run, out, "--decode", tmp_path / "vae") == 2
+    assert "decoder.scaling_factor was 0.5, now 0.7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "scaled"),
+    [
+        (tiny, lambda z: z / 0.25),
+        (vq, lambda z: z / 0.3),
+        (
+            lambda: kl(latents_mean=[0.1, -0.2], latents_std=[2.0, 3.0]),
+            lambda z: z * torch.tensor([2.0, 3.0]).view(1, 2, 1, 1) / 0.5 + torch.tensor([0.1, -0.2]).view(1, 2, 1, 1),
+        ),
+    ],
+    ids=["tiny", "vq", "mean-and-std"],
+)
+def test_autoencoders_of_other_kinds(run, made, make, scaled, tmp_path):
+    network = make()
+    network.save_pretrained(tmp_path / "vae")
+    assert sample(run, tmp_path / "out", "--decode", tmp_path / "vae") == 0
+    with torch.no_grad():
+        expected = to_uint8(network.decode(scaled(made)).sample)
+    expected = expected[:, 0] if expected.shape[1] == 1 else expected.permute(0, 2, 3, 1)
+    assert near(pictures(tmp_path / "out"), expected)
+
+
+def test_a_pipeline_of_latents_its_checkpoint_and_its_decoder(tmp_path, monkeypatch):
+    from diffusers import DDIMScheduler, LDMPipeline
+
+    LDMPipeline(vq(), build("tiny:width=8", 2, 4, 2), DDIMScheduler()).save_pretrained(tmp_path / "p")
+    assert main(["export", str(tmp_path / "p"), "--format", "dualout", "--out", str(tmp_path / "run")]) == 0
+    assert "clip=None" in (tmp_path / "run" / "README.md").read_text()
+    assert sample(tmp_path / "run", tmp_path / "here", "--decode", tmp_path / "p") == 0
+    assert protocol(tmp_path / "here")["decoder"]["class"] == "VQModel"
+
+    asked = []
+
+    def download(name, allow_patterns):
+        assert name == "some/pipeline"
+        for file in (f for f in (tmp_path / "p").rglob("*") if f.is_file()):
+            where = file.relative_to(tmp_path / "p")
+            if any(fnmatch(where.as_posix(), pattern) for pattern in allow_patterns):
+                asked.append(where.as_posix())
+                (tmp_path / "hub" / where).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / "hub" / where)
+        return str(tmp_path / "hub")
+
+    # of a repository the decoder alone is downloaded
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert sample(tmp_path / "run", tmp_path / "there", "--decode", "some/pipeline") == 0
+    weights = "vqvae/diffusion_pytorch_model.safetensors"
+    assert sorted(asked) == ["model_index.json", "vqvae/config.json", weights]
+    assert (tmp_path / "there" / "000006.png").read_bytes() == (tmp_path / "here" / "000006.png").read_bytes()
+
+
+def test_what_cannot_decode_is_told_and_nothing_is_written(run, vae, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kl(latent_channels=3).save_pretrained("three")
+    build("tiny:width=8", 1, 8, 3).save_pretrained("unet")
+    for name, cls in (("noisy", "ConsistencyDecoderVAE"), ("foreign", "Popen")):
+        shutil.copytree(vae, name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"_class_name": cls}))
+    kl().save_pretrained("pickled", safe_serialization=False)
+    shutil.copytree(vae, "torn")
+    (tmp_path / "torn" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    cases = {
+        "three": "three (diffusers' AutoencoderKL) decodes latents of 3 channels, and the model makes some of 2",
+        "unet": "unet is a UNet2DModel of diffusers and decodes nothing",
+        "noisy": "is a ConsistencyDecoderVAE, which decodes with noise of its own",
+        "foreign": "'diffusers.Popen' is not on the allow-list",
+        "pickled": "is missing diffusion_pytorch_model.safetensors",
+        "torn": "torn cannot be loaded as a AutoencoderKL",
+        "pipeline": "has no autoencoder (vae, vqvae",
+        str(run): "is no autoencoder of diffusers",
+        "nowhere": "there is no autoencoder at 'nowhere'",
+    }
+    for source, says in cases.items():
+        assert sample(run, "out", "--decode", source) == 2, source
+        error = capsys.readouterr().err
+        assert says in " ".join(error.split())
+        assert "Traceback" not in error
+        assert not (tmp_path / "out").exists()
+    assert sample(run, "out") == 2
+    assert "makes latents, which are no pictures: --format npz" in capsys.readouterr().err
+    dualout.Denoiser(build("tiny:width=8", 1, 8, 3), dualout.Dual(), dualout.schedules.Linear()).save_pretrained(
+        "pictures", image={"channels": 1, "size": [8, 8]}
+    )
+    assert sample("pictures", "out", "--decode", vae) == 2
+    assert "pictures makes pictures, not latents: leave out --decode" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_latents_that_are_decoded_to_what_is_not_finite(run, tmp_path, capsys):
+    network = kl()
+    network.decoder.conv_out.bias.data.fill_(3e38)
+    network.decoder.conv_out.weight.data.fill_(3e38)
+    network.save_pretrained(tmp_path / "vae")
+    assert sample(run, tmp_path / "out", "--decode", tmp_path / "vae") == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_decoded_pictures_are_scored(run, vae, tmp_path, capsys):
+    command = ["evaluate", str(run), "--images", "16", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "s")]
+    for flags, says in (
+        ([], "dualout sample and evaluate do it with --decode"),
+        (["--decode", str(vae)], "say by --data what those were encoded from"),
+    ):
+        assert main([*command, *flags]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "s").exists()
+    assert main([*command, "--decode", str(vae), "--data", "digits", "--samplers", "ddim,dpmsolver"]) == 0
+    rows = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert [row["features"] for row in rows] == ["digits", "digits"]
+    for row in rows:
+        assert np.isfinite(row["fd"])
+        assert row["protocol"]["decoder"]["class"] == "AutoencoderKL"
+        assert row["protocol"]["sampler"]["clip"] is None
+
+
+def test_a_dry_run_names_what_it_does_not_count(run, vae, tmp_path, capsys):
+    assert sample(run, tmp_path / "out", "--decode", vae, "--dry_run") == 0
+    assert f"to 1×8×8 by {vae}, which is not counted" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_exported_pipeline_neither_clips_nor_calls_latents_pictures(run, tmp_path, made):
+    from dualout.export import DualOutputPipeline
+
+    assert main(["export", str(run), "--format", "diffusers", "--out", str(tmp_path / "p")]) == 0
+    assert 'output_type="latent"' in (tmp_path / "p" / "README.md").read_text()
+    pipeline = DualOutputPipeline.from_pretrained(tmp_path / "p")
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(latents=dualout.noise(range(7), SHAPE), num_inference_steps=3, output_type="latent").images
+    torch.testing.assert_close(found, made, rtol=1e-4, atol=1e-4)
+    # and so does a checkpoint that is made of it again
+    assert main(["export", str(tmp_path / "p"), "--format", "dualout", "--out", str(tmp_path / "again")]) == 0
+    assert sample(tmp_path / "again", tmp_path / "out", "--format", "npz") == 0
+    again = np.load(tmp_path / "out" / "images.npz")["images"]
+    torch.testing.assert_close(torch.from_numpy(again), made, rtol=1e-4, atol=1e-4)
