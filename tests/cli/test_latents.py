@@ -255,6 +255,16 @@ def test_decoded_pictures_are_scored(run, vae, tmp_path, capsys):
         assert row["protocol"]["sampler"]["clip"] is None
 
 
+def test_a_comparison_of_latents_is_refused_before_anything_is_trained(made, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", made.repeat(4, 1, 1, 1).numpy())
+    train = {"data": f"arrays:{tmp_path / 'x.npy'}:latents=true:holdout=0.3", "network": "tiny:width=8", "steps": 1}
+    grid = {"methods": {"eps": "eps", "x0": "x0"}, "train": train, "features": ["pixels"], "images": 8, "steps": [2]}
+    (tmp_path / "grid.yaml").write_text(json.dumps(grid))
+    assert main(["compare", "--config", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert "holds latents, which are no pictures" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "out").rglob("model.safetensors"))
+
+
 def test_a_dry_run_names_what_it_does_not_count(run, vae, tmp_path, capsys):
     assert sample(run, tmp_path / "out", "--decode", vae, "--dry_run") == 0
     assert f"to 1×8×8 by {vae}, which is not counted" in " ".join(capsys.readouterr().out.split())

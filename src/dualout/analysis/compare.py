@@ -24,7 +24,7 @@ from dualout.errors import InputError
 from dualout.evaluation.features import Features, cache_directory
 from dualout.evaluation.model import Model
 from dualout.evaluation.protocol import ENOUGH
-from dualout.evaluation.reference import Reference
+from dualout.evaluation.reference import Reference, check_pictures
 from dualout.evaluation.sampling import Sampling, parse_route
 from dualout.evaluation.scoring import Results, Scoring, first_seed
 from dualout.networks.device import device as find_device
@@ -193,6 +193,7 @@ def _data(grid: Grid, split: str, size: int | tuple[int, ...] | None) -> data.Da
 def _check_images(grid: Grid) -> None:
     """See that there are images to compare with, and that the features take such."""
     dataset = _data(grid, grid.split, grid.models()[0].config.size)
+    check_pictures(dataset)
     for spec in grid.features:
         Features.parse(spec).check(dataset.channels, dataset.size)
 

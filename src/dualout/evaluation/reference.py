@@ -69,8 +69,7 @@ class Reference:
             InputError: when the features do not take such images, or there are too few of them.
         """
         check_dataset(dataset)
-        if dataset.latents:
-            raise InputError(f"{dataset.name} holds latents, which are no pictures: they cannot be compared as such")
+        check_pictures(dataset)
         features.check(dataset.channels, dataset.size)
         if len(dataset) <= NEIGHBOURS:
             raise InputError(f"a comparison needs more than {NEIGHBOURS} images, {dataset.name} has {len(dataset)}")
@@ -117,6 +116,15 @@ class Reference:
                 "precision_recall": f"k = {NEIGHBOURS}, of at most {KEPT} images a side",
             },
         }
+
+
+def check_pictures(dataset: Dataset) -> None:
+    """Refuse real images that nothing can be compared with."""
+    if dataset.latents:
+        raise InputError(
+            f"{dataset.name} holds latents, which are no pictures and are not compared as such: dualout evaluate "
+            "--decode compares what a model's latents are decoded to with the pictures that --data names"
+        )
 
 
 def cache_file(dataset: Dataset, features: Features) -> Path:
