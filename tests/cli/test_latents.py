@@ -99,6 +99,13 @@ def test_latents_are_written_as_they_are_and_read_as_data(run, made, tmp_path, m
     assert told["sampler"]["clip"] is None
     data = load(f"arrays:{tmp_path / 'out' / 'images.npz'}:latents=true")
     assert np.array_equal(data.batch(range(7)), found)
+    # of two processes each makes its share
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert sample(run, tmp_path / "shared", "--format", "npz") == 0
+    monkeypatch.undo()
+    assert np.array_equal(np.load(tmp_path / "shared" / "images.npz")["images"], found)
     # only who asks for it has them clipped
     assert sample(run, tmp_path / "clipped", "--format", "npz", "--clip") == 0
     assert protocol(tmp_path / "clipped")["sampler"]["clip"] == [-1.0, 1.0]
@@ -266,8 +273,11 @@ def test_a_comparison_of_latents_is_refused_before_anything_is_trained(made, tmp
 
 
 def test_a_dry_run_names_what_it_does_not_count(run, vae, tmp_path, capsys):
-    assert sample(run, tmp_path / "out", "--decode", vae, "--dry_run") == 0
-    assert f"to 1×8×8 by {vae}, which is not counted" in " ".join(capsys.readouterr().out.split())
+    told = ["--steps", "2", "--decode", str(vae), "--dry_run", "--device", "cpu", "--out", str(tmp_path / "out")]
+    for command in (["sample", str(run)], ["evaluate", str(run), "--data", "digits"]):
+        assert main([*command, *told]) == 0
+        assert f"to 1×8×8 by {vae}, which is not counted" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_exported_pipeline_neither_clips_nor_calls_latents_pictures(run, tmp_path, made):

@@ -122,8 +122,6 @@ def _dry_run(options: Options, sampling: Sampling, part: tuple[int, int]) -> Non
     from dualout.cli._cost import print_cost
 
     told = {"times": ", ".join(map(str, sampling.stepping.timesteps(sampling.model.denoiser.schedule)))}
-    if options.decode is not None:
-        told["decoded"] = f"to {'×'.join(map(str, sampling.model.image))} by {options.decode}, which is not counted"
     print_cost(options, [sampling], options.images, part[1], told)
 
 
