@@ -421,6 +421,8 @@ def test_worse_and_score() -> None:
     before = torch.rand(4, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     now = before * torch.tensor([0.5, 1.0, 1.001, 1.5], dtype=torch.float64)[:, None]
     assert opening.worse(now, before) == [2, 3]
+    # the same numbers, rounded differently
+    assert opening.worse(before * (1 + 1e-13), before) == []
     assert opening.score(now, before) == pytest.approx((math.log(0.5) + math.log(1.001) + math.log(1.5)) / 4)
 
 

@@ -78,7 +78,9 @@ def opened(errors: Errors, closed: float) -> list[float]:
 def worse(now: Tensor, before: Tensor) -> list[int]:
     """The bins in which an error (bins, images) is larger than it was, beyond chance."""
     more = now - before
-    return (more.mean(1) > (SURE + 1) * standard_error(more)).nonzero().flatten().tolist()
+    # what is rounded differently may be so in the same direction for every image
+    rounding = 1e-9 * before.mean(1)
+    return (more.mean(1) > (SURE + 1) * standard_error(more) + rounding).nonzero().flatten().tolist()
 
 
 def score(now: Tensor, before: Tensor) -> float:
