@@ -215,17 +215,13 @@ def call(network: nn.Module, example: Example) -> Tensor:
     dtype = next((p.dtype for p in network.parameters() if p.dtype in _COMPUTED), x_t.dtype)
     if x_t.is_floating_point() and x_t.dtype != dtype:
         x_t = x_t.to(dtype)
-    modes = {m: m.training for m in network.modules()}
-    network.eval()
     try:
-        output = network(x_t, t, **(rest[0] if rest else {}))
+        with evaluating(network):
+            output = network(x_t, t, **(rest[0] if rest else {}))
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         raise InputError(
             f"this {type(network).__name__} cannot be called as (x_t, t) with x_t of shape {tuple(x_t.shape)}: {error}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     tensor = tensor_of(output)
     if tensor.device.type != "meta" and tensor.isnan().any():
         raise InputError(
@@ -233,6 +229,18 @@ def call(network: nn.Module, example: Example) -> Tensor:
             "nothing can be seen; say example=(x_t, t) with others"
         )
     return tensor
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Dropout and the like are off meanwhile; every part then has the mode that it had."""
+    modes = {m: m.training for m in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

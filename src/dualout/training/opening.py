@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -88,6 +89,41 @@ def score(now: Tensor, before: Tensor) -> float:
     return float((now.mean(1) / before.mean(1)).log().mean())
 
 
+class Look(NamedTuple):
+    """What held-out images say of an upgraded model."""
+
+    ratios: list[float]
+    """Of each bin; the closed one where the new route does not help."""
+    score: float
+    """The mean over t of log(error of x0 / error before): below 0 is better."""
+    worse: list[int]
+    """Bins with a larger error than before, beyond chance."""
+    rows: list[dict[str, Any]]
+    """A bin of t each: t, error before, error of either route now, ratio, error now."""
+
+
+def look(errors: Errors, before: Tensor, closed: float, steps: int, *, shut: bool = False) -> Look:
+    """Decide where the gate is opened, and compare with the errors of the original.
+
+    Args:
+        errors: measured ones.
+        before: the original's, (bins, images).
+        closed: the ratio that uses the trained route alone, 0 or 1.
+        steps: T.
+        shut: leave the gate closed everywhere.
+    """
+    ratios = [closed] * len(before) if shut else opened(errors, closed)
+    now = errors.of(torch.tensor(ratios, dtype=torch.float64))
+    columns = {"before": before, "eps": errors.of(0.0), "x0": errors.of(1.0), "after": now}
+    means = {name: values.mean(1).tolist() for name, values in columns.items()}
+    rows = [
+        {"t": f"{first}–{end - 1}", "open": ratio != closed, "ratio": ratio}
+        | {name: values[b] for name, values in means.items()}
+        for b, (ratio, (first, end)) in enumerate(zip(ratios, pairwise(bin_edges(steps, len(before))), strict=True))
+    ]
+    return Look(ratios, score(now, before), worse(now, before), rows)
+
+
 def standard_error(values: Tensor) -> Tensor:
     """Of the mean of each row."""
     return values.std(1) / math.sqrt(max(values.shape[1], 1))
@@ -113,7 +149,7 @@ def measure(denoiser: Denoiser, batches: Iterable[Noised], bins: int) -> Errors:
 
     Args:
         denoiser: of an `Upgraded` parameterization.
-        batches: as many images in each bin.
+        batches: as many images in each bin, each batch of one.
         bins: how many there are.
     """
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in range(bins)]
@@ -126,6 +162,7 @@ def measure(denoiser: Denoiser, batches: Iterable[Noised], bins: int) -> Errors:
         eps, x0 = (double(reading.read(raw, x_t, level).x0) for reading in readings)
         error, step = double(batch.x0) - eps, x0 - eps
         values = (error.square(), error * step, step.square())
+        assert isinstance(batch.bin, int)
         found[batch.bin].append(tuple(v.flatten(1).mean(1).cpu() for v in values))
     return Errors(*(torch.stack([torch.cat([row[k] for row in rows]) for rows in found]) for k in range(3)))
 
@@ -174,14 +211,39 @@ class Stream:
             yield from (self._noised(k % self.bins, rows, k) for k, rows in enumerate(blocks))
 
     def _noised(self, bin: int, rows: np.ndarray, number: int) -> Noised:
-        low, high = self.edges[bin], self.edges[bin + 1]
-        t = low + (mix(self.seed, _TIME, number, rows) % np.uint64(high - low)).astype(np.int64)
         x0 = pixels.to_model(self.dataset.batch(rows)).to(self.device)
-        eps = noise(mix(self.seed, _NOISE, number, rows), x0.shape[1:], device=self.device)
         conditions: dict[str, Any] = {}
         if self.conditional and self.dataset.labels is not None:
             conditions["class_labels"] = self.dataset.labels[torch.from_numpy(rows)].to(self.device)
-        return Noised(bin, x0, torch.from_numpy(t).to(self.device), eps, conditions)
+        return noised(bin, x0, rows, number, self.edges, self.seed, conditions)
+
+
+def noised(
+    bin: int | np.ndarray,
+    x0: Tensor,
+    rows: np.ndarray,
+    number: int,
+    edges: Sequence[int],
+    seed: int,
+    conditions: dict[str, Any],
+) -> Noised:
+    """Draw a time step of a bin, and noise, for each image of a batch.
+
+    Args:
+        bin: of all of them, or of each, (B,).
+        x0: the images.
+        rows: a number for each image, (B,).
+        number: what else the draws depend on.
+        edges: of the bins.
+        seed: of the draws.
+        conditions: what the network is told besides.
+    """
+    bounds = np.array(edges)
+    low, high = bounds[bin], bounds[bin + 1]
+    t = low + (mix(seed, _TIME, number, rows) % np.asarray(high - low, dtype=np.uint64)).astype(np.int64)
+    eps = noise(mix(seed, _NOISE, number, rows), x0.shape[1:], device=x0.device)
+    each = bin if isinstance(bin, int) else torch.from_numpy(bin)
+    return Noised(each, x0, torch.from_numpy(t).to(x0.device), eps, conditions)
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:

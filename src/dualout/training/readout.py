@@ -9,7 +9,8 @@ each bin's error is known without another pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,16 +25,17 @@ from dualout.networks.wide import TRANSPOSED, rows_of, weight_rows
 
 
 class Noised(NamedTuple):
-    """Images with noise, all of one bin of t."""
+    """Images with noise."""
 
-    bin: int
+    bin: int | Tensor
+    """The bin of t that all are of, or that each is of, (B,), on the processor."""
     x0: Tensor
     """(B, C, H, W)."""
     t: Tensor
     """(B,)."""
     noise: Tensor
     """(B, C, H, W)."""
-    conditions: dict[str, Tensor]
+    conditions: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -123,7 +125,7 @@ def collect(
         denoiser: of a widened network.
         layer: the output layer's name in the network.
         outputs: which of the network's output channels are new.
-        batches: what to look at.
+        batches: what to look at; images may be of several sizes.
         bins: how many bins of t there are.
         target: "x0" or "noise": what the new outputs are to give.
         pixels: positions to look at in each batch, at random; None is all.
@@ -136,14 +138,15 @@ def collect(
         InputError: when the network's output is not the layer's, rearranged.
     """
     module = denoiser.network.get_submodule(layer)  # type: ignore[union-attr]
-    moments = found = None
+    moments = None
+    found: dict[torch.Size, tuple[Tensor, Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
         alpha, sigma = denoiser.schedule.level(batch.t).like(batch.x0)
         x_t = alpha * batch.x0 + sigma * batch.noise
-        if found is None:
-            found = _placed(denoiser, module, outputs, x_t, batch)
-        rows, place = found
+        if x_t.shape[1:] not in found:
+            found[x_t.shape[1:]] = _placed(denoiser, module, outputs, x_t, batch)
+        rows, place = found[x_t.shape[1:]]
         features = _entering(denoiser, module, x_t, batch)
         y = getattr(batch, target)
         # (C, H, W) of the image -> (positions, rows) of the layer
@@ -152,15 +155,24 @@ def collect(
         if pixels is not None and pixels < features.shape[1]:
             some = torch.randperm(features.shape[1], generator=generator)[:pixels].to(features.device)
             features, aimed = features[:, some], aimed[:, some]
-        phi = double(features.flatten(0, 1))
-        if module.bias is not None:
-            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
-        if moments is None:
-            moments = Moments.none(bins, phi.shape[1], len(rows), phi.device)
-        moments.add(batch.bin, phi, double(aimed.flatten(0, 1)))
-    if moments is None or found is None:
+        for bin, own in _by_bin(batch.bin):
+            phi = double(features[own].flatten(0, 1))
+            if module.bias is not None:
+                phi = torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
+            if moments is None:
+                moments = Moments.none(bins, phi.shape[1], len(rows), phi.device)
+            moments.add(bin, phi, double(aimed[own].flatten(0, 1)))
+    if moments is None:
         raise InputError("there are no images to solve the new rows with")
-    return moments, found[0]
+    return moments, next(iter(found.values()))[0]
+
+
+def _by_bin(bin: int | Tensor) -> Iterator[tuple[int, Any]]:
+    """Each bin of a batch, and which of its images are of it."""
+    if isinstance(bin, int):
+        yield bin, slice(None)
+    else:
+        yield from ((b, bin == b) for b in bin.unique().tolist())
 
 
 @torch.no_grad()
@@ -225,34 +237,44 @@ def _entering(denoiser: Denoiser, layer: nn.Module, x_t: Tensor, batch: Noised) 
 
     with layer.register_forward_hook(note):
         denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
-    return seen[0]
+    return seen[0].reshape(len(x_t), -1, seen[0].shape[2])
 
 
 @torch.no_grad()
 def _placed(denoiser: Denoiser, layer: nn.Module, outputs: slice, x_t: Tensor, batch: Noised) -> tuple[Tensor, Tensor]:
     """Which rows make these outputs, (R,), and where (C, H, W), flattened, lies in (positions, R).
 
-    The layer's result is replaced by numbers, and the network's output then tells where each went.
+    The layer's result is replaced by numbers, and the network's output then tells where each went: digit by digit, as
+    half precision, which some networks return to, counts no further than to 256.
     """
-    shape: list[Any] = []
+    shape, base = [0], 128
 
-    def numbered(_: nn.Module, __: Any, y: Tensor) -> Tensor:
-        shape[:] = [y.shape, isinstance(layer, nn.Linear)]
-        return torch.arange(y.numel(), dtype=torch.float32, device=y.device).view_as(y)
+    def digit(k: int) -> Tensor:
+        def numbered(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+            shape[:] = y.shape
+            return (torch.arange(y.numel(), device=y.device) // base**k % base).float().view_as(y)
 
-    with layer.register_forward_hook(numbered):
-        # of the whole batch, of which the first image is read: not every condition has a row an image
-        raw = denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
-    index = raw[0, outputs].flatten()
-    size, linear = torch.Size(shape[0][1:]), shape[1]
-    whole = index.round()
-    if not torch.equal(index, whole) or not 0 <= whole.min() <= whole.max() < size.numel() or size.numel() > 2**24:
+        with layer.register_forward_hook(numbered):
+            # of the whole batch, of which the first image is read: not every condition has a row an image
+            raw = denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
+        return raw[0, outputs].flatten()
+
+    found = [digit(0)]
+    found += [digit(k) for k in range(1, math.ceil(math.log(math.prod(shape), base)))]
+    digits = torch.stack(found)
+    flat = (digits.long() * base ** torch.arange(len(digits), device=digits.device)[:, None]).sum(0)
+    # frames of a video may be images of their own for the layer
+    unit, each = math.prod(shape[1:]), math.prod(shape) // len(x_t)
+    whole = torch.equal(digits, digits.round()) and bool(((digits >= 0) & (digits < base)).all())
+    if not whole or flat.max() >= each or len(flat.unique()) < len(flat):
         raise InputError(
             "the new rows cannot be solved for in closed form: what comes after the output layer does more than "
-            "rearrange its result; --start zero begins with empty rows instead"
+            "rearrange its result; dualout upgrade --start zero, or a loop of one's own, trains them from zero instead"
         )
-    flat, count = whole.long(), rows_of(layer)
-    positions = size.numel() // count
-    row, position = (flat % count, flat // count) if linear else (flat // positions, flat % positions)
+    count = rows_of(layer)
+    positions = unit // count
+    image, inside = flat // unit, flat % unit
+    last = isinstance(layer, nn.Linear)
+    row, position = (inside % count, inside // count) if last else (inside // positions, inside % positions)
     rows, number = row.unique(return_inverse=True)
-    return rows, position * len(rows) + number
+    return rows, (image * positions + position) * len(rows) + number

@@ -79,7 +79,7 @@ def upgraded_of(denoiser: Denoiser) -> Upgraded:
     p = denoiser.parameterization
     base = p.base if isinstance(p, LearnedVariance) else p
     if not isinstance(base, Upgraded):
-        raise InputError(f"this is not an upgraded model, but one of {p.spec}")
+        raise InputError(f"this is not an upgraded model, but one of {p.spec}; upgrade(denoiser) makes one")
     return base
 
 

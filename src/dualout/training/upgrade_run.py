@@ -12,12 +12,10 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
 
 from dualout import checkpoint, data
 from dualout.data.base import Progress
@@ -29,10 +27,11 @@ from dualout.networks.adapter import config_of
 from dualout.networks.device import device
 from dualout.networks.trace import call
 from dualout.training import opening, readout
+from dualout.training.closed_form import solve
 from dualout.training.estimate import Estimate, estimate
 from dualout.training.run import Run
 from dualout.training.setup import about_data, assemble, check_data, check_fit, data_on_card
-from dualout.training.upgrade import between, open_gate, output_layer, set_scope, upgrade, upgraded_of
+from dualout.training.upgrade import between, open_gate, set_scope, upgrade, upgraded_of
 from dualout.training.upgrade_config import UpgradeConfig, refuse_changes
 
 RECORD = "upgrade.json"
@@ -216,30 +215,10 @@ class Upgrade:
 
     def _solve(self) -> None:
         """Put the new rows where least squares has them."""
-        config, rows = self.config, self.rest[: self.config.images]
-        stream = self._stream(rows, each=False)
-        c = self.dataset.channels
-        new_first = self.closed == 1
-        name = output_layer(self.denoiser.network)  # type: ignore[arg-type]
-        moments, found = readout.collect(
-            self.denoiser,
-            name,
-            slice(0, c) if new_first else slice(c, 2 * c),
-            self._told("solving", stream),
-            stream.bins,
-            target="noise" if new_first else "x0",
-            pixels=config.pixels,
-            seed=config.seed,
-        )
-        trained = self.start.mean(1).to(moments.count.device)
-        if new_first:
-            # an error of the noise is one of the image times sigma / alpha
-            alpha, sigma = self.denoiser.schedule.tables()
-            gain = (alpha / sigma).square().to(trained)
-            edges = stream.edges
-            trained = trained * torch.stack([gain[a:b].mean() for a, b in pairwise(edges)])
-        solution = moments.solve_blended(trained)
-        readout.write_rows(self.denoiser.network.get_submodule(name), found, solution)  # type: ignore[union-attr]
+        config = self.config
+        stream = self._stream(self.rest[: config.images], each=False)
+        told = self._told("solving", stream)
+        solve(self.denoiser, told, self.start, self.dataset.channels, pixels=config.pixels, seed=config.seed)
 
     def _tuned(self) -> Iterator[Check]:
         config = self.config
@@ -284,27 +263,15 @@ class Upgrade:
         errors = self._measured(denoiser) if errors is None else errors
         # before anything is trained, the new rows are zero: nothing to open the gate for
         original = stage == "original"
-        ratios = [self.closed] * self.config.bins if original else opening.opened(errors, self.closed)
-        now = errors.of(torch.tensor(ratios, dtype=torch.float64))
-        score, worse = opening.score(now, self.start), opening.worse(now, self.start)
-        kept = original or (score < self.best and not worse)
-        check = Check(stage, step, round(self.seconds, 3), score, worse, kept, share, self._rows(errors, ratios, now))
+        found = opening.look(errors, self.start, self.closed, self.steps, shut=original)
+        kept = original or (found.score < self.best and not found.worse)
+        check = Check(stage, step, round(self.seconds, 3), found.score, found.worse, kept, share, found.rows)
         self.checks.append(check)
         if kept:
-            self.best, self.table = score, check.rows
-            self._write(open_gate(denoiser, ratios), check)
+            self.best, self.table = found.score, check.rows
+            self._write(open_gate(denoiser, found.ratios), check)
         self._record()
         return check
-
-    def _rows(self, errors: opening.Errors, ratios: list[float], now: Tensor) -> list[dict[str, Any]]:
-        edges = opening.bin_edges(self.denoiser.schedule.steps, self.config.bins)
-        columns = {"before": self.start, "eps": errors.of(0.0), "x0": errors.of(1.0), "after": now}
-        means = {name: values.mean(1).tolist() for name, values in columns.items()}
-        return [
-            {"t": f"{edges[b]}–{edges[b + 1] - 1}", "open": ratios[b] != self.closed, "ratio": ratios[b]}
-            | {name: values[b] for name, values in means.items()}
-            for b in range(self.config.bins)
-        ]
 
     def _write(self, denoiser: Denoiser, check: Check) -> None:
         config, dataset = self.config, self.dataset
