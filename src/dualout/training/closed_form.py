@@ -80,12 +80,11 @@ def fit(
 ) -> Fitted:
     """Fit the new output of an upgraded model by least squares, in one pass, and open its gate where that helps.
 
-        fitted = fit(upgrade(denoiser), loader)
-
-    Time steps and noise are drawn here, as many images in each bin of t. The result errs in no bin more than the model
-    did before, on the held-out images, each of which is in every bin: where the blend is not better beyond chance, the
-    trained output alone is used. Where that is so everywhere, the new rows are put back and the result is the denoiser
-    itself, which samples as the original does, bit for bit.
+    ``fit(upgrade(denoiser), loader).denoiser`` is the result. Time steps and noise are drawn here, as many
+    images in each bin of t. The result errs in no bin more than the model did before, on the held-out images, each of
+    which is in every bin: where the blend is not better beyond chance, the trained output alone is used. Where that is
+    so everywhere, the new rows are put back and the result is the denoiser itself, which samples as the original does,
+    bit for bit.
 
     Args:
         denoiser: what `upgrade` made. The new rows of its network's output layer are written in place; the result has
