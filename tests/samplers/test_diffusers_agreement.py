@@ -18,6 +18,7 @@ from dualout.errors import InputError
 from dualout.parameterizations import Dual, Epsilon, Parameterization
 from dualout.randomness import SeededDraw, noise
 from dualout.samplers import DDIM, DDPM, IPNDM, DPMSolver, FromDiffusers, Heun, Sampler, UniPC
+from dualout.samplers.diffusers import named_scheduler
 from dualout.schedules import Cosine, Linear, RectifiedFlow, Schedule
 from oracles import toy_output
 
@@ -248,7 +249,33 @@ def test_time_steps_may_be_told_where_the_class_takes_them() -> None:
     a, b = (s.sample(denoiser, start().float(), draw) for s in (sampler, same))
     assert a.shape == b.shape
     with pytest.raises(InputError, match="cannot be told its time steps"):
-        ours(FromDiffusers("DDIMScheduler", steps=3, spacing="linspace"))
+        ours(FromDiffusers("DDIMScheduler", steps=3, spacing=(900, 400, 20)))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_a_spacing_by_name_is_the_setting_of_a_class_that_takes_no_time_steps(name: str, steps: int) -> None:
+    told = FromDiffusers(name, steps=steps, spacing="trailing")
+    theirs = named_scheduler(name, Linear(), timestep_spacing="trailing")
+    assert told.timesteps(Linear()) == DDIM(steps=steps).timesteps(Linear())
+    torch.testing.assert_close(ours(told), ours(FromDiffusers(theirs, steps=steps)), rtol=0, atol=0)
+    leading = getattr(diffusers, name)(**LINEAR, timestep_spacing="leading")
+    ours(FromDiffusers(leading, steps=steps, spacing="trailing"))
+    assert leading.config.timestep_spacing == "leading"  # it is a copy that is set
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "says"),
+    [
+        ("DDIMScheduler", "quadratic", "only a spacing: trailing, leading, linspace"),
+        ("UniPCMultistepScheduler", "leading", r"leading spacing are others .* say trailing"),
+        ("PNDMScheduler", "trailing", "looks 14 times in 5 steps"),
+        ("RePaintScheduler", "trailing", "cannot follow the denoiser's schedule"),
+    ],
+)
+def test_a_spacing_that_a_class_has_not_is_refused(name: str, spacing: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        FromDiffusers(name, steps=5, spacing=spacing).sample(Denoiser(eps_network, Epsilon(), Linear()), start())
 
 
 @pytest.mark.parametrize(

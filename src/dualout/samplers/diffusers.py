@@ -44,7 +44,8 @@ class FromDiffusers(Sampler):
     Attributes:
         scheduler: a scheduler, whose noise schedule must be the denoiser's; or the name of one of diffusers' classes,
             which is built with the denoiser's schedule and its own defaults. It is copied, never changed.
-        spacing: None leaves the time steps to the scheduler; anything else is given to it, where its class takes them.
+        spacing: None leaves the time steps to the scheduler. Anything else is given to it: as time steps where its
+            class takes them, and else as its setting `timestep_spacing`, where that says the same.
     """
 
     name = "diffusers"
@@ -76,7 +77,8 @@ class FromDiffusers(Sampler):
 
     def plan(self, schedule: Schedule, times: Sequence[int]) -> list[_Stage]:
         """One scheduler, made ready, and its time step at each step."""
-        scheduler = _ready(self.scheduler, schedule, self.steps, None if isinstance(self.spacing, _OwnTimes) else times)
+        own = isinstance(self.spacing, _OwnTimes)
+        scheduler = _ready(self.scheduler, schedule, self.steps, None if own else times, self.spacing)
         if isinstance(self.scheduler, str) and clips_itself(type(scheduler)):
             scheduler.register_to_config(**clip_settings(self.clip))
         rescaled = float(scheduler.init_noise_sigma) != 1
@@ -101,6 +103,8 @@ class FromDiffusers(Sampler):
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+_SETTINGS = ("trailing", "leading", "linspace")
+"""What `timestep_spacing` may be."""
 
 
 def model_output(p: Prediction, scheduler: Any, clip: tuple[float, float] | None) -> Tensor:
@@ -200,10 +204,7 @@ class _OwnTimes:
         scheduler = _ready(self.scheduler, schedule, steps, None)
         times = scheduler.timesteps.tolist()
         name = type(scheduler).__name__
-        if len(times) != steps:
-            raise InputError(
-                f"{name} looks {len(times)} times in {steps} steps; only those that look once a step can be used"
-            )
+        _check_count(name, times, steps)
         if any(abs(t - round(t)) > 1e-6 for t in times):
             raise InputError(
                 f"{name} asks for time steps between the discrete ones, such as {times[1]}; set its timestep_spacing"
@@ -211,19 +212,35 @@ class _OwnTimes:
         return [round(t) for t in times]
 
 
-def _ready(scheduler: Any, schedule: Schedule, steps: int, times: Sequence[int] | None) -> Any:
+def _check_count(name: str, times: Sequence[Any], steps: int) -> None:
+    if len(times) != steps:
+        raise InputError(
+            f"{name} looks {len(times)} times in {steps} steps; only those that look once a step can be used"
+        )
+
+
+def _ready(scheduler: Any, schedule: Schedule, steps: int, times: Sequence[int] | None, spacing: Any = None) -> Any:
     """A copy of the scheduler, or a new one of that name, with its time steps set."""
     named = isinstance(scheduler, str)
     scheduler = named_scheduler(scheduler, schedule) if named else check_schedule(copy.deepcopy(scheduler), schedule)
-    if times is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise InputError(
-            f"{type(scheduler).__name__} cannot be told its time steps; leave spacing to it, or set its "
-            "timestep_spacing"
-        )
+    name = type(scheduler).__name__
+    takes = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+    if times is not None and not takes:
+        if not (spacing in _SETTINGS and "timestep_spacing" in scheduler.config):
+            raise InputError(f"{name} cannot be told its time steps, only a spacing: {', '.join(_SETTINGS)}")
+        scheduler.register_to_config(timestep_spacing=spacing)
     try:
-        scheduler.set_timesteps(steps) if times is None else scheduler.set_timesteps(timesteps=list(times))
+        scheduler.set_timesteps(timesteps=list(times)) if takes and times is not None else scheduler.set_timesteps(
+            steps
+        )
     except ValueError as error:
-        raise InputError(f"{type(scheduler).__name__} cannot take these {steps} steps: {error}") from error
+        raise InputError(f"{name} cannot take these {steps} steps: {error}") from error
+    if times is not None and (own := scheduler.timesteps.tolist()) != list(times):
+        _check_count(name, own, steps)
+        raise InputError(
+            f"{name} cannot be told its time steps, and those of its own {spacing} spacing are others than "
+            f"{list(times)}: {own}. Take another spacing" + (", say trailing" if spacing != "trailing" else "")
+        )
     return scheduler
 
 
@@ -237,6 +254,8 @@ def named_scheduler(name: str, schedule: Schedule, **settings: Any) -> Any:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     cls = getattr(diffusers, name, None)
+    if needed := getattr(cls, "_backends", None):
+        raise InputError(f"{name} of diffusers needs {' and '.join(needed)}, of which something is not installed")
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         raise unknown("scheduler of diffusers", name, [n for n in dir(diffusers) if n.endswith("Scheduler")])
     if "trained_betas" not in inspect.signature(cls).parameters:
@@ -244,7 +263,11 @@ def named_scheduler(name: str, schedule: Schedule, **settings: Any) -> Any:
     alpha = schedule.level(torch.arange(schedule.steps, device="cpu")).alpha
     betas = 1 - (alpha / torch.cat([alpha.new_ones(1), alpha[:-1]])) ** 2
     settings |= {"num_train_timesteps": schedule.steps, "trained_betas": betas.tolist()}
-    return check_schedule(cls(**settings), schedule)
+    try:
+        scheduler = cls(**settings)
+    except TypeError as error:
+        raise InputError(f"{name} cannot follow the denoiser's schedule: {error}") from error
+    return check_schedule(scheduler, schedule)
 
 
 def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
