@@ -40,6 +40,11 @@ def test_a_bad_value_is_refused_by_its_flag(field, value, says):
         TrainConfig(**{field: value})
 
 
+def test_the_sampler_of_grids_that_are_not_made_is_checked_too():
+    with pytest.raises(InputError, match="did you mean 'ddim'"):
+        TrainConfig(sampler="dim", sample_every=0)
+
+
 def test_parts_of_a_batch_are_equal():
     with pytest.raises(InputError, match="batch_size 10 cannot be taken in --accumulate 4"):
         TrainConfig(batch_size=10, accumulate=4)

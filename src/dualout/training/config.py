@@ -152,8 +152,7 @@ class TrainConfig:
             self.parameterization = Parameterization.parse(self.parameterization).spec
         if self.schedule is not None:
             self.schedule = Schedule.parse(self.schedule).spec
-        if self.sample_every:
-            Sampler.parse(self.sampler)
+        Sampler.parse(self.sampler)
 
     def asdict(self) -> dict[str, Any]:
         """Every field, as plain JSON values."""
