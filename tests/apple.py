@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # torch imports it when it is first needed, which fails in a mode that answers for torch's functions
+import torch._dynamo  # torch imports it where it is first needed, which fails in a mode that answers for torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode

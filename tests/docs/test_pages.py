@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import pkgutil
 import re
 import shlex
@@ -211,6 +212,19 @@ def test_the_reference_shows_what_there_is() -> None:
         assert module.__name__ in names
         hidden = {path.stem for path in Path(str(module.__file__)).parent.glob("*.py")} & set(module.__all__)
         assert {f"{module.__name__}.{name}" for name in hidden} <= names
+
+
+def test_the_contract_tests_take_the_classes_of_the_guide(tmp_path: Path) -> None:
+    mine = next(block for block in blocks(HOME / "docs" / "guide" / "extend.md") if block.file == "mine.py")
+    (tmp_path / "mine.py").write_text(mine.text, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = '-m pytest -n 0 -p no:cacheprovider -p mine tests/contracts -k "score or twostep"'
+    found = subprocess.run(
+        [sys.executable, *shlex.split(command)], cwd=HOME, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout
+    assert int(re.search(r"(\d+) passed", found.stdout)[1]) >= 40  # type: ignore[index]
 
 
 def test_a_command_that_is_not_run_is_found() -> None:

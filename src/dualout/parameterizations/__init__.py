@@ -1,6 +1,6 @@
 """Parameterizations: how a network's output is turned into a `Prediction`, and what training minimizes."""
 
-from dualout.parameterizations.base import Parameterization, SingleOutput
+from dualout.parameterizations.base import Parameterization, SingleOutput, check_channels
 from dualout.parameterizations.clean import CleanImage
 from dualout.parameterizations.dual import Dual
 from dualout.parameterizations.epsilon import Epsilon
@@ -22,6 +22,7 @@ __all__ = [
     "SingleOutput",
     "Upgraded",
     "Velocity",
+    "check_channels",
 ]
 
 discover(__name__, __path__)

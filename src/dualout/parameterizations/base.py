@@ -149,7 +149,20 @@ def mean_square(difference: Tensor) -> Tensor:
 
 
 def check_channels(raw: Tensor, x_t: Tensor, allowed: tuple[int, ...], name: str) -> int:
-    """Refuse an output that has another number of channels than the parameterization needs; returns the number."""
+    """Refuse an output of another shape than a parameterization reads.
+
+    Args:
+        raw: the network's output.
+        x_t: the noisy images it was given, (B, C, H, W).
+        allowed: the numbers of channels that are read.
+        name: of the parameterization.
+
+    Returns:
+        the number of channels.
+
+    Raises:
+        InputError: unless `raw` is (B, one of `allowed`, H, W).
+    """
     shape, images = raw.shape, x_t.shape
     if shape[1] not in allowed or shape[0] != images[0] or shape[2:] != images[2:]:
         need = " or ".join(f"({', '.join(map(str, (images[0], c, *images[2:])))})" for c in allowed)
