@@ -168,6 +168,26 @@ def test_a_plain_network_is_traced(tail: nn.Module | None) -> None:
     same_first(wide.eval(), network.eval(), 5, torch.randn(3, 2, 9, 9), torch.tensor([0, 5, 999]))
 
 
+class Classes(nn.Module):
+    """A network that is called as (x, t, y)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 8, 3, padding=1)
+        self.classes = nn.Embedding(4, 8)
+        self.last = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.last((self.first(x) + self.classes(y)[:, :, None, None]).relu())
+
+
+@pytest.mark.parametrize("around", [lambda network: network, lambda network: Positional(network, ["y"])])
+def test_what_a_network_is_told_besides_is_taken_for_classes(around: Any) -> None:
+    network, x, t = around(Classes()), torch.randn(3, 2, 8, 8), torch.tensor([0, 5, 999])
+    told = {"y": torch.tensor([0, 1, 3])}
+    assert torch.equal(widen(network, 5)(x, t, **told)[:, :2], network(x, t, **told))
+
+
 def test_a_network_of_vectors() -> None:
     network, example = Line(), (torch.randn(4, 2), torch.arange(4))
     same_first(widen(network, 5, example=example), network, 5, *example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
+from dualout.networks.adapter import Adapter
 from dualout.networks.output import Interleaved, Output, Plain
+from dualout.networks.positional import Positional
 from dualout.networks.wide import layers_of, rows_of
 
 Example = Sequence[Any]
@@ -177,8 +180,14 @@ def _positions(y: Any, images: Tensor) -> int:
     return y.shape[1] if y.ndim == 3 else 0
 
 
-def guess(network: nn.Module) -> Example:
+def guess(network: nn.Module, called: nn.Module | None = None) -> Example:
     """A noisy image and a time step for a network: 32×32 pixels, with as many channels as its first layer takes.
+
+    What else it cannot be called without is taken for classes, and is 0.
+
+    Args:
+        network: the network itself.
+        called: an adapter of it, if there is one.
 
     Raises:
         InputError: when it has no layer.
@@ -195,7 +204,23 @@ def guess(network: nn.Module) -> Example:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
     # not t = 0: networks that are told a noise level may take its logarithm
-    return x, torch.ones(1, dtype=torch.long, device=weight.device)
+    t = torch.ones(1, dtype=torch.long, device=weight.device)
+    further = _further(network if called is None else called)
+    return (x, t, dict.fromkeys(further, torch.zeros_like(t))) if further else (x, t)
+
+
+def _further(network: nn.Module) -> list[str]:
+    """The arguments after x_t and t that a network cannot be called without."""
+    if isinstance(network, Positional):
+        return network.conditions
+    if isinstance(network, Adapter):
+        return []
+    try:
+        arguments = list(inspect.signature(network.forward).parameters.values())[2:]
+    except (TypeError, ValueError):
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [a.name for a in arguments if a.kind in named and a.default is a.empty]
 
 
 @torch.no_grad()
@@ -219,8 +244,10 @@ def call(network: nn.Module, example: Example) -> Tensor:
         with evaluating(network):
             output = network(x_t, t, **(rest[0] if rest else {}))
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        named = "".join(f", {name}" for name in (rest[0] if rest else {}))
         raise InputError(
-            f"this {type(network).__name__} cannot be called as (x_t, t) with x_t of shape {tuple(x_t.shape)}: {error}"
+            f"this {type(network).__name__} cannot be called as (x_t, t{named}) with x_t of shape {tuple(x_t.shape)}: "
+            f"{error}"
         ) from error
     tensor = tensor_of(output)
     if tensor.device.type != "meta" and tensor.isnan().any():

@@ -49,7 +49,8 @@ def widen(
             the layer by tracing a call.
         places: where the old channels go, by index; None is first, in order. An x0-network's would be C … 2C − 1.
         init: fills the new rows' weights in place, say `torch.nn.init.xavier_uniform_`; their biases are 0.
-        example: arguments of one call, (x_t, t) or (x_t, t, {name: condition}), to trace and to check with.
+        example: arguments of one call, (x_t, t) or (x_t, t, {name: condition}), to trace and to check with. None is
+            noise of 32×32 pixels, t = 1, and class 0 for every further argument that the network must be given.
         inplace: change the network itself instead of a copy.
 
     Returns:
@@ -76,7 +77,7 @@ def widen(
         if example is not None:
             output = folded(network, inner, layer, example, call(network, example)) or output
     elif output is None:
-        example = guess(inner) if example is None else example
+        example = guess(inner, network) if example is None else example
         try:
             output = trace(network, inner, example)
         except InputError as error:
@@ -145,7 +146,7 @@ def _plain(network: nn.Module) -> nn.Module:
 def _callable(network: nn.Module, inner: nn.Module) -> Example | None:
     """A guessed example, if the network can be called with it."""
     try:
-        example = guess(inner)
+        example = guess(inner, network)
         call(network, example)
     except InputError:
         return None

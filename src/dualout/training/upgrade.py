@@ -208,6 +208,6 @@ def _channels(network: nn.Module, example: Example | None) -> int:
     if example is not None:
         return call(network, example).shape[1]
     try:
-        return call(network, guess(inner)).shape[1]
+        return call(network, guess(inner, network)).shape[1]
     except InputError as error:
         raise InputError(f"{error}. How many channels it gives cannot be seen: say example=(x_t, t, {{…}})") from error
