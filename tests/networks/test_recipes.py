@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dualout.samplers import Sampler
 from dualout.schedules import Schedule
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
 SHAPES = {"digits": (1, 8), "fashion-mnist": (1, 28)}
 """Channels and size, where the data decide; colour and the recipe's size elsewhere."""
 PAPER = {"cifar10", "celeba64", "iddpm-cifar10", "imagenet64", "imagenet128"}
@@ -88,6 +90,18 @@ def test_it_says_where_it_comes_from_and_what_to_expect(recipe: Path) -> None:
         assert count == pytest.approx(float(told[1].split()[1]) * 1e6, rel=0.06)
     else:
         assert f"{count:,}" == told[1]
+
+
+@pytest.mark.parametrize("recipe", EXPERIMENTS, ids=lambda r: f"{r.parent.name}-{r.stem}")
+def test_an_experiment_says_where_it_comes_from_and_what_was_found(recipe: Path) -> None:
+    opening = "".join(line for line in recipe.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    for what in ("Source:", "Data:", "Expect:", "Cost:"):
+        assert f"# {what}" in opening
+    found = re.findall(r"docs/results/[\w-]+\.md", opening)
+    assert found
+    assert all((recipe.parents[2] / page).is_file() for page in found)
+    name = "compare" if recipe.parent.name == "compare" else "train"
+    parse(importlib.import_module(f"dualout.cli.{name}").Options, name, ["--config", str(recipe)])
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem in PAPER], ids=lambda r: r.stem)
