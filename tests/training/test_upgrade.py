@@ -445,6 +445,17 @@ def test_measured_errors_are_those_of_the_routes() -> None:
     assert torch.equal(again.along, errors.along)
 
 
+@pytest.mark.parametrize(("images", "size"), [(1280, 64), (256, 12), (20, 1), (7, 1)])
+def test_few_images_are_spread_over_all_bins(images: int, size: int) -> None:
+    data = Dataset("x", np.zeros((images, 2, 2), np.uint8), "nhw")
+    stream = opening.Stream(data, np.arange(images), 200, 20, 0, torch.device("cpu"), each=False)
+    batches = list(stream)
+    assert {b.bin for b in batches} == set(range(min(images, 20)))
+    assert max(len(b.x0) for b in batches) == size
+    assert sum(len(b.x0) for b in batches) == images
+    assert len(stream) == len(batches)
+
+
 # what is trained
 
 

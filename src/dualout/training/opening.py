@@ -179,7 +179,7 @@ class Stream:
         device: where they go.
         conditional: whether the network is told classes.
         each: every image in every bin; False takes the images in turn, each in one bin.
-        batch_size: images at a time.
+        batch_size: images at a time, at most: where each is in one bin, so few that no bin is left out.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Stream:
     ) -> None:
         self.dataset, self.rows, self.seed, self.device = dataset, rows, seed, device
         self.edges, self.bins, self.conditional, self.each = bin_edges(steps, bins), bins, conditional, each
-        self.batch_size = batch_size
+        self.batch_size = batch_size if each else min(batch_size, max(1, len(rows) // bins))
 
     def __len__(self) -> int:
         blocks = -(-len(self.rows) // self.batch_size)
