@@ -62,6 +62,13 @@ def test_no_color_takes_the_colour_away_and_leaves_the_progress() -> None:
     assert "2/2" in text
 
 
+def test_of_processes_that_share_a_terminal_the_first_shows_progress() -> None:
+    assert "2/2" in in_a_terminal(WORLD_SIZE="2", RANK="0")
+    text = in_a_terminal(WORLD_SIZE="2", RANK="1")
+    assert "training" not in text
+    assert "a line of the log" in text
+
+
 def test_a_terminal_that_knows_nothing_gets_plain_text() -> None:
     text = in_a_terminal(TERM="dumb")
     assert "\x1b" not in text

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dualout.analysis.tables import number
+from dualout.cli._processes import first
 from dualout.errors import printable
 
 
@@ -72,11 +73,12 @@ def wrote(path: Any, what: str = "") -> None:
 
 @contextmanager
 def progress(*columns: str) -> Iterator[Progress]:
-    """A progress display with the given task fields at its end; silent where standard error is no terminal."""
+    """A progress display with the given task fields at its end; silent where standard error is no terminal, and in all
+    processes but the first, as they share one."""
     extra = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *extra,
-        TimeElapsedColumn(), TimeRemainingColumn(), console=log, disable=not log.is_terminal,
+        TimeElapsedColumn(), TimeRemainingColumn(), console=log, disable=not (log.is_terminal and first()),
     )  # fmt: skip
     with bar:
         yield bar

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualout.cli import console
 from dualout.cli._images import Shape, real_images
+from dualout.cli._processes import first
 from dualout.cli.options import listed, out_directory, parse
 from dualout.errors import InputError
 from dualout.files import writable
@@ -102,30 +103,30 @@ def _evaluate(options: Options, group: Group) -> None:
     if options.card and (remote := [name for name in listed(options.runs) if not Path(name).expanduser().is_dir()]):
         raise InputError(f"--card writes into a checkpoint's directory; {remote[0]} is none here")
     if options.dry_run:
-        if group.rank == 0:
+        if first():
             _dry_run(options, group)
         return
     # everything is looked at before anything is made
     scorings = group.in_turn(lambda: _scorings(options, group))
-    out, first = out_directory(_out(options), holds="scores", marker="results.json"), group.rank == 0
+    out = out_directory(_out(options), holds="scores", marker="results.json")
     results = group.in_turn(lambda: Results(out))
     missing = [not all(results.find(row) for row in scoring.pending()) for scoring in scorings]
     todo = [scoring for scoring, made in zip(scorings, group.agreed(missing), strict=True) if made]
-    if first and len(todo) < len(scorings):
+    if first() and len(todo) < len(scorings):
         console.say(f"{len(scorings) - len(todo)} of {len(scorings)} combinations are there already, and are kept")
     for place in [out] * bool(todo) + [Path(name).expanduser() for name in listed(options.runs) if options.card]:
         writable(place)
     _prepare([scoring.sampling for scoring in todo], options, group)
     share = len(group.share(options.images))
     with console.progress("row") as bar:
-        task = bar.add_task("images", total=len(todo) * share, row="", visible=first and bool(todo))
+        task = bar.add_task("images", total=len(todo) * share, row="", visible=bool(todo))
         for done, scoring in enumerate(todo):
             bar.update(task, row=scoring.title)
             for count in scoring.run(options.batch_size):
                 bar.update(task, completed=done * share + count)
-            if first:
+            if first():
                 results.add(scoring.rows())
-    if not first:
+    if not first():
         return
     rows = [row for scoring in scorings for key in scoring.pending() if (row := results.find(key))]
     _print(rows, options)
@@ -247,11 +248,11 @@ def _routes(models: Sequence[Model], routes: Sequence[Route]) -> dict[str, list[
                 refused[model.run] = error
                 continue
             same = found[model.run].setdefault(reading, route)
-            if same != route:
+            if same != route and first():
                 console.say(f"{model.run}: the route {route} is the same as {same}, and is not repeated")
         if len(refused) == len(models):
             raise next(iter(refused.values()))
-        for name in refused:
+        for name in refused if first() else ():
             console.say(f"{name} has no route {route}: those rows are left out")
     return {name: list(readings.values()) for name, readings in found.items()}
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from dualout.cli import _processes
 from dualout.errors import InputError, first_line, printable, unknown
 from dualout.version import __version__
 
@@ -78,22 +79,28 @@ def main(arguments: list[str] | None = None) -> int:
             # a reader that has gone (… | head) is noticed here at the latest
             sys.stdout.flush()
     except InputError as error:
-        print(printable(f"dualout {arguments[0]}: {error}"), file=sys.stderr)
-        return 2
+        return _wrong(f"dualout {arguments[0]}: {error}")
     except (MemoryError, RuntimeError, ValueError) as error:
+        if _processes.deserted(error):
+            return _wrong(f"dualout {arguments[0]}: another of its processes has ended, and this one cannot go on")
         if not out_of_memory(error):
             raise
         advice = "take smaller images, a smaller network, or a smaller --batch_size"
-        why = printable(first_line(error)[:200])
-        print(f"dualout {arguments[0]}: there is not enough memory ({why}); {advice}", file=sys.stderr)
-        return 2
+        return _wrong(f"dualout {arguments[0]}: there is not enough memory ({first_line(error)[:200]}); {advice}")
     except KeyboardInterrupt as stop:
-        print(f"\ndualout {arguments[0]}: stopped", file=sys.stderr)
+        if _processes.first():
+            print(f"\ndualout {arguments[0]}: stopped", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:
         # nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _wrong(message: str) -> int:
+    if _processes.tells(message):
+        print(printable(message), file=sys.stderr)
+    return 2
 
 
 class _Terminated(KeyboardInterrupt):

@@ -6,7 +6,6 @@ With torchrun or accelerate launch, several processes share each batch.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,6 +146,7 @@ def _draw_samples(sampling: Sampling, path: Path, count: int) -> None:
 
 
 def _dry_run(options: Options) -> None:
+    from dualout.cli._processes import first
     from dualout.training.checkpoint import read_run, states
     from dualout.training.estimate import estimate
     from dualout.training.run import refuse_changes
@@ -158,7 +158,7 @@ def _dry_run(options: Options) -> None:
     with console.stages() as told:
         job = assemble(options, progress=told)
     cost = estimate(job)
-    if int(os.environ.get("RANK", "0")):
+    if not first():
         return
     done = states(path)[-1][0] if known else 0
     seconds = cost.step * max(options.steps - done, 0)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from dualout.errors import InputError
 from dualout.evaluation.statistics import Statistics
 
 T = TypeVar("T")
@@ -49,15 +50,24 @@ class Group:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Do the same in every process, in the first before the others, who find in a cache what it has left there."""
+        """Do the same in every process, in the first before the others, who find in a cache what it has left there.
+
+        Raises:
+            InputError: in all, when it is raised in the first.
+        """
         if self.size == 1:
             return work()
-        if self.rank == 0:
+        if self.rank:
+            if (wrong := self.agreed(None)) is not None:
+                raise InputError(wrong)
+            return work()
+        try:
             done = work()
-            dist.barrier()
-            return done
-        dist.barrier()
-        return work()
+        except InputError as error:
+            self.agreed(str(error))
+            raise
+        self.agreed(None)
+        return done
 
     def agreed(self, value: T) -> T:
         """The first process's value, for all."""
