@@ -7,6 +7,8 @@ from PIL import Image
 import dualout
 from dualout.cli.main import main
 from dualout.data.pixels import to_uint8
+from dualout.evaluation.generate import Npz
+from dualout.files import holding
 from dualout.networks.build import build
 
 SHAPE = (1, 8, 8)
@@ -173,3 +175,28 @@ def test_results_that_something_else_damaged(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, str(pictures)]) == 2
     assert "000001.png is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("store", ["png", "npz"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_processes_the_last_draws_the_grid(checkpoint, tmp_path, capsys, monkeypatch, order, store):
+    # 10 images in batches of 4: none of the processes makes all that the grid shows
+    command = ["sample", str(checkpoint), "--images", "10", "--steps", "2", "--device", "cpu", "--batch_size", "4"]
+    command += ["--format", store, "--out"]
+    monkeypatch.setattr(Npz, "most", 4)
+    assert main([*command, str(tmp_path / "one")]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in order:
+        assert not (tmp_path / "two" / "grid.png").exists()
+        capsys.readouterr()
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([*command, str(tmp_path / "two")]) == 0
+    assert "grid.png" in capsys.readouterr().out
+    one, two = ((tmp_path / name / "grid.png").read_bytes() for name in ("one", "two"))
+    assert one == two
+    # and the first, while it is at work, is left to do it
+    (tmp_path / "two" / "grid.png").unlink()
+    monkeypatch.setenv("RANK", "1")
+    with holding(tmp_path / "two"):
+        assert main([*command, str(tmp_path / "two")]) == 0
+    assert not (tmp_path / "two" / "grid.png").exists()

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -153,6 +154,32 @@ def test_two_processes_share_the_work(store, sampling, tmp_path, monkeypatch):
     second = list(generate(sampling, 10, tmp_path / "two", store=store, batch_size=3, part=(1, 2)))
     assert (first[-1], second[-1]) == (6, 4)
     assert torch.equal(stored(tmp_path / "one", 10), stored(tmp_path / "two", 10))
+
+
+def test_of_processes_that_end_at_once_one_puts_the_shards_together(sampling, tmp_path, monkeypatch):
+    monkeypatch.setattr(Npz, "most", 3)
+    list(generate(sampling, 10, tmp_path / "one", store="npz", batch_size=3))
+    out, together, other, calls = tmp_path / "two", Npz._put_together, Npz.finish, []
+    monkeypatch.setattr(Npz, "finish", lambda place: None)
+    for part in (0, 1):
+        list(generate(sampling, 10, out, store="npz", batch_size=3, part=(part, 2)))
+    monkeypatch.setattr(Npz, "finish", other)
+    ends = [Npz(out, sampling.model, 10, 3, None).finish for _ in range(2)]
+
+    def waits(*arguments):
+        # as long as the other process may need to do all of it and to remove the shards
+        calls.append(threading.Thread(target=ends[1]))
+        if len(calls) == 1:
+            calls[0].start()
+            calls[0].join(0.5)
+        together(*arguments)
+
+    monkeypatch.setattr(Npz, "_put_together", waits)
+    ends[0]()
+    calls[0].join()
+    assert len(calls) == 1
+    assert {p.name for p in out.iterdir()} == {"images.npz", "protocol.json"}
+    assert torch.equal(stored(tmp_path / "one", 10), stored(out, 10))
 
 
 def test_png_holds_grey_or_colour(make_model, tmp_path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.errors import InputError, unknown
-from dualout.files import atomically
+from dualout.files import atomically, holding
 
 if TYPE_CHECKING:
     from dualout.evaluation.sampling import Sampling
@@ -112,9 +112,9 @@ def run(arguments: list[str]) -> int | None:
     if part[0] == 0:
         what = "images.npz" if options.format == "npz" else "000000.png" + " …" * (options.images > 1)
         console.wrote(out, f"{console.count(options.images, 'image')}, {what}")
-        if part[1] == 1 and _grid(out, len(sampling.labels or (0,))):
-            console.wrote(out / "grid.png")
         console.wrote(out / PROTOCOL, "how they were made")
+    if _grid(out, options.images, len(sampling.labels or (0,)), part[1]):
+        console.wrote(out / "grid.png")
     return None
 
 
@@ -143,14 +143,25 @@ def _labels(text: str, names: Sequence[str]) -> list[int]:
     return labels
 
 
-def _grid(out: Path, turn: int, most: int = 64) -> bool:
-    """Draw the first images side by side, of which so many classes take turns."""
+def _grid(out: Path, images: int, turn: int, processes: int, most: int = 64) -> bool:
+    """Draw the first images side by side, of which so many classes take turns.
+
+    Of several processes the one that finds them all there draws, as no one waits for another, which may have ended: the
+    last, or the first, whose directory it is, when it has come to its end too.
+
+    Returns:
+        whether it drew.
+    """
     from dualout.analysis.canvas import sheet
     from dualout.evaluation.generate import stored
 
-    images = stored(out, most)
-    if images.is_floating_point() or images.shape[1] not in (1, 3):
+    made = stored(out, count := min(images, most))
+    if len(made) < count or made.is_floating_point() or made.shape[1] not in (1, 3):
         return False
-    with atomically(out / "grid.png") as aside:
-        aside.write_bytes(sheet(images.permute(0, 2, 3, 1).numpy(), turn))
+    with holding(out, wait=False) as ours:
+        # the same request has the same grid
+        if ours is False or (processes > 1 and (out / "grid.png").exists()):
+            return False
+        with atomically(out / "grid.png") as aside:
+            aside.write_bytes(sheet(made.permute(0, 2, 3, 1).numpy(), turn))
     return True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from dualout.errors import InputError, unknown
 from dualout.evaluation.model import Model
 from dualout.evaluation.protocol import differences, listed
 from dualout.evaluation.sampling import Sampling
-from dualout.files import alone, atomically, explained, read_json, refuse_others, sweep, write_json
+from dualout.files import alone, atomically, explained, holding, read_json, refuse_others, sweep, write_json
 
 PROTOCOL = "protocol.json"
 _END_OF_PNG = b"IEND\xaeB`\x82"
@@ -93,13 +93,13 @@ def _made(destination: Store, sampling: Sampling, images: int, batch_size: int, 
 
 
 def stored(out: str | Path, count: int) -> Tensor:
-    """The first images of a finished directory, uint8 (B, C, H, W); latents are float32."""
+    """The first images of a directory, uint8 (B, C, H, W), as many of them as are there; latents are float32."""
     directory = Path(out).expanduser()
     if (directory / Npz.file).exists():
         array = _first_of_npz(directory / Npz.file, count)
     else:
         paths = [path for i in range(count) if (path := png_path(directory, i)).exists()]
-        array = np.stack([_read_png(path) for path in paths])
+        array = np.stack([_read_png(path) for path in paths]) if paths else np.empty((0, 1, 1), np.uint8)
     images = torch.from_numpy(array)
     if images.is_floating_point():
         return images
@@ -284,8 +284,11 @@ class Npz(Store):
 
     def finish(self) -> None:
         """Put the shards together, one in memory at a time, and remove them."""
-        whole = self.directory / self.file
-        blocks = list(self.blocks())
+        # of processes that end at once, one does it, and removes what the other would read
+        with explained(self.shards), suppress(FileNotFoundError), holding(self.shards):
+            self._finish(self.directory / self.file, list(self.blocks()))
+
+    def _finish(self, whole: Path, blocks: Sequence[range]) -> None:
         if not _whole_npz(whole):
             if any(self._rows(block) != len(block) for block in blocks):
                 # another process has not yet made its own; it will do this
