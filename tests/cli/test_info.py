@@ -84,3 +84,76 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert main(["info", str(tmp_path)]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def told(capsys, directory):
+    capsys.readouterr()
+    assert main(["info", str(directory), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["info", str(directory)]) == 0
+    assert capsys.readouterr().out
+    return found
+
+
+def row(**more):
+    protocol = {"reference": {"data": "digits", "split": "test"}}
+    known = {"parameterization": "dual", "route": "mix", "sampler": "ddim", "features": "digits", "images": 60}
+    return known | {"steps": 2, "fd": 3.0, "protocol": protocol} | more
+
+
+def test_tells_what_scores_and_comparisons_are(tmp_path, capsys):
+    rows = [row(), row(fd=2.0, steps=3), row(fd=None), row(fd=1.0, images=500, parameterization="eps")]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    found = told(capsys, tmp_path)
+    assert found["scores"] | {"written": ""} == {
+        "directory": str(tmp_path), "written": "", "rows": 4, "models": "dual, eps", "against": "digits (test)",
+    }  # fmt: skip
+    # of 60 images and of 500 they are not the same number
+    assert [(best["images"], best["steps"], best["fd"]) for best in found["lowest fd"]] == [(60, 3, 2.0), (500, 2, 1.0)]
+    (tmp_path / "models").mkdir()
+    assert "goes on with the same command" in told(capsys, tmp_path)["comparison"]["state"]
+    (tmp_path / "table.json").write_text(json.dumps([{"method": "ours"} | one for one in rows]))
+    found = told(capsys, tmp_path)
+    assert "state" not in found["comparison"]
+    assert found["comparison"]["models"] == "ours"
+    assert found["lowest fd"][0]["method"] == "ours"
+    (tmp_path / "table.json").write_text("[]")
+    assert told(capsys, tmp_path)["comparison"]["rows"] == 0
+    # nor is an export's record scores
+    (tmp_path / "table.json").unlink()
+    (tmp_path / "results.json").write_text('{"format": "onnx"}')
+    assert main(["info", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("store", ["png", "npz"])
+def test_tells_what_images_are(run, tmp_path, capsys, store):
+    out = tmp_path / "images"
+    command = ["sample", str(run), "--steps", "2", "--format", store, "--out", str(out), "--device", "cpu"]
+    assert main([*command, "--images", "3", "--seed", "-1"]) == 0
+    images = told(capsys, out)["images"]
+    assert images["state"] == f"3 images, {store}"
+    assert images["model"] == "run (dual)"
+    assert images["sampler"] == "ddim:steps=2"
+    assert images["seeds"] == "-1 … 1"
+    (out / ("000001.png" if store == "png" else "images.npz")).unlink()
+    assert "not all there yet" in told(capsys, out)["images"]["state"]
+    (out / "protocol.json").write_text(json.dumps({"format": store, "images": 3, "seed": 0, "sampler": [1]}))
+    assert main(["info", str(out)]) == 2
+
+
+def test_tells_what_an_analysis_and_calibrations_are(run, tmp_path, capsys):
+    out = tmp_path / "analysis"
+    small = ["--images", "20", "--samples", "4", "--points", "2", "--steps", "2", "--film", "1", "--device", "cpu"]
+    assert main(["analyze", str(run), *small, "--out", str(out)]) == 0
+    found = told(capsys, out)["analysis"]
+    assert found["state"] == "finished, 3 tables"
+    assert found["model"] == f"{run} (dual)"
+    assert found["real images"].startswith("20 of digits")
+    assert found["made images"] == "4 by ddim:steps=2, seeds 0 … 3"
+    (out / "analysis.json").unlink()
+    assert "not finished" in told(capsys, out)["analysis"]["state"]
+    quick = ["--steps", "2", "--iterations", "1", "--batch_size", "4", "--images", "64", "--move_times", "0"]
+    assert main(["calibrate", str(run), *quick, "--device", "cpu"]) == 0
+    [found] = told(capsys, run / "calibration")["calibrations"]
+    assert (found["file"], found["sampler"], found["data"]) == ("ddim-2-trailing.json", "ddim:steps=2", "digits")
+    assert found["distance"] > 0

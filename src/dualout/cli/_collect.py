@@ -101,12 +101,12 @@ def _scores(paths: Iterable[Path], names: Mapping[Path, str]) -> list[Row]:
                 files[(table if table.exists() else file).resolve()] = None
     rows: dict[str, Row] = {}
     for file in files:
-        for row in _rows(file):
+        for row in score_rows(file):
             rows.setdefault(json.dumps(row, sort_keys=True), row)
     return _with_methods(list(rows.values()), names)
 
 
-def _rows(file: Path) -> list[Row]:
+def score_rows(file: Path) -> list[Row]:
     """The rows of a file of scores; what an export was checked by, which is called alike, has none."""
     found = _parsed(file)
     if found is None or (isinstance(found, dict) and "format" in found):

@@ -1,4 +1,4 @@
-"""Show what is installed, what this machine computes fast, and what a run is."""
+"""Show what is installed, what this machine computes fast, and what a run or another command's directory is."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Options:
     """The options of ``dualout info``."""
 
     run: str | None = field(default=None, metadata={"positional": True})
-    """The directory of a run or a checkpoint, or the name of a Hugging Face Hub repository"""
+    """The directory of a run, a checkpoint, images, scores, a comparison, an analysis or calibrations, or the name of a
+    Hugging Face Hub repository"""
     json: bool = False
     """Print it as JSON"""
 
@@ -107,13 +108,14 @@ def here() -> dict[str, Any]:
 
 
 def about(run: str) -> dict[str, Any]:
-    """What a run or a checkpoint is.
+    """What a run, a checkpoint or another command's directory is.
 
     Raises:
-        InputError: when it is neither, or is damaged.
+        InputError: when it is none of them, or is damaged.
     """
     from dualout import checkpoint
     from dualout.bounded import shapes
+    from dualout.cli import _outputs
     from dualout.training.checkpoint import read_metrics, read_run, states
 
     path = Path(run).expanduser()
@@ -130,6 +132,8 @@ def about(run: str) -> dict[str, Any]:
             "configuration": _changed(config),
         }
     path = checkpoint.locate(run)
+    if not (path / checkpoint.CONFIG).exists() and (told := _outputs.summary(path)):
+        return told
     config = checkpoint.read_config(path)
     card, training = checkpoint.read_card(config), checkpoint.entry(config, "training")
     network = config["network"]
