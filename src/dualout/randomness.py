@@ -58,7 +58,7 @@ def noise(
     """Standard normal noise, one seed an image.
 
     Args:
-        seeds: B integers.
+        seeds: B integers of any sign; those that are equal modulo 2⁶⁴ are the same, -1 and 2⁶⁴ − 1.
         shape: the shape of one image, (C, H, W).
         device: where the result goes, None is torch's default device; it is drawn on the CPU, so that every device gets
             the same numbers.
@@ -101,7 +101,7 @@ class SeededDraw:
     """The fresh noise of every step of a stochastic sampler, one seed an image.
 
     Args:
-        seeds: B integers, those that made the first noise.
+        seeds: B integers, those that made the first noise, taken as `noise` takes them.
         shape: the shape of one image, (C, H, W).
 
     Raises:

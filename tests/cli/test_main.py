@@ -177,6 +177,8 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
         (["train", "--config", "none.yaml"], "--config: File does not exist"),
         (["train", "--config", "text"], "--config is a YAML file of lines such as seed: 0, one an option; got words"),
         (["train", "--config", "typo"], "unknown option of dualout train: 'stepz'; did you mean 'steps'?"),
+        (["evaluate", "a", "--seeds", "-1,x"], "--seeds are whole numbers separated by commas, got '-1,x'"),
+        (["train", "--lr", "-1e-3"], "--lr is a number above 0 and below 10; got -0.001"),
         (["evaluate", "runs/a", "runs/b"], "unrecognized arguments: runs/b; several runs are written with commas"),
     ],
 )

@@ -45,6 +45,15 @@ def test_seeds_of_every_kind_are_the_same() -> None:
     assert torch.equal(dualout.noise([3, 4], SHAPE), expected)
 
 
+@pytest.mark.parametrize(("seed", "same"), [(-1, 2**64 - 1), (-(2**70) - 5, 2**64 - 5), (2**64 + 3, 3)])
+def test_seeds_are_whole_numbers_of_any_sign_modulo_two_to_the_64(seed: int, same: int) -> None:
+    assert torch.equal(noise([seed], SHAPE), noise([same], SHAPE))
+    assert torch.equal(SeededDraw([seed], SHAPE)(2), SeededDraw([same], SHAPE)(2))
+    # and what is made from seed + i goes through 0 as through any other number
+    assert torch.equal(noise(range(-2, 2), SHAPE)[2:], noise([0, 1], SHAPE))
+    assert len({tuple(row) for row in noise(range(-2, 2), SHAPE).flatten(1).tolist()}) == 4
+
+
 @pytest.mark.parametrize("seeds", [4, [0.5], ["0"], None], ids=repr)
 def test_what_are_no_seeds_is_refused(seeds: object) -> None:
     # 0.5 would be 0

@@ -54,7 +54,7 @@ class Options:
     film: int = 4
     """How many images get a film, every step of one image side by side; the report shows the first"""
     seed: int = 0
-    """Seed of the noise, and of the first generated image"""
+    """Seed of the noise, and of the first generated image; any whole number"""
     batch_size: int = 256
     """How many images at a time"""
     device: str = "auto"

@@ -63,7 +63,7 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
             given["nargs"] = "?"
         parser.add_argument(f.name, type=kind, **given)
     _check_flags(parser, command, arguments)
-    arguments = _spell_switches(options, arguments)
+    arguments = _spell_switches(options, _spell_negatives(arguments))
     for flag, value in pairwise([*arguments, ""]):
         if flag.partition("=")[0] == "--config":
             _check_aliases(Path(flag.partition("=")[2] or value))
@@ -86,6 +86,17 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
 
 
 _TRUTHS = ("true", "false", "True", "False", "yes", "no", "null")
+
+
+def _spell_negatives(arguments: Sequence[str]) -> list[str]:
+    """``--seeds -1,0`` as ``--seeds=-1,0``: argparse takes for a flag what begins as one and is no plain number."""
+    found: list[str] = []
+    for argument in arguments:
+        if re.match(r"-\.?\d", argument) and found and re.fullmatch(r"--\w+", found[-1]):
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 def _spell_switches(options: type, arguments: Sequence[str]) -> list[str]:

@@ -36,7 +36,7 @@ class Options:
     spacing: str = "trailing"
     """Which time steps: trailing, leading, linspace, quadratic, logsnr"""
     seed: int = 0
-    """Seed of the first image; image i is made from seed + i"""
+    """Seed of the first image, any whole number; image i is made from seed + i"""
     route: str = "mix"
     """Which output of a dual model to use: mix, eps, x0, velocity, flow, or a ratio from 0 to 1"""
     clip: bool | None = None
