@@ -18,6 +18,7 @@ corrected alike. UniPC's corrector makes x_t anew from x0: there the numbers of 
 from __future__ import annotations
 
 import operator
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,8 @@ class Calibration:
             spacing = f" --spacing {sampler['spacing']}" if isinstance(sampler["spacing"], str) else ""
             raise InputError(
                 f"{run} has no calibration for {file_name(sampler)} (it has: {present}); make one with dualout "
-                f"calibrate {run} --sampler {':'.join([sampler['name'], *_options(sampler)])} --steps "
-                f"{sampler['steps']}{spacing}"
+                f"calibrate {shlex.quote(str(run))} --sampler {':'.join([sampler['name'], *_options(sampler)])} "
+                f"--steps {sampler['steps']}{spacing}"
             )
         try:
             content = read_json(path)

@@ -110,6 +110,9 @@ def test_tells_what_scores_and_comparisons_are(tmp_path, capsys):
     }  # fmt: skip
     # of 60 images and of 500 they are not the same number
     assert [(best["images"], best["steps"], best["fd"]) for best in found["lowest fd"]] == [(60, 3, 2.0), (500, 2, 1.0)]
+    (tmp_path / "results.json").write_text(json.dumps([row(run="a"), row(run="b", fd=2.5)]))
+    assert told(capsys, tmp_path)["lowest fd"][0]["run"] == "b"
+    (tmp_path / "results.json").write_text(json.dumps(rows))
     (tmp_path / "models").mkdir()
     assert "goes on with the same command" in told(capsys, tmp_path)["comparison"]["state"]
     (tmp_path / "table.json").write_text(json.dumps([{"method": "ours"} | one for one in rows]))

@@ -147,7 +147,7 @@ def test_sigterm_leaves_as_ctrl_c_does(command: Callable[..., None], capsys: pyt
     assert capsys.readouterr().err == "\ndualout trial: stopped\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["info"]])
 def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
     # the pipe is closed before anything is written
     code = f"import sys; from dualout.cli.main import main; sys.stdin.read(); sys.exit(main({arguments}))"

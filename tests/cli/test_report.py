@@ -138,3 +138,12 @@ def test_an_export_beside_the_runs_has_no_scores(tmp_path, capsys):
     assert main(["report", str(tmp_path / "dual-diffusers"), "--out", str(tmp_path / "page.html")]) == 2
     assert "holds nothing to report" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_small_page_is_told_in_kilobytes(tmp_path, capsys):
+    row = {"parameterization": "dual", "sampler": "ddim", "features": "digits", "fd": 1.0, "steps": 5, "images": 100}
+    (tmp_path / "results.json").write_text(json.dumps([row]))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    kilobytes = round((tmp_path / "page.html").stat().st_size / 1000)
+    assert 0 < kilobytes < 100
+    assert f"({kilobytes} kB, nothing else" in capsys.readouterr().out

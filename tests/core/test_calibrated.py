@@ -295,6 +295,12 @@ def test_other_time_steps_are_refused():
         denoiser(torch.zeros(1, 1, 2, 2), 5)
 
 
+def test_the_command_that_makes_a_missing_one_can_be_pasted(tmp_path):
+    (tmp_path / "a run").mkdir()
+    with pytest.raises(InputError, match=r"dualout calibrate '.*a run' --sampler ddim --steps 5 --spacing trailing"):
+        Calibration.load(tmp_path / "a run", samplers.DDIM(steps=5).config())
+
+
 def test_what_calibrates_nothing_is_refused():
     denoiser = Denoiser(exact, CleanImage(), SCHEDULE)
     for values in ({"x0_scale": [1.0]}, {"x0_size": [1.0, 1.0]}):

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dualout.checkpoint import read_tensors
 from dualout.errors import InputError
 from dualout.training import Run, TrainConfig
 from dualout.training import checkpoint as files
+from dualout.training.run import refuse_changes
 from dualout.training.setup import first_weights
 
 TIMES = ("images_per_s", "seconds")
@@ -401,3 +403,8 @@ def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path):
     # a directory that was there stays, and so does a run that has something
     assert list((tmp_path / "mine").iterdir()) == []
     assert [step for step, _ in files.states(tmp_path / "begun")] == [1]
+
+
+def test_a_directory_with_a_space_can_be_pasted_from_the_message():
+    with pytest.raises(InputError, match="--init '/a run' starts another run from its weights"):
+        refuse_changes(Path("/a run"), {"config": TrainConfig().asdict()}, TrainConfig(lr=0.1))

@@ -47,7 +47,8 @@ def _scores(path: Path) -> dict[str, Any] | None:
     # scores of other features, or of another number of images, are other numbers
     groups = grouped(rows, lambda row: (str(row.get("features")), row.get("images")))
     best = [min(scored, key=lambda row: row["fd"]) for own in groups.values() if (scored := list(filter(_scored, own)))]
-    columns = [name for name in ("features", "images", *_NAMES, *_HOW) if any(name in row for row in best)]
+    named = ("run",) * (not models and len({row.get("run") for row in rows}) > 1)
+    columns = [name for name in ("features", "images", *named, *_NAMES, *_HOW) if any(name in row for row in best)]
     found: dict[str, Any] = {"comparison" if models else "scores": head}
     return found | {"lowest fd": [{name: row.get(name) for name in columns} for row in best]}
 

@@ -31,6 +31,12 @@ class _Plain(Console):
         """A text, made printable."""
         return super().render_str(printable(text), **options)
 
+    def on_broken_pipe(self) -> None:
+        """End with code 1 where the reader of the log has gone, amid work; that of results may have seen enough."""
+        if self.stderr:
+            super().on_broken_pipe()
+        raise BrokenPipeError
+
 
 out = _Plain(highlight=False, markup=False, emoji=False, soft_wrap=True)
 """Results. rich drops colour where the output is no terminal, or NO_COLOR is set."""

@@ -44,8 +44,12 @@ def run(arguments: list[str]) -> int | None:
     names = ", ".join(run.name for run in runs)
     page = report(material, options.title or f"Report on {names or 'scores'}", _lead(len(runs), len(scores)))
     write_text(out, page)
-    console.wrote(out, f"{len(page) / 1e6:.1f} MB, nothing else is needed to read it")
+    console.wrote(out, f"{_size(out.stat().st_size)}, nothing else is needed to read it")
     return None
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
 
 
 def _lead(runs: int, scores: int) -> str:

@@ -7,6 +7,7 @@ with Run(TrainConfig(data="digits", steps=1000, out="runs/digits")) as run:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -304,7 +305,8 @@ class Run:
         step, _ = found[-1]
         return (
             f"Nothing of it was saved: the last good checkpoint is that of step {step}, in {self.path}. To go on from "
-            f"it with another --lr or --grad_clip, start a run with --init {self.path}; or look at these images"
+            f"it with another --lr or --grad_clip, start a run with --init {shlex.quote(str(self.path))}; or look at "
+            "these images"
         )
 
 
@@ -321,7 +323,7 @@ def refuse_changes(path: Path, known: dict[str, Any], config: TrainConfig) -> No
         listed = ", ".join(f"{k} {_short(old)} → {_short(new)}" for k, (old, new) in differences.items())
         raise InputError(
             f"--out {path} is a run with other settings: {listed}. Give it the old ones to go on, or another --out; "
-            f"--init {path} starts another run from its weights"
+            f"--init {shlex.quote(str(path))} starts another run from its weights"
         )
 
 
