@@ -66,7 +66,7 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
     arguments = _spell_switches(options, _spell_negatives(arguments))
     for flag, value in pairwise([*arguments, ""]):
         if flag.partition("=")[0] == "--config":
-            _check_aliases(Path(flag.partition("=")[2] or value))
+            _check_file(Path(flag.partition("=")[2] or value))
     arguments = _spell_texts(kinds, arguments)
     try:
         namespace = parser.parse_args(arguments)
@@ -170,7 +170,9 @@ def _told(message: str, options: type, command: str) -> InputError:
         form = _FORMS.get(get_origin(kind), "")
         return InputError(f"--{key[1]} is {described(kind)}{form}; got {value[1]}")
     if text := re.match(r"Unexpected config: (.*)", message):
-        return InputError(f"--config is a YAML file of lines such as seed: 0, one an option; got {text[1]}")
+        return InputError(
+            f"--config is a YAML file of lines such as seed: 0, one an option; got {text[1] or 'nothing'}"
+        )
     if name := re.match(r"Option '(.*)' is not accepted", message):
         return unknown(f"option of dualout {command}:", name[1], types(options))
     commas = [f.name for f in dataclasses.fields(options) if f.metadata.get("commas")]
@@ -199,8 +201,11 @@ _MOST = 100_000
 """Values in a file of options."""
 
 
-def _check_aliases(file: Path) -> None:
-    """Refuse YAML whose aliases stand for far more than is written: each may hold several of the one before."""
+def _check_file(file: Path) -> None:
+    """Refuse YAML that says an option twice, of which the second would count.
+
+    And YAML whose aliases stand for far more than is written: each may hold several of the one before.
+    """
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:
@@ -211,11 +216,15 @@ def _check_aliases(file: Path) -> None:
         return sizes[id(node)]
 
     try:
-        written = size(yaml.compose(file.expanduser().read_text(encoding="utf-8"), yaml.SafeLoader))
+        node = yaml.compose(file.expanduser().read_text(encoding="utf-8"), yaml.SafeLoader)
+        written = size(node)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return  # which is told where it is read
     if written > _MOST:
         raise InputError(f"--config: {file} stands for {written} values, more than the {_MOST} that are read")
+    names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"--config: {file} says {twice} twice")
 
 
 def _first(text: str) -> str:
