@@ -111,8 +111,9 @@ def test_interrupted_and_given_again(runs, tmp_path, monkeypatch, capsys):
     assert begun[4:] == [1, 2, 3]
     assert "9 images against digits" in capsys.readouterr().out
     assert [(r["images"], r["steps"]) for r in rows_of(out)] == [(n, k) for n in (8, 9) for k in (1, 2, 3)]
-    # and the first is still there
+    # and the first is still there, also as a shell completes its name
     assert main(command) == 0
+    assert main(["evaluate", f"{runs['dual']}/", *command[2:]]) == 0
     assert len(begun) == 7
 
 

@@ -178,6 +178,7 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
         (["train", "--config", "text"], "--config is a YAML file of lines such as seed: 0, one an option; got words"),
         (["train", "--config", "none"], "--config is a YAML file of lines such as seed: 0, one an option; got nothing"),
         (["train", "--config", "twice"], "--config: twice says steps twice"),
+        (["compare", "--config", "methods"], "--config: methods says dual twice"),
         (["train", "--config", "typo"], "unknown option of dualout train: 'stepz'; did you mean 'steps'?"),
         (["evaluate", "a", "--seeds", "-1,x"], "--seeds are whole numbers separated by commas, got '-1,x'"),
         (["train", "--lr", "-1e-3"], "--lr is a number above 0 and below 10; got -0.001"),
@@ -188,6 +189,7 @@ def test_what_cannot_be_read_is_told_by_the_flag(arguments, says, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("words")
     Path("typo").write_text("stepz: 5")
+    Path("methods").write_text("methods:\n  dual: dual\n  dual: eps\n")
     Path("none").touch()
     Path("twice").write_text("steps: 5\nseed: 1\nsteps: 6\n")
     assert main(arguments) == 2

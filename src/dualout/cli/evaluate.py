@@ -8,6 +8,7 @@ first scores them all. Set s of N images is made from the seeds s·N … s·N + 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -89,6 +90,8 @@ def run(arguments: list[str]) -> int | None:
     options = parse(Options, "evaluate", arguments, __doc__ or "")
     if options.batch_size < 1:
         raise InputError(f"--batch_size is a whole number, 1 or more; got {options.batch_size}")
+    # a shell completes runs/a as runs/a/, which would be another row
+    options = replace(options, runs=",".join(name.rstrip("/" + os.sep) or name for name in listed(options.runs)))
 
     from dualout.evaluation.group import Group
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -202,29 +203,30 @@ _MOST = 100_000
 
 
 def _check_file(file: Path) -> None:
-    """Refuse YAML that says an option twice, of which the second would count.
+    """Refuse YAML that says something twice, of which the second would count.
 
     And YAML whose aliases stand for far more than is written: each may hold several of the one before.
     """
     sizes: dict[int, int] = {}
+    twice: list[str] = []
 
     def size(node: Any) -> int:
         if id(node) not in sizes:
             sizes[id(node)] = 1  # also of one that holds itself
             inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            if isinstance(node, yaml.MappingNode):
+                twice.extend(name for name, many in Counter(str(key.value) for key, _ in inner).items() if many > 1)
             sizes[id(node)] += sum(size(n) for part in inner for n in (part if isinstance(part, tuple) else (part,)))
         return sizes[id(node)]
 
     try:
-        node = yaml.compose(file.expanduser().read_text(encoding="utf-8"), yaml.SafeLoader)
-        written = size(node)
+        written = size(yaml.compose(file.expanduser().read_text(encoding="utf-8"), yaml.SafeLoader))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return  # which is told where it is read
     if written > _MOST:
         raise InputError(f"--config: {file} stands for {written} values, more than the {_MOST} that are read")
-    names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"--config: {file} says {twice} twice")
+    if twice:
+        raise InputError(f"--config: {file} says {twice[0]} twice")
 
 
 def _first(text: str) -> str:
