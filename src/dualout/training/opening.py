@@ -126,7 +126,7 @@ def look(errors: Errors, before: Tensor, closed: float, steps: int, *, shut: boo
 
 def standard_error(values: Tensor) -> Tensor:
     """Of the mean of each row."""
-    return values.std(1) / math.sqrt(max(values.shape[1], 1))
+    return values.std(1) / math.sqrt(values.shape[1])
 
 
 def table(ratios: Sequence[float], steps: int, closed: float) -> Tensor:
