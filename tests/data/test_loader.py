@@ -123,6 +123,12 @@ def test_refuses_what_cannot_be_shared(colours):
     assert next(batches(latents, 2)).images.dtype == torch.float32
 
 
+@pytest.mark.parametrize("wrong", [{"rank": 1}, {"rank": -1}, {"start": -1}, {"prefetch": -1}, {"workers": 0}])
+def test_refuses_what_makes_no_sense(colours, wrong):
+    with pytest.raises(ValueError, match="Must have 0 <= rank < world"):
+        batches(colours, 8, **wrong)
+
+
 def test_digits_train_in_every_digit():
     seen = np.concatenate([b.labels.numpy() for b in batches(load("digits"), 100, stop=3)])
     assert set(seen) == set(range(10))

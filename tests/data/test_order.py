@@ -63,6 +63,13 @@ def test_half_of_the_samples_are_mirrored_independently_of_the_order():
     assert (flips(1, np.arange(100_000)) == mirrored).mean() == pytest.approx(0.5, abs=0.01)
 
 
+def test_the_order_is_fixed_for_good():
+    # resumed runs rely on it
+    assert indices(0, 10, 0, 10).tolist() == [0, 2, 8, 7, 3, 9, 5, 1, 4, 6]
+    assert indices(3, 1000, 2**40, 6).tolist() == [673, 711, 621, 797, 263, 798]
+    assert np.flatnonzero(flips(0, np.arange(16))).tolist() == [1, 2, 3, 5, 6, 9, 10, 14, 15]
+
+
 def test_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match="n >= 1"):
         indices(0, 0, 0, 1)

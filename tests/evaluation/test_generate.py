@@ -49,7 +49,8 @@ def test_png_and_npz_hold_the_same_whatever_the_batch(make_model, tmp_path, monk
     assert (found == np.stack(images_of(tmp_path / "a"))).all()
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["images.npz", "protocol.json"]
     for directory in (tmp_path / "a", tmp_path / "b"):
-        assert torch.equal(stored(directory, 2), torch.from_numpy(found[:2]).permute(0, 3, 1, 2))
+        for count in (2, 99):
+            assert torch.equal(stored(directory, count), torch.from_numpy(found[:count]).permute(0, 3, 1, 2))
 
 
 def test_grey_npz_has_no_channel_axis_and_classes_have_labels(make_model, tmp_path):
@@ -104,6 +105,16 @@ def test_killed_and_started_again(store, sampling, tmp_path, monkeypatch):
     asked.clear()
     assert list(generate(sampling, 14, out, store=store, batch_size=4)) == [14]
     assert asked == []
+
+
+@pytest.mark.parametrize(("part", "evaluations"), [((0, 1), 16), ((0, 2), 8), ((1, 2), 8)])
+def test_how_much_is_to_be_computed_is_known_before(part, evaluations, sampling, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Sampling, "prepare", lambda self, *counts: told.append(counts))
+    made = generate(sampling, 14, tmp_path, batch_size=4, part=part)
+    assert [next(made), next(made)] == [0, 4]
+    # four batches of four steps, in one process or in two: for the protocol, and by what is left
+    assert told[:2] == [(4, evaluations)] * 2
 
 
 def test_another_request_is_refused_with_what_differs(sampling, make_model, tmp_path):

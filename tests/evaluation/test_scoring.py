@@ -1,6 +1,7 @@
 import csv
 import gc
 import json
+import time
 import weakref
 
 import numpy as np
@@ -100,13 +101,16 @@ def test_a_row_says_all_about_its_scores(make_model, digits):
     references = [Reference.of(digits, Features.parse(spec), split="test") for spec in ("digits", "random")]
     sampling = Sampling(make_model(), build_sampler("ddim", 3, "linspace"), "eps", first_seed(2, 20))
     scoring = Scoring(sampling, 20, references, seed=2)
+    assert scoring.title == "dual (eps) ddim linspace 3 steps"
+    began = time.perf_counter()
     assert list(scoring.run(batch_size=8)) == [8, 16, 20]
+    elapsed = time.perf_counter() - began
     rows = scoring.rows()
     assert [row["features"] for row in rows] == ["digits", "random"]
     row = rows[0]
     told = {k: row[k] for k in ("parameterization", "route", "sampler", "spacing", "steps", "seed", "images", "nfe")}
     assert list(told.values()) == ["dual", "eps", "ddim", "linspace", 3, 2, 20, 3]
-    assert row["seconds"] > 0
+    assert 0 < row["seconds"] < elapsed + 0.001
     protocol = row["protocol"]
     assert protocol["seed"] == 40
     assert protocol["reference"] | {"variance": 0} == {
@@ -201,6 +205,7 @@ def test_guidance_is_told_apart_in_the_table(make_model, digits, tmp_path):
     for scale, interval in ((0.0, None), (2.0, None), (2.0, (0.2, 500.0))):
         sampling = Sampling(make_model(classes=3), build_sampler("ddim", 2), guidance=scale, guidance_interval=interval)
         scoring = Scoring(sampling, 10, [reference])
+        assert scoring.title == f"dual ddim trailing 2 steps guidance {scale:g}"
         list(scoring.run())
         results.add(scoring.rows())
     rows = list(csv.DictReader((tmp_path / "results.csv").open(newline="")))

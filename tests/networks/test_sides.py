@@ -85,6 +85,8 @@ def test_tokens_are_told_where_they_lie_unless_that_is_said() -> None:
     mine = torch.ones(6, 3)
     Tokens(network, 2)(X, T, img_ids=mine)
     assert network.told["img_ids"] is mine
+    Tokens(network, 2)(X, T)
+    assert network.told["txt_ids"].shape == (0, 3)
     Tokens(network, 2, "shapes")(X, T)
     assert network.told["img_shapes"] == [[(1, 2, 3)]] * 2
     Tokens(network, 1, "sizes")(dualout.noise(range(2), (3, 2, 4, 6)), T)
@@ -97,6 +99,9 @@ def test_images_beside_follow_in_the_order_that_is_said() -> None:
     beside(X, T, image=X + 1, mask=X[:, :1], text="as it is")
     assert torch.equal(network.told["x"], torch.cat([X, X[:, :1], X + 1], 1))
     assert network.told["text"] == "as it is"
+    # what enters the network has the noisy images' precision
+    beside(X, T, image=X.double() + 1, mask=X[:, :1] > 0)
+    assert network.told["x"].dtype == X.dtype
     with pytest.raises(InputError, match="sees image beside x_t"):
         beside(X, T, mask=X[:, :1])
 
@@ -141,10 +146,12 @@ def test_what_a_network_of_half_precision_is_told_is_as_precise(make: Any, tmp_p
     [
         (lambda: ChannelsAt(Seen(), 0), "side is a whole number"),
         (lambda: ChannelsAt(Seen(), 4)(X, T), "have no side 4"),
+        (lambda: ChannelsAt(Seen(), -4)(X, T), "have no side -4"),
         (lambda: Tokens(Seen(), 0), "patch is a whole number"),
         (lambda: Tokens(Seen(), 2, "where"), "places is one of ids, shapes, sizes, none"),
         (lambda: Tokens(Seen(), 4)(X, T), "multiples of its patch, 4 pixels; got .2, 3, 4, 6"),
         (lambda: Tokens(lambda x, t: x[:, :4], 2, "none")(X, T), "a network of 6 tokens gives as many"),
+        (lambda: Tokens(lambda x, t: x[..., None], 2, "none")(X, T), "a network of 6 tokens gives as many"),
         (lambda: Concatenated(Seen(), "mask"), "conditions is a list of names"),
         (lambda: Listed(Seen(), "texts"), "conditions is a list of names"),
         (lambda: Listed(lambda x, t: x[0])(X, T), "gives a list of 2 images"),

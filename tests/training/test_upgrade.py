@@ -44,6 +44,7 @@ from dualout.training.upgrade_config import UpgradeConfig
 from dualout.training.upgrade_run import Upgrade
 
 SCHEDULE = dualout.schedules.Linear(200, 5e-4, 0.08)
+CPU = torch.device("cpu")
 SOURCES = [Epsilon(), CleanImage(), Velocity(), Flow(), Karras(), LearnedVariance(), LearnedVariance(Velocity())]
 SOURCE = pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.spec)
 
@@ -94,7 +95,15 @@ def test_the_old_channels_are_bit_identical_and_the_new_ones_where_dual_output_h
         assert torch.equal(new[:, 2 * c + 1 :], old[:, c:])
     p = after(x, t)
     assert torch.equal(p.parts["x0"] if source.name == "x0" else p.x0, before(x, t).x0)
-    assert {"eps", "x0", "ratio"} <= p.parts.keys()
+    assert p.parts["ratio"].unique().tolist() == [upgraded_of(after).closed]
+    if source.name != "x0":
+        torch.testing.assert_close(p.parts["eps"], before(x, t).eps, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", [Dual(), LearnedVariance(), "eps"], ids=str)
+def test_only_one_output_can_be_the_trained_one(base) -> None:
+    with pytest.raises(InputError, match="starts from a parameterization of one output"):
+        Upgraded(base=base)
 
 
 def test_the_source_is_not_changed_and_the_count_grows_by_the_rows() -> None:
@@ -313,6 +322,21 @@ def test_what_is_no_rearrangement_is_refused() -> None:
         readout.collect(after, "last", slice(1, 2), toy_batches(), 3)
 
 
+def test_of_many_positions_some_may_be_looked_at() -> None:
+    after = upgrade(Denoiser(Toy(nn.Conv2d(3, 1, 1)), Epsilon(), SCHEDULE))
+
+    def sums(**some: int) -> readout.Moments:
+        return readout.collect(after, "last", slice(1, 2), toy_batches(), 3, **some)[0]
+
+    every, few = sums(), sums(pixels=10)
+    # of each bin two batches of four images, of 5×5 positions
+    assert every.count.tolist() == [200.0] * 3
+    assert few.count.tolist() == [80.0] * 3
+    assert torch.equal(few.gram, sums(pixels=10).gram)
+    assert not torch.equal(few.gram, sums(pixels=10, seed=1).gram)
+    assert torch.equal(every.gram, sums(pixels=25).gram)
+
+
 def test_blended_weights_lower_the_blends_error() -> None:
     after = upgrade(Denoiser(Toy(nn.Conv2d(3, 1, 3, padding=1)), Epsilon(), SCHEDULE))
     moments, _ = readout.collect(after, "last", slice(1, 2), toy_batches(30, 3), 3)
@@ -326,7 +350,7 @@ def test_blended_weights_lower_the_blends_error() -> None:
 
 
 def test_features_that_depend_on_each_other_are_solved() -> None:
-    moments = readout.Moments.none(1, 3, 1, torch.device("cpu"))
+    moments = readout.Moments.none(1, 3, 1, CPU)
     phi = torch.randn(50, 2, dtype=torch.float64) @ torch.tensor([[1.0, 0, 1], [0, 1, 1]], dtype=torch.float64)
     y = phi @ torch.tensor([[1.0], [2.0], [0.5]], dtype=torch.float64)
     moments.add(0, phi, y)
@@ -335,7 +359,7 @@ def test_features_that_depend_on_each_other_are_solved() -> None:
 
 def test_a_feature_that_is_never_there_has_no_part_in_the_shortest_solution() -> None:
     # no Cholesky factor: that row of Σ φφᵀ is zero
-    moments = readout.Moments.none(2, 4, 2, torch.device("cpu"))
+    moments = readout.Moments.none(2, 4, 2, CPU)
     phi, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
     phi[:, 1] = 0
     phi[:, 3] = 2 * phi[:, 0]
@@ -375,6 +399,14 @@ def test_the_gate_never_opens_where_the_new_route_does_not_help(closed) -> None:
     # an exact route needs no help, and a copy gives none
     assert opening.opened(errors_of(good * 0, good), 0.0) == [0.0] * 200
     assert opening.opened(errors_of(good, good), closed) == [closed] * 200
+
+
+@pytest.mark.parametrize("helped", [0, 1])
+def test_what_helps_every_other_image_only_is_taken_for_chance(helped) -> None:
+    good, bad = torch.ones(1, 60, 4, dtype=torch.float64), torch.full((1, 60, 4), 2.0, dtype=torch.float64)
+    trained, new = good.clone(), bad.clone()
+    trained[:, helped::2], new[:, helped::2] = 10.0, 0.0
+    assert opening.opened(errors_of(trained, new), 0.0) == [0.0]
 
 
 def test_the_gate_opens_at_the_optimum_where_it_helps() -> None:
@@ -432,7 +464,7 @@ def test_measured_errors_are_those_of_the_routes() -> None:
         # a new route that says something
         after.network.get_submodule(output_layer(after.network)).weight[new_rows(after)] = 0.1
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
-    stream = opening.Stream(Dataset("x", images, "nhw"), np.arange(20), 200, 4, 0, torch.device("cpu"))
+    stream = opening.Stream(Dataset("x", images, "nhw"), np.arange(20), 200, 4, 0, CPU)
     errors = opening.measure(after, stream, 4)
     assert errors.eps.shape == (4, 20)
     (batch,) = (b for b in stream if b.bin == 2)
@@ -454,6 +486,23 @@ def test_few_images_are_spread_over_all_bins(images: int, size: int) -> None:
     assert max(len(b.x0) for b in batches) == size
     assert sum(len(b.x0) for b in batches) == images
     assert len(stream) == len(batches)
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_the_images_that_are_looked_at(each) -> None:
+    images = np.arange(20, dtype=np.uint8).repeat(64).reshape(20, 8, 8)
+    dataset = Dataset("x", images, "nhw", labels=torch.arange(20) % 5, classes=tuple("abcde"))
+    rows = np.array([7, 0, 3, 19, 12, 5, 8])
+    stream = opening.Stream(dataset, rows, 200, 2, 0, CPU, conditional=True, each=each, batch_size=3)
+    seen = [(b.bin, ((b.x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) for b in stream]
+    blocks = [[7, 0, 3], [19, 12, 5], [8]]
+    assert seen == (
+        [(b, rows) for b in (0, 1) for rows in blocks] if each else list(zip([0, 1, 0], blocks, strict=True))
+    )
+    assert len(stream) == len(seen)
+    for batch, (b, rows) in zip(stream, seen, strict=True):
+        assert batch.conditions["class_labels"].tolist() == [row % 5 for row in rows]
+        assert ((batch.t >= 100 * b) & (batch.t < 100 * (b + 1))).all()
 
 
 # what is trained
