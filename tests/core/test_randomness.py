@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dualout
 from dualout.errors import InputError
-from dualout.randomness import SeededDraw, mix, noise
+from dualout.randomness import SeededDraw, check_seed, mix, noise
 
 SEED = st.integers(0, 2**64 - 1)
 SHAPE = (2, 3, 3)
@@ -69,6 +69,15 @@ def test_what_is_no_shape_is_refused(shape: object) -> None:
             make([0], shape)  # type: ignore[arg-type]
 
 
+def test_a_seed_of_everything_has_64_bits_and_no_sign() -> None:
+    for seed in (0, 2**64 - 1):
+        check_seed(seed)
+        torch.Generator().manual_seed(seed)
+    for seed in (-1, 2**64):
+        with pytest.raises(InputError, match=f"--seed is a whole number from 0 to {2**64 - 1}; got {seed}"):
+            check_seed(seed)
+
+
 def test_seeds_that_are_given_once_serve_every_step() -> None:
     draw = SeededDraw(iter([3, 4]), SHAPE)  # type: ignore[arg-type]
     for k in (0, 1):
@@ -108,6 +117,8 @@ def test_no_two_of_many_inputs_collide() -> None:
     hashes = np.concatenate([mix(seed, steps, index).ravel() for seed in range(10)])
     assert hashes.dtype == np.uint64
     assert len(np.unique(hashes)) == 10 * 20 * 1000
+    seeds = [0, 1, 128, 2**32, 2**63, 2**64 - 1]
+    assert len({int(mix(seed)) for seed in seeds}) == len(seeds)
     # (a, b) and (b, a), and longer and shorter inputs, differ too
     assert len({int(mix(*key)) for key in [(0,), (1,), (0, 1), (1, 0), (0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]}) == 8
 

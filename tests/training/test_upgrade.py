@@ -446,6 +446,8 @@ def test_an_opened_gate_blends_where_it_is_open_and_nowhere_else(source, tmp_pat
             torch.testing.assert_close(d.route(closed)(x, 150).x0, before(x, 150).x0, rtol=0, atol=0)
             assert not torch.equal(p.x0, before(x, 150).x0)
     assert open_gate(after, [closed, closed]) is after
+    with pytest.raises(InputError, match="this is not an upgraded model, but one of"):
+        upgraded_of(before)
     assert gate_logits(opened).shape == (200,)
 
 
@@ -538,6 +540,28 @@ def test_rows_of_a_transposed_convolution_are_trained_alone() -> None:
     assert not last.weight.grad[:, 0].any()
     assert last.weight.grad[:, 1].all()
     assert not last.bias.grad[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_the_rows_that_are_there_already_none_is_trained(dtype) -> None:
+    denoiser = upgrade(trained(Epsilon(), 3).to(dtype))
+    set_scope(denoiser, "rows", (noises(2, 3), torch.tensor([3, 9])))
+    denoiser.network(torch.randn(2, 3, 8, 8, dtype=dtype), torch.tensor([3, 9])).sample.sum().backward()
+    for p in (denoiser.network.conv_out.weight, denoiser.network.conv_out.bias):
+        assert p.grad.dtype == dtype
+        assert p.grad.reshape(7, -1).any(1).tolist() == [False] * 3 + [True] * 4
+
+
+def test_where_no_block_has_a_number_the_part_that_runs_last_is_trained() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Toy(nn.Conv2d(3, 1, 1))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.body(x, t)
+
+    assert last_block(Wrapped(), "body.last", (noises(2), torch.tensor([3, 9]))) == ["body.last", "body"]
 
 
 def test_what_the_original_kept_fixed_stays_so() -> None:
