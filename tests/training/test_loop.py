@@ -168,6 +168,9 @@ def test_classes_are_told_and_some_withheld():
     kept = seen != 3
     assert torch.equal(seen[kept], expected[kept])
     assert 0.1 < 1 - kept.float().mean() < 0.5
+    # a network that is not of classes is told none
+    config = TrainConfig(**SMALL, steps=1)
+    list(train(Learner(first_weights(config, dataset), config), dataset))
 
 
 def test_weights_without_gradient_stay():

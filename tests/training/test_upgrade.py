@@ -350,22 +350,27 @@ def test_blended_weights_lower_the_blends_error() -> None:
 
 
 def test_features_that_depend_on_each_other_are_solved() -> None:
-    moments = readout.Moments.none(1, 3, 1, CPU)
-    phi = torch.randn(50, 2, dtype=torch.float64) @ torch.tensor([[1.0, 0, 1], [0, 1, 1]], dtype=torch.float64)
-    y = phi @ torch.tensor([[1.0], [2.0], [0.5]], dtype=torch.float64)
-    moments.add(0, phi, y)
-    assert moments.errors(moments.solve(ridge=0.0))[0] < 1e-12
+    for _ in range(8):
+        moments = readout.Moments.none(1, 3, 1, CPU)
+        phi = torch.randn(50, 2, dtype=torch.float64) @ torch.tensor([[1.0, 0, 1], [0, 1, 1]], dtype=torch.float64)
+        y = phi @ torch.tensor([[1.0], [2.0], [0.5]], dtype=torch.float64)
+        moments.add(0, phi, y)
+        # not below 0 by rounding either
+        assert 0 <= moments.errors(moments.solve(ridge=0.0))[0] < 1e-12
 
 
 def test_a_feature_that_is_never_there_has_no_part_in_the_shortest_solution() -> None:
     # no Cholesky factor: that row of Σ φφᵀ is zero
-    moments = readout.Moments.none(2, 4, 2, CPU)
+    moments = readout.Moments.none(3, 4, 2, CPU)
     phi, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
     phi[:, 1] = 0
     phi[:, 3] = 2 * phi[:, 0]
     moments.add(0, phi[:20], y[:20])
-    moments.add(1, phi[20:], y[20:])
-    torch.testing.assert_close(moments.solve(ridge=0.0), torch.linalg.pinv(phi) @ y, rtol=1e-6, atol=1e-9)
+    moments.add(2, phi[20:], y[20:])
+    solution = moments.solve(ridge=0.0)
+    torch.testing.assert_close(solution, torch.linalg.pinv(phi) @ y, rtol=1e-6, atol=1e-9)
+    # nor has a bin of which nothing was seen
+    assert moments.errors(solution)[1] == 0
 
 
 # where the gate opens
@@ -457,6 +462,11 @@ def test_worse_and_score() -> None:
     assert opening.worse(now, before) == [2, 3]
     # the same numbers, rounded differently
     assert opening.worse(before * (1 + 1e-13), before) == []
+    # by two and a half and by three and a half standard errors
+    around = torch.ones(2, 100, dtype=torch.float64)
+    around[:, ::2] = -1
+    more = around + torch.tensor([[0.25], [0.35]], dtype=torch.float64)
+    assert opening.worse(before[:2] + more, before[:2]) == [1]
     assert opening.score(now, before) == pytest.approx((math.log(0.5) + math.log(1.001) + math.log(1.5)) / 4)
 
 
@@ -590,9 +600,10 @@ def test_a_fresh_open_gate_starts_as_velocity() -> None:
     torch.testing.assert_close(one(x, 70).x0, one.route("velocity")(x, 70).x0)
 
 
+@pytest.mark.parametrize("gate", ["closed", "pixel"])
 @pytest.mark.parametrize("base", [Epsilon(), CleanImage(), Velocity()], ids=lambda p: p.spec)
-def test_the_new_output_is_taught_where_it_would_be_asked(base) -> None:
-    own = Upgraded(base=base)
+def test_the_new_output_is_taught_where_it_would_be_asked(base, gate) -> None:
+    own = Upgraded(base=base, ratio=gate)
     network = build("tiny:width=8", 1, 8, own.channels(1))
     denoiser = Denoiser(network, own, SCHEDULE)
     new = "eps" if own.trained == "x0" else "x0"
@@ -604,6 +615,7 @@ def test_the_new_output_is_taught_where_it_would_be_asked(base) -> None:
     error = ((x0 if new == "x0" else noise) - p.parts[new]).square().flatten(1).mean(1)
     weight = (ratio if new == "x0" else 1 - ratio) ** 2
     torch.testing.assert_close(found.parts[new], error * weight, rtol=1e-4, atol=1e-7)
+    assert ("mu" in found.parts) is (gate == "pixel")
     # the trained output's loss is the original's, whole
     alone = Denoiser(lambda *_: network(*_).sample[:, own.closed == 1 :][:, :1], base, SCHEDULE).loss(x0, t, noise)
     for name, values in alone.parts.items():
