@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import dualout
 from dualout import data
-from dualout.bounded import no_larger_than
+from dualout.bounded import no_larger_than, no_more_than
 from dualout.cli.main import main
 from dualout.errors import InputError
 from dualout.files import atomically
@@ -152,10 +153,26 @@ def test_weights_of_eight_bits_are_read_in_the_precision_of_the_network(spoilt):
 
 
 def test_building_is_counted_in_this_thread_only_and_no_longer(model):
-    file = model / "model.safetensors"
-    with no_larger_than(file), pytest.raises(InputError, match="far fewer"):
-        torch.nn.Linear(10_000, 10_000, device="meta")
-    assert torch.nn.Linear(10_000, 10_000, device="meta").weight.numel() == 10**8
+    def build():
+        return torch.nn.Linear(10_000, 10_000, device="meta").weight.numel()
+
+    with no_larger_than(model / "model.safetensors"), ThreadPoolExecutor(1) as other:
+        assert other.submit(build).result() == 10**8
+        with pytest.raises(InputError, match="far fewer"):
+            build()
+    assert build() == 10**8
+
+
+@pytest.mark.parametrize(("tensors", "numbers"), [(1, 10**8), (1000, 1)])
+def test_twice_as_many_weights_may_be_built_and_not_many_times_as_many(tensors, numbers):
+    def build(times):
+        torch.nn.ParameterList(torch.empty(numbers, device="meta") for _ in range(times * tensors))
+
+    with no_more_than(numbers * tensors, "this file", tensors=tensors):
+        build(2)
+    # of many small weights their number is one too many
+    with no_more_than(10**9, "this file", tensors=tensors), pytest.raises(InputError, match="this file does not fit"):
+        build(100)
 
 
 def sample(run, out, *more):

@@ -535,6 +535,7 @@ def test_new_channels_of_sound_go_past_what_mixes_the_old(name: str, tmp_path: P
     assert after.shape == (2, 12, 16)
     assert torch.equal(after[:, 4:8], before)
     assert not after[:, [0, 1, 2, 3, 8, 9, 10, 11]].any()
+    assert wide.state_dict().keys() == network.state_dict().keys()
     model = dualout.Denoiser(wide, dualout.Dual(), dualout.schedules.Cosine())
     model.save_pretrained(tmp_path)
     loaded = dualout.Denoiser.from_pretrained(tmp_path).network

@@ -220,6 +220,14 @@ def test_in_place(tiny: nn.Module) -> None:
     assert network.config.out_channels == 7
 
 
+def test_a_network_that_cannot_be_copied_is_changed_itself() -> None:
+    network = Plain()
+    network.kept = network.last.weight * 2  # torch copies no tensor that was computed with gradients
+    with pytest.raises(InputError, match=r"this Plain cannot be copied \(.*; widen\(…, inplace=True\) changes"):
+        widen(network, 5)
+    assert widen(network, 5, inplace=True).last.out_channels == 5
+
+
 def test_compiled_and_adapted_networks(tiny: nn.Module) -> None:
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
     compiled: Any = torch.compile(tiny)
@@ -356,16 +364,22 @@ def test_what_follows_the_layer_must_take_more_channels() -> None:
         widen(Residual(channels=1), 3)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("example", [None, (torch.randn(2, 2, 8, 8), torch.tensor([1, 700]))])
-def test_a_named_layer_is_held_to_the_promise_too(example: Any) -> None:
+def test_a_named_layer_is_held_to_the_promise_too(example: Any, adapted: bool) -> None:
     class Normed(Plain):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return nn.functional.group_norm(super().forward(x, t), 1)
 
-    network = Normed()
-    with pytest.raises(InputError, match="widening that layer, 'last', does not give this Normed 5 output channels"):
+    class Told(Normed):
+        def forward(self, x: Tensor, *, time: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, time)
+
+    network = Keyword(Told(), "time") if adapted else Normed()
+    kind = type(network).__name__
+    with pytest.raises(InputError, match=f"widening that layer, 'last', does not give this {kind} 5 output channels"):
         widen(network, 5, layer="last", example=example, inplace=True)
-    assert type(network.last) is nn.Conv2d
+    assert type(network.get_submodule("network.last" if adapted else "last")) is nn.Conv2d
 
 
 def test_a_network_derived_from_a_known_one_is_held_to_the_promise_too() -> None:
@@ -506,10 +520,12 @@ def _old_weight_norm(network: nn.Module) -> None:
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "weight norm": (lambda n: nn.utils.parametrizations.weight_norm(n.conv_out), "its weight is parametrized"),
     "spectral norm": (lambda n: nn.utils.spectral_norm(n.conv_out), "under spectral_norm"),
-    "old weight norm": (_old_weight_norm, "under weight_norm"),
+    "old weight norm": (_old_weight_norm, r"under weight_norm( \(conv_out\))?: torch"),
     "tied": (_shared, "shared, as conv_out.weight and twin.weight"),
     "one layer, two names": (lambda n: setattr(n, "twin", n.conv_out), "shared, as conv_out.* and twin"),
     "hooks": (lambda n: n.conv_out.register_forward_hook(lambda *_: None), "forward hooks"),
+    "hooks before": (lambda n: n.conv_out.register_forward_pre_hook(lambda *_: None), "forward hooks"),
+    "accelerate's hooks": (lambda n: setattr(n.conv_out, "_hf_hook", None), "forward hooks"),
     "another forward": (lambda n: setattr(n.conv_out, "forward", lambda x: x), "its forward was exchanged"),
     "groups": (lambda n: setattr(n, "conv_out", nn.Conv2d(24, 3, 3, padding=1, groups=3)), "3 groups"),
     "two inputs": (lambda n: setattr(n, "conv_out", nn.Bilinear(24, 24, 3)), "no convolution or linear layer"),
@@ -551,6 +567,8 @@ def test_arguments_that_are_refused(tiny: nn.Module) -> None:
         (tiny, 7, {"places": [0, 1, 7]}, "3 different numbers from 0 to 6"),
         (tiny, 7, {"places": [0, 1, 1]}, "3 different numbers"),
         (tiny, 7, {"places": [0, 1]}, "3 different numbers"),
+        (tiny, 7, {"places": [0, 1, 2, 2]}, "3 different numbers"),
+        (nn.Conv2d(3, 3, 1), 7, {"layer": ""}, "the network is a single layer"),
         (skipping, 7, {}, "skip blocks"),
         (denoiser, 7, {}, "denoiser.network"),
         (nn.DataParallel(tiny), 7, {}, "network.module"),
@@ -585,8 +603,9 @@ def test_what_gives_the_output_is_named_where_it_is_no_layer_that_can_be_widened
         widen(Plain(tail=nn.Softmax(1)), 5)
 
 
-def test_on_a_gpu_the_old_channels_may_round_otherwise_but_not_be_others():
-    before = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_on_a_gpu_the_old_channels_may_round_otherwise_but_not_be_others(scale: float) -> None:
+    before = scale * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     rounded = before.bfloat16().float()
     assert not _same(rounded, before, exact=True)
     assert _same(rounded, before, exact=False)
