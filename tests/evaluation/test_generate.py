@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import dualout
 from dualout.data.pixels import to_uint8
 from dualout.errors import InputError
 from dualout.evaluation.generate import Npz, generate, stored
+from dualout.evaluation.output import Latents, Pixels
 from dualout.evaluation.sampling import Sampling, build_sampler
 
 
@@ -61,6 +63,20 @@ def test_grey_npz_has_no_channel_axis_and_classes_have_labels(make_model, tmp_pa
     assert found["labels"].tolist() == [0, 1, 2, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("shape", "output", "images"),
+    [
+        ((1, 8, 8), Pixels(), 512),
+        ((3, 512, 512), Pixels(), 85),
+        ((4, 512, 512), Latents(), 16),
+        ((3, 8192, 8192), Pixels(), 1),
+    ],
+)
+def test_a_shard_is_64_mib_at_most_and_an_image_at_least(shape, output, images, make_model, tmp_path):
+    model = dataclasses.replace(make_model(shape), output=output)
+    assert Npz(tmp_path, model, 1000, 7, None).shard == images
+
+
 @pytest.mark.parametrize("store", ["png", "npz"])
 def test_killed_and_started_again(store, sampling, tmp_path, monkeypatch):
     monkeypatch.setattr(Npz, "most", 4)
@@ -107,14 +123,17 @@ def test_killed_and_started_again(store, sampling, tmp_path, monkeypatch):
     assert asked == []
 
 
-@pytest.mark.parametrize(("part", "evaluations"), [((0, 1), 16), ((0, 2), 8), ((1, 2), 8)])
-def test_how_much_is_to_be_computed_is_known_before(part, evaluations, sampling, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("images", "part", "counts"),
+    [(14, (0, 1), (4, 16)), (14, (0, 2), (4, 8)), (14, (1, 2), (4, 8)), (3, (0, 1), (3, 4))],
+)
+def test_how_much_is_to_be_computed_is_known_before(images, part, counts, sampling, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(Sampling, "prepare", lambda self, *counts: told.append(counts))
-    made = generate(sampling, 14, tmp_path, batch_size=4, part=part)
-    assert [next(made), next(made)] == [0, 4]
-    # four batches of four steps, in one process or in two: for the protocol, and by what is left
-    assert told[:2] == [(4, evaluations)] * 2
+    made = generate(sampling, images, tmp_path, batch_size=4, part=part)
+    assert [next(made), next(made)] == [0, min(images, 4)]
+    # batches of four steps, in one process or in two: for the protocol, and by what is left
+    assert told[:2] == [counts] * 2
 
 
 def test_another_request_is_refused_with_what_differs(sampling, make_model, tmp_path):
