@@ -252,7 +252,8 @@ def check_fit(config: TrainConfig, denoiser: Denoiser, dataset: Dataset) -> None
         raise InputError(
             f"the network is told {_CONDITIONS[asks]} ({asks}), and commands tell none but the classes of a "
             "num_class_embeds. In Python any condition is passed on: dualout.widen(network, 2 * C + 1, "
-            "example=(x_t, t, {name: condition})), and denoiser.loss(x0, t, noise, name=condition)"
+            "example=(x_t, t, {name: condition})), and denoiser.loss(x0, t, noise, name=condition); "
+            "dualout.training.closed_form.fit upgrades without a loop"
         )
     takes, gives = arguments.get("in_channels"), arguments.get("out_channels")
     needed = denoiser.parameterization.channels(dataset.channels)
