@@ -73,6 +73,15 @@ def test_one_whose_others_have_ended_says_so(says, monkeypatch, capsys):
         main(["trial"])
 
 
+@pytest.mark.parametrize("command", ["demo", "compare", "analyze", "calibrate", "upgrade", "export"])
+def test_what_is_not_shared_is_refused_before_it_begins(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "run"]) == 2
+    assert "it runs as one process, and WORLD_SIZE is 2: start it without torchrun" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_alone_says_that_it_was_stopped(rank, monkeypatch, capsys):
     def run(arguments):

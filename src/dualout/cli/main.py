@@ -29,6 +29,8 @@ _ORDER = (
     "demo", "train", "sample", "evaluate", "compare", "analyze",
     "calibrate", "upgrade", "export", "report", "app", "info", "completion",
 )  # fmt: skip
+_ALONE = ("demo", "compare", "analyze", "calibrate", "upgrade", "export")
+"""Commands that several processes would each do in full, writing to the same files."""
 _HELPERS = ("__init__", "main", "console", "options")
 
 
@@ -147,6 +149,11 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in commands():
         raise unknown("command", name, commands())
+    if name in _ALONE and _processes.several():
+        raise InputError(
+            f"it runs as one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start it without torchrun or "
+            "accelerate launch"
+        )
     return int(importlib.import_module(f"dualout.cli.{name}").run(rest) or 0)
 
 
