@@ -6,6 +6,8 @@ from typing import Any
 
 LATENTS = "latents of"
 """The entry of a card that says what makes its model's images of pictures: a part of the pipeline that it is of."""
+DECODER = "decoded by"
+"""The entry of a card that names the autoencoder which makes pictures of its model's latents."""
 _USES = {
     "dualout": """```python
 import dualout
@@ -64,6 +66,7 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
                 "schedule": _short(schedule),
                 "network": network["class"],
                 "images": " × ".join(map(str, shape)) + (", latents" if latents else " in [−1, 1]"),
+                **({DECODER: decoder} if (decoder := decoder_of(config)) else {}),
                 **config.get("more", {}),
             },
         ),
@@ -92,6 +95,13 @@ def makes_latents(config: dict[str, Any]) -> bool:
     """Whether a checkpoint's images are latents: it was trained on some, or its network is of a pipeline of them."""
     image, card = config.get("image"), config.get("card")
     return bool(isinstance(image, dict) and image.get("latents")) or (isinstance(card, dict) and LATENTS in card)
+
+
+def decoder_of(config: dict[str, Any]) -> str | None:
+    """The autoencoder that makes pictures of a checkpoint's latents, as it was named; None where none was."""
+    card = config.get("card")
+    named = card.get(DECODER) if isinstance(card, dict) else None
+    return named if isinstance(named, str) else None
 
 
 def class_count(network: dict[str, Any]) -> int | None:

@@ -100,8 +100,8 @@ def test_a_comparison_that_is_stopped_while_it_trains_goes_on_from_there(
 def test_a_model_is_let_go_when_its_rows_are_there(grid_file, tmp_path, monkeypatch):
     loaded, load = [], compare.Model.load
 
-    def noticed(*given):
-        model = load(*given)
+    def noticed(*given, **named):
+        model = load(*given, **named)
         loaded.append(weakref.ref(model))
         return model
 
@@ -177,7 +177,7 @@ def test_a_grid_is_looked_at_before_anything_is_trained(change, message):
 
 def test_further_parts_of_a_grid_are_added_and_what_they_repeat_is_not():
     grid = Grid(spacings=["trailing"], steps=[5, 10], also=[{"steps": [5], "calibrated": [True, False]}])
-    settings = [(s.spec, c) for part in grid.parts() for s, c in part.settings(Linear())]
+    settings = [(s.spec, c) for part in grid.parts() for s, c in part.settings(Linear(), clip=True)]
     assert len(settings) == 8
     assert len(set(settings)) == 6
     assert ("ddim:steps=5", True) in settings

@@ -171,8 +171,17 @@ def test_a_pipeline_of_latents_its_checkpoint_and_its_decoder(tmp_path, monkeypa
     LDMPipeline(vq(), build("tiny:width=8", 2, 4, 2), DDIMScheduler()).save_pretrained(tmp_path / "p")
     assert main(["export", str(tmp_path / "p"), "--format", "dualout", "--out", str(tmp_path / "run")]) == 0
     assert "clip=None" in (tmp_path / "run" / "README.md").read_text()
-    assert sample(tmp_path / "run", tmp_path / "here", "--decode", tmp_path / "p") == 0
+    assert f"| decoded by | {tmp_path / 'p'} |" in (tmp_path / "run" / "README.md").read_text()
+    assert sample(tmp_path / "run", tmp_path / "here") == 0
     assert protocol(tmp_path / "here")["decoder"]["class"] == "VQModel"
+    # an upgrade goes on to be decoded by what its source was, from the pipeline or from a checkpoint
+    np.save(tmp_path / "x.npy", dualout.noise(range(80), SHAPE).numpy())
+    told = ["--data", f"arrays:{tmp_path / 'x.npy'}:layout=nchw:latents=true", "--scope", "closed", "--held_out", "16"]
+    for source in ("p", "run"):
+        out = tmp_path / f"upgrade-{source}"
+        assert main(["upgrade", str(tmp_path / source), *told, "--device", "cpu", "--out", str(out)]) == 0
+        assert sample(out, tmp_path / f"of-{source}") == 0
+        assert protocol(tmp_path / f"of-{source}")["decoder"]["class"] == "VQModel"
 
     asked = []
 
@@ -248,7 +257,7 @@ def test_decoded_pictures_are_scored(run, vae, tmp_path, capsys):
     command = ["evaluate", str(run), "--images", "16", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "s")]
     for flags, says in (
         ([], "dualout sample and evaluate do it with --decode"),
-        (["--decode", str(vae)], "say by --data what those were encoded from"),
+        (["--decode", str(vae)], "say by --data what the latents that the models learned from were encoded from"),
     ):
         assert main([*command, *flags]) == 2
         assert says in " ".join(capsys.readouterr().err.split())
@@ -262,14 +271,157 @@ def test_decoded_pictures_are_scored(run, vae, tmp_path, capsys):
         assert row["protocol"]["sampler"]["clip"] is None
 
 
-def test_a_comparison_of_latents_is_refused_before_anything_is_trained(made, tmp_path, capsys):
-    np.save(tmp_path / "x.npy", made.repeat(4, 1, 1, 1).numpy())
-    train = {"data": f"arrays:{tmp_path / 'x.npy'}:latents=true:holdout=0.3", "network": "tiny:width=8", "steps": 1}
-    grid = {"methods": {"eps": "eps", "x0": "x0"}, "train": train, "features": ["pixels"], "images": 8, "steps": [2]}
-    (tmp_path / "grid.yaml").write_text(json.dumps(grid))
-    assert main(["compare", "--config", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 2
-    assert "holds latents, which are no pictures" in " ".join(capsys.readouterr().err.split())
-    assert not list((tmp_path / "out").rglob("model.safetensors"))
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Latents that are far from the range of images, as a source of data."""
+    path = tmp_path_factory.mktemp("real") / "latents.npy"
+    spread = torch.tensor([3.0, 0.5]).reshape(1, 2, 1, 1)
+    np.save(path, (4 + spread * dualout.noise(range(100), SHAPE)).numpy())
+    return f"arrays:{path}:layout=nchw:latents=true:holdout=0.2"
+
+
+def test_latents_are_calibrated(run, real, tmp_path, capsys):
+    own = shutil.copytree(run, tmp_path / "run")
+    command = ["calibrate", str(own), "--steps", "2", "--iterations", "2", "--batch_size", "16", "--device", "cpu"]
+    assert main([*command, "--data", "digits:size=4"]) == 2
+    assert main([*command, "--data", real.replace("latents=true", "values=[0+255]")]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "makes images of 2 channels and 4×4 pixels" in told
+    assert "the model makes latents, and arrays:" in told
+    assert main([*command, "--data", real]) == 0
+    assert "(RMS of a number)" in " ".join(capsys.readouterr().err.split())
+    sampler = dualout.samplers.DDIM(steps=2, clip=None)
+    calibration = dualout.Calibration.load(own, sampler.config())
+    assert any(x != 1 for x in calibration.values["x0_scale"])
+    assert sample(own, tmp_path / "out", "--steps", "2", "--calibrated", "true", "--format", "npz") == 0
+    found = torch.from_numpy(np.load(tmp_path / "out" / "images.npz")["images"])
+    calibrated = dualout.Calibrated.of(dualout.Denoiser.from_pretrained(own), calibration)
+    with torch.no_grad():
+        expected = sampler.at(calibration.times).sample(calibrated, dualout.noise(range(7), SHAPE))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_latents_are_analyzed_and_their_films_decoded(run, vae, real, tmp_path):
+    from diffusers import AutoencoderKL
+
+    command = ["analyze", str(run), "--data", real, "--steps", "3", "--samples", "4", "--film", "2", "--points", "3"]
+    assert main([*command, "--out", str(tmp_path / "plain")]) == 0
+    assert main([*command, "--out", str(tmp_path / "decoded"), "--decode", str(vae)]) == 0
+    plain, decoded = (json.loads((tmp_path / name / "analysis.json").read_text()) for name in ("plain", "decoded"))
+    assert plain["routes"] == decoded["routes"]
+    assert plain["trajectory"] == decoded["trajectory"]
+    assert decoded["protocol"]["film"]["decoder"]["class"] == "AutoencoderKL"
+    # latents have no range that they could be clipped to
+    assert not any("clipped" in row for row in plain["trajectory"])
+    assert not (tmp_path / "plain" / "figures" / "clipped.png").exists()
+    denoiser = dualout.Denoiser.from_pretrained(run)
+    with torch.no_grad():
+        made = dualout.samplers.DDIM(steps=3, clip=None).sample(denoiser, dualout.noise(range(2), SHAPE))
+        pictures = AutoencoderKL.from_pretrained(vae).decode(made / 0.5 + 0.2).sample
+    last = {name: torch.from_numpy(np.load(tmp_path / name / "arrays.npz")["film_x_next"][-1]) for name in
+            ("plain", "decoded")}  # fmt: skip
+    torch.testing.assert_close(last["decoded"], pictures, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last["plain"], made / 3, rtol=1e-4, atol=1e-4)
+
+
+def test_a_comparison_of_latents_scores_decoded_samples(vae, real, tmp_path, capsys):
+    train = {"data": real, "network": "tiny:width=8", "steps": 2, "batch_size": 8}
+    grid = {"methods": {"eps": "eps", "dual": "dual"}, "train": train, "features": ["pixels"], "images": 16}
+    grid |= {"samplers": ["ddim"], "spacings": ["trailing"], "steps": [2], "calibrated": [False, True]}
+    grid |= {"calibration": {"iterations": 1, "batch": 8, "held_out": 16, "move_times": 0}, "choose_seeds": []}
+
+    def compare(**more):
+        (tmp_path / "grid.yaml").write_text(json.dumps(grid | more))
+        return main(["compare", "--config", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")])
+
+    decoded = {"train": train | {"decode": str(vae)}}
+    for more, says in (
+        ({}, "holds latents, which are no pictures"),
+        (decoded, "a comparison of latents needs train: {decode: AUTOENCODER} and pictures"),
+        ({"pictures": "digits"}, "a comparison of latents needs train: {decode: AUTOENCODER} and pictures"),
+        (decoded | {"pictures": "digits", "features": ["lite0:layer=nowhere"]}, "lite0"),
+        (decoded | {"pictures": real}, "latents are no pictures"),
+        (decoded | {"pictures": "photos:grey=true:size=7"}, "are of (1, 7, 7)"),
+        ({"train": train | {"data": "digits", "decode": str(vae)}, "pictures": "digits"}, "leave out decode"),
+        ({"train": train | {"decode": str(tmp_path / "none")}, "pictures": "digits"}, "no autoencoder at"),
+    ):
+        assert compare(**more) == 2, more
+        assert says in " ".join(capsys.readouterr().err.split())
+        assert not list((tmp_path / "out").rglob("model.safetensors"))
+    assert compare(**decoded, pictures="digits") == 0
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [(r["method"], r["calibrated"]) for r in rows] == [
+        ("eps", False), ("eps", True), ("dual", False), ("dual", True),
+    ]  # fmt: skip
+    for row in rows:
+        assert np.isfinite(row["fd"])
+        assert row["protocol"]["decoder"]["class"] == "AutoencoderKL"
+        assert row["protocol"]["sampler"]["clip"] is None
+        assert row["protocol"]["reference"]["data"] == "digits"
+
+
+def test_what_decodes_is_told_in_training_and_remembered(real, vae, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "--data", real, "--network", "tiny:width=8", "--steps", "2", "--batch_size", "8"]
+    train += [
+        "--sample_every",
+        "1",
+        "--samples",
+        "3",
+        "--sampler",
+        "ddim:steps=2",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+    for flags, says in (
+        (["--decode", "nowhere"], "no autoencoder at 'nowhere'"),
+        (["--decode", str(vae), "--data", "digits"], "are pictures, not latents: leave out --decode"),
+    ):
+        assert main([*train, *flags, "--out", "runs/refused"]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "runs" / "refused").exists()
+    assert main([*train, "--decode", str(vae), "--out", "run"]) == 0
+    grids = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [grid.name for grid in grids] == ["step-000001.png", "step-000002.png"]
+
+    assert sample("run", "remembered") == 0
+    assert sample("run", "told", "--decode", vae) == 0
+    assert torch.equal(pictures(tmp_path / "remembered"), pictures(tmp_path / "told"))
+    # the grid shows the images of seeds 0, 1 and 2, each pixel enlarged
+    assert main(["sample", "run", "--images", "3", "--steps", "2", "--device", "cpu", "--out", "grid"]) == 0
+    assert grids[-1].read_bytes() == (tmp_path / "grid" / "grid.png").read_bytes()
+    assert sample("run", "latents", "--decode", "none", "--format", "npz") == 0
+    assert np.load("latents/images.npz")["images"].shape == (7, *SHAPE)
+    assert sample("run", "refused", "--decode", "none") == 2
+    assert main(["evaluate", "run", "--images", "16", "--steps", "2", "--data", "digits", "--device", "cpu"]) == 0
+    assert main(["export", "run", "--format", "diffusers", "--out", "p"]) == 0
+    # one that has gone is missed by what decodes alone
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["card"]["decoded by"] = "gone"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert sample("run", "refused") == 2
+    assert "no autoencoder at 'gone'" in " ".join(capsys.readouterr().err.split())
+    assert sample("run", "as-they-are", "--decode", "none", "--format", "npz") == 0
+
+
+def test_the_page_shows_decoded_pictures(run, vae, tmp_path):
+    from dualout.app.studio import Request, Setting, Studio
+    from dualout.errors import InputError
+
+    with pytest.raises(InputError, match="makes latents, which are no pictures"):
+        Studio([str(run)])
+    studio = Studio([str(run)], decode=str(vae))
+    *progress, made = studio.make(Request([Setting(str(run), steps=3)], images=7, filmed=2))
+    assert sample(run, tmp_path / "out", "--decode", vae) == 0
+    assert near(torch.from_numpy(made.images[..., 0]).int(), pictures(tmp_path / "out"))
+    assert len(progress) == 3
+    # the last step ends at the image that it predicts, and the film is of it
+    film = to_uint8(made.frames[-1].x_next)[0, 0]
+    assert near(film.int()[None], pictures(tmp_path / "out")[2:3])
+    assert made.command.endswith(f"--decode {vae} --out out")
 
 
 def test_a_dry_run_names_what_it_does_not_count(run, vae, tmp_path, capsys):

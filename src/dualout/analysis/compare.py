@@ -21,6 +21,7 @@ from dualout.analysis.tables import Row, grouped, number, spread
 from dualout.calibrated import Calibration
 from dualout.data.pixels import to_model
 from dualout.errors import InputError
+from dualout.evaluation.autoencoder import Autoencoder
 from dualout.evaluation.features import Features, cache_directory
 from dualout.evaluation.model import Model
 from dualout.evaluation.protocol import ENOUGH
@@ -108,6 +109,8 @@ def run(grid: Grid, out: Path, listening: Listening = nullcontext) -> Iterator[D
         InputError: before anything is trained, for real images that samples cannot be compared with.
     """
     _check_images(grid)
+    place = find_device(grid.device)
+    decoder = None if grid.decode is None else Autoencoder(grid.decode, place)
     results = Results(out)
     references: list[Reference] = []
     found: list[Row] = []
@@ -115,7 +118,7 @@ def run(grid: Grid, out: Path, listening: Listening = nullcontext) -> Iterator[D
         directory = training.directory(out)
         if not (yield from _train(training, directory, listening)):
             return
-        model = Model.load(directory, find_device(grid.device))
+        model = Model.load(directory, place, decode=decoder)
         if not references:
             references = _references(grid, model)
         for sampler, calibrated in grid.settings(model.denoiser.schedule):
@@ -171,7 +174,7 @@ def _calibrate(grid: Grid, training: Training, model: Model, directory: Path, sa
             return
     except InputError:
         pass  # there is none yet: it is fitted
-    dataset = _data(grid, "train", model.shape[1:])
+    dataset = _learned_from(grid, "train", model.shape[1:])
     rows = evenly(len(dataset), 20_000)
     images, told = to_model(dataset.batch(rows)).to(model.device), Told.of(model.classes, dataset, rows, model.device)
     last = None
@@ -184,23 +187,40 @@ def _calibrate(grid: Grid, training: Training, model: Model, directory: Path, sa
         Calibration(sampler.config(), last.calibration.times, last.calibration.values, protocol).save(directory)
 
 
-def _data(grid: Grid, split: str, size: int | tuple[int, ...] | None) -> data.Dataset:
+def _learned_from(grid: Grid, split: str, size: int | tuple[int, ...] | None) -> data.Dataset:
     config = grid.models()[0].config
     source = data.open_source(config.data, size=size, grey=config.grey, split=split)
     return data.load(source, cache=cache_directory() / "data")
 
 
+def _compared_with(grid: Grid, size: int | tuple[int, ...] | None, channels: int) -> data.Dataset:
+    """The real images: what models learned from, or the pictures of which that are the latents."""
+    if grid.pictures is None:
+        return _learned_from(grid, grid.split, size)
+    source = data.open_source(grid.pictures, size=size, grey=channels == 1, split=grid.split)
+    return data.load(source, cache=cache_directory() / "data")
+
+
 def _check_images(grid: Grid) -> None:
     """See that there are images to compare with, and that the features take such."""
-    dataset = _data(grid, grid.split, grid.models()[0].config.size)
+    dataset = _learned_from(grid, grid.split if grid.pictures is None else "train", grid.models()[0].config.size)
+    if grid.decode is not None:
+        if not dataset.latents:
+            raise InputError(f"the data {dataset.name!r} are pictures, not latents: leave out decode and pictures")
+        channels, *size = Autoencoder(grid.decode).check(dataset.shape)
+        dataset = _compared_with(grid, tuple(size), channels)
+        if dataset.shape != (channels, *size):
+            raise InputError(
+                f"{grid.decode} makes pictures of {(channels, *size)} (C, H, W), {grid.pictures} are of {dataset.shape}"
+            )
     check_pictures(dataset)
     for spec in grid.features:
         Features.parse(spec).check(dataset.channels, dataset.size)
 
 
 def _references(grid: Grid, model: Model) -> list[Reference]:
-    dataset = _data(grid, grid.split, model.shape[1:])
-    name, device = grid.models()[0].config.data, find_device(grid.device)
+    dataset = _compared_with(grid, model.image[1:], model.image[0])
+    name, device = grid.pictures or grid.models()[0].config.data, model.device
     return [
         Reference.of(dataset, Features.parse(spec), name=name, split=grid.split, device=device)
         for spec in grid.features

@@ -59,6 +59,9 @@ class Grid:
     """Number of images for each score"""
     split: str = "test"
     """Split of the data that samples are compared with"""
+    pictures: str | None = None
+    """For latents: the pictures that they were encoded from, named as data are; samples, decoded by the autoencoder
+    that is the training option `decode`, are compared with these"""
     choose_seeds: list[int] = field(default_factory=lambda: [0])
     """Sets of samples that the best spacing is chosen on"""
     report_seeds: list[int] = field(default_factory=lambda: [1])
@@ -91,6 +94,11 @@ class Grid:
             raise InputError(f"the spacing is chosen on other samples than are reported; {sorted(both)} is in both")
         if len(self.spacings) > 1 and not self.choose_seeds:
             raise InputError("several spacings need choose_seeds, on which the best is chosen")
+        if (self.decode is None) != (self.pictures is None):
+            raise InputError(
+                "a comparison of latents needs train: {decode: AUTOENCODER} and pictures, which decoded samples are "
+                f"compared with; got decode {self.decode} and pictures {self.pictures}"
+            )
         check_count(self.images)
         known = get_type_hints(Fit)
         for key, value in self.calibration.items():
@@ -126,12 +134,18 @@ class Grid:
 
     def settings(self, schedule: Schedule) -> Iterator[tuple[Sampler, bool]]:
         """Every sampler, and whether it is calibrated; what parts repeat comes once."""
-        yield from dict.fromkeys(setting for part in self.parts() for setting in part.settings(schedule))
+        clip = self.decode is None
+        yield from dict.fromkeys(setting for part in self.parts() for setting in part.settings(schedule, clip))
 
     @staticmethod
     def routes(training: Training, calibrated: bool) -> Sequence[str | float]:
         """Which of a model's outputs are read; a calibration is of the whole."""
         return ["mix"] if calibrated else training.routes
+
+    @property
+    def decode(self) -> str | None:
+        """The autoencoder that decodes the samples of all models, where these are latents."""
+        return self.train.get("decode")
 
     @property
     def sets(self) -> list[int]:
@@ -175,10 +189,10 @@ class Part(NamedTuple):
     steps: list[int]
     calibrated: list[bool]
 
-    def settings(self, schedule: Schedule) -> Iterator[tuple[Sampler, bool]]:
+    def settings(self, schedule: Schedule, clip: bool) -> Iterator[tuple[Sampler, bool]]:
         """Every sampler, and whether it is calibrated."""
         for spec, spacing, steps, calibrated in product(*self):
-            yield build_sampler(spec, steps, spacing, schedule), calibrated
+            yield build_sampler(spec, steps, spacing, schedule, clip), calibrated
 
 
 class Training(NamedTuple):
@@ -203,4 +217,5 @@ class Training(NamedTuple):
 
 _ELSEWHERE = (
     "out", "device", "fsdp", "workers", "track", "log_every", "checkpoint_every", "keep", "sample_every", "sampler",
+    "decode",
 )  # fmt: skip

@@ -189,10 +189,11 @@ def paths(studies: Mapping[str, Study]) -> list[str]:
         if end.get("sd") is None or end.get("sd_data") is None:
             continue
         exact = f", and an exact denoiser's by {end['sd_exact']:.3f}" if end.get("sd_exact") is not None else ""
-        clipped = 100 * max(r["clipped"] for r in study.trajectory)
+        shares = [r["clipped"] for r in study.trajectory if "clipped" in r]
+        clipped = f"; {100 * max(shares):.0f}% of the pixels are clipped at the worst step" if shares else ""
         found.append(
-            f"**{name}**, {len(study.trajectory)} steps: the images' pixels spread by {end['sd']:.3f}, the data's by "
-            f"{end['sd_data']:.3f}{exact}; {clipped:.0f}% of the pixels are clipped at the worst step."
+            f"**{name}**, {len(study.trajectory)} steps: the images' {'pixels' if shares else 'latents'} spread by "
+            f"{end['sd']:.3f}, the data's by {end['sd_data']:.3f}{exact}{clipped}."
         )
     return found
 

@@ -210,6 +210,7 @@ def together(studies: Mapping[str, Study]) -> list[Drawing]:
     paths = {name: s.trajectory for name, s in studies.items() if s.trajectory}
     if not paths:
         return found
+    clipped = {name: rows for name, rows in paths.items() if any("clipped" in r for r in rows)}
     samplers = {s.protocol.get("sampler", "") for s in studies.values() if s.trajectory}
     sampler = samplers.pop() if len(samplers) == 1 else "each model's sampler"
     return [
@@ -220,10 +221,16 @@ def together(studies: Mapping[str, Study]) -> list[Drawing]:
             "(of Gaussian data with the set's covariance) loses against noisy data is the sampler's doing.",
             figures.spread_over_steps(paths),
         ),
-        Drawing(
-            "clipped", "Clipped pixels",
-            f"Share of the predicted pixels outside the range of images, at each step of {sampler}.",
-            figures.per_step(paths, "clipped", "pixels clipped, %", scale=100),
+        *(
+            [
+                Drawing(
+                    "clipped", "Clipped pixels",
+                    f"Share of the predicted pixels outside the range of images, at each step of {sampler}.",
+                    figures.per_step(clipped, "clipped", "pixels clipped, %", scale=100),
+                )
+            ]
+            if clipped
+            else []
         ),
         Drawing(
             "drift", "Drift of the mean",

@@ -16,14 +16,14 @@ What of the shortfall the exact denoiser shares is the sampler's; the rest is th
 | `drift_0` … | the same of channel 0 … |
 | `sd` | of a pixel over seeds, root mean square over pixels, after the step |
 | `sd_exact`, `sd_data` | of the exact denoiser with the same sampler; of noisy data at that level |
-| `clipped` | share of the predicted pixels outside the clipping range |
+| `clipped` | share of the predicted pixels outside the clipping range; latents, which have none, have no such column |
 | `ratio_mean` | of the learned r |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -93,6 +93,12 @@ def frame(m: Moment, sampler: Sampler) -> Frame:
         sampler.clipped(parts["x0"]) if both else None,
         parts.get("ratio"),
     )
+
+
+def seen(frame: Frame, look: Callable[[Tensor], Tensor]) -> Frame:
+    """The same step, its images (not the ratio) as they are to be looked at."""
+    images = {name: getattr(frame, name) for name in ("x_t", "x0", "x_next", "subtractive", "direct")}
+    return frame._replace(**{name: look(x) for name, x in images.items() if x is not None})
 
 
 def _trajectory(
@@ -183,6 +189,7 @@ def drift(
     *,
     batch_size: int = 256,
     labels: Sequence[int] | None = None,
+    bounds: tuple[float, float] | None = (-1.0, 1.0),
 ) -> list[Row]:
     """Mean, spread and clipping of many images, after each of the K steps.
 
@@ -194,13 +201,15 @@ def drift(
         shape: of one image, (C, H, W).
         batch_size: images at a time.
         labels: the class of each image, for a network that is told it.
+        bounds: the range of images, which pixels are counted as clipped outside of where the sampler has none; None for
+            latents.
     """
-    schedule = denoiser.schedule
+    schedule, bounds = denoiser.schedule, sampler.clip or bounds
     total = [_Sums() for _ in range(sampler.steps)]
     for first in range(0, len(seeds), batch_size):
         own = slice(first, first + batch_size)
         for m in _trajectory(denoiser, sampler, seeds[own], shape, None if labels is None else labels[own]):
-            total[m.k].add(m, sampler.clip)
+            total[m.k].add(m, bounds)
     levels = visited(schedule, [s.t for s in total])[1:]
     exact = exact_variances(sampler, schedule, data.spectrum) or [math.nan] * sampler.steps
     rows: list[Row] = []
@@ -213,8 +222,8 @@ def drift(
             "sd": sums.sd(),
             "sd_exact": math.sqrt(variance) if variance >= 0 else math.nan,
             "sd_data": math.sqrt(level.alpha**2 * data.variance + level.sigma**2),
-            "clipped": sums.clipped / sums.pixels,
         }
+        row |= {"clipped": sums.clipped / sums.pixels} if bounds else {}
         rows.append(row | ({"ratio_mean": sums.ratio / len(seeds)} if sums.ratio is not None else {}))
     return rows
 
@@ -227,15 +236,15 @@ class _Sums:
         self.total = self.squares = torch.zeros((), dtype=torch.float64)
         self.ratio: float | None = None
 
-    def add(self, m: Moment, clip: tuple[float, float] | None) -> None:
+    def add(self, m: Moment, bounds: tuple[float, float] | None) -> None:
         x = m.x_next.cpu().double()
         self.t, self.count = m.t, self.count + len(x)
         self.total = x.sum(0) + self.total
         self.squares = x.square().sum(0) + self.squares
         x0 = m.prediction.x0
         self.pixels += x0.numel()
-        low, high = clip or (-1.0, 1.0)
-        self.clipped += float(((x0 < low) | (x0 > high)).sum())
+        if bounds:
+            self.clipped += float(((x0 < bounds[0]) | (x0 > bounds[1])).sum())
         if "ratio" in m.prediction.parts:
             self.ratio = (self.ratio or 0.0) + float(m.prediction.parts["ratio"].cpu().double().mean((1, 2, 3)).sum())
 

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from dualout.analysis import canvas, pictures
-from dualout.analysis.trajectories import Frame, frame
+from dualout.analysis.trajectories import Frame, frame, seen
 from dualout.calibrated import DIRECTORY
-from dualout.data.pixels import to_uint8
 from dualout.errors import InputError, unknown
 from dualout.evaluation.model import Model
 from dualout.evaluation.sampling import Sampling, build_sampler
@@ -144,16 +143,18 @@ class Studio:
     Args:
         runs: directories of runs or checkpoints.
         device: where they are computed.
+        decode: for models of latents, as `Model.load` takes it.
 
     Raises:
         InputError: for a run that cannot be used.
     """
 
-    def __init__(self, runs: Sequence[str], device: torch.device | str = "cpu") -> None:
-        self.models = {run: Model.load(run, device) for run in dict.fromkeys(runs)}
+    def __init__(self, runs: Sequence[str], device: torch.device | str = "cpu", decode: str | None = None) -> None:
+        self.decode = decode
+        self.models = {run: Model.load(run, device, decode=decode) for run in dict.fromkeys(runs)}
         for run, model in self.models.items():
-            if model.shape[0] not in (1, 3):
-                raise InputError(f"{run} makes images of {model.shape[0]} channels; the page shows grey or colour ones")
+            if model.image[0] not in (1, 3):
+                raise InputError(f"{run} makes images of {model.image[0]} channels; the page shows grey or colour ones")
 
     def routes(self, run: str) -> list[str]:
         """The routes that a model has, "as trained" first; one that reads it as an earlier one does is left out."""
@@ -188,7 +189,7 @@ class Studio:
             labels = [names.index(setting.label)]
         return Sampling(
             model,
-            build_sampler(setting.spec, setting.steps, setting.spacing, model.denoiser.schedule),
+            build_sampler(setting.spec, setting.steps, setting.spacing, model.denoiser.schedule, model.clips()),
             setting.sampling_route,
             seed,
             labels=labels,
@@ -209,23 +210,24 @@ class Studio:
             yield from self._one(k, setting, sampling, request)
 
     def _one(self, k: int, setting: Setting, sampling: Sampling, request: Request) -> Iterator[Progress | Made]:
-        made = Made(setting, command(setting, request), np.empty(0), request.filmed)
-        x = None
+        decode = self.decode if sampling.model.latents else None
+        made = Made(setting, command(setting, request, decode), np.empty(0), request.filmed)
+        x, output = None, sampling.model.output
         for moment in sampling.trajectory(range(request.images)):
-            seen = frame(moment, sampling.sampler)
-            made.frames.append(_only(seen, request.filmed))
-            if seen.ratio is not None:
-                made.ratios.append((seen.t, seen.ratio.float().cpu().numpy()))
+            step = frame(moment, sampling.sampler)
+            made.frames.append(seen(_only(step, request.filmed), output.seen))
+            if step.ratio is not None:
+                made.ratios.append((step.t, step.ratio.float().cpu().numpy()))
             x = moment.x_next
-            yield Progress(k, moment.k + 1, setting.steps, sheet(_pictures(seen.x0)))
+            yield Progress(k, moment.k + 1, setting.steps, sheet(_pictures(output(step.x0))))
         assert x is not None
         if not torch.isfinite(x).all():
             raise InputError(f"{setting.run}: images are not finite with {sampling.sampler.spec}; try another sampler")
-        made.images = _pictures(x)
+        made.images = _pictures(output(x))
         yield made
 
 
-def command(setting: Setting, request: Request) -> str:
+def command(setting: Setting, request: Request, decode: str | None = None) -> str:
     """The command line that makes the same images."""
     parts = [
         "dualout", "sample", setting.run, "--images", str(request.images), "--seed", str(request.seed),
@@ -239,6 +241,8 @@ def command(setting: Setting, request: Request) -> str:
         parts += ["--guidance", f"{setting.guidance:g}"]
     if setting.calibrated:
         parts += ["--calibrated"]
+    if decode is not None:
+        parts += ["--decode", decode]
     return shlex.join([*parts, "--out", "out"])
 
 
@@ -260,8 +264,8 @@ def sheet(images: np.ndarray) -> np.ndarray:
     return canvas.tiles(images.repeat(scale, 1).repeat(scale, 2), columns, gap=max(1, scale // 4), fill=255)
 
 
-def _pictures(x: torch.Tensor) -> np.ndarray:
-    return to_uint8(x).cpu().permute(0, 2, 3, 1).numpy()
+def _pictures(images: torch.Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).numpy()
 
 
 def _only(seen: Frame, image: int) -> Frame:

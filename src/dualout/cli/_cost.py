@@ -16,7 +16,7 @@ def print_cost(options: Any, samplings: Sequence[Sampling], images: int, process
     """Print a command's configuration and what making its images will cost.
 
     Args:
-        options: of the command; has batch_size, backend, decode and dry_run.
+        options: of the command; has batch_size, backend and dry_run.
         samplings: each makes so many images.
         images: of all processes together.
         processes: that share them.
@@ -26,6 +26,7 @@ def print_cost(options: Any, samplings: Sequence[Sampling], images: int, process
         InputError: for numbers that cannot be used.
     """
     from dualout.evaluation.cost import cost
+    from dualout.evaluation.output import Decoded
 
     for name, value in (("images", images), ("batch_size", options.batch_size)):
         if value < 1:
@@ -37,9 +38,9 @@ def print_cost(options: Any, samplings: Sequence[Sampling], images: int, process
         "" if options.backend == "eager" else f"; measured in eager torch, --backend {options.backend} is to be quicker"
     )
     rate = share * len(samplings) / found.seconds
-    if options.decode is not None:
+    if isinstance(output := samplings[0].model.output, Decoded):
         image = "×".join(map(str, samplings[0].model.image))
-        more = {**more, "decoded": f"to {image} by {options.decode}, which is not counted"}
+        more = {**more, "decoded": f"to {image} by {output.autoencoder.source}, which is not counted"}
     rows = {
         "network": f"{type(network).__name__}, {found.parameters:,} parameters",
         **more,

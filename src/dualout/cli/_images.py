@@ -15,7 +15,13 @@ Shape = tuple[int, int, int]
 
 
 def real_images(
-    spec: str, shape: Shape, split: str, *, grey: bool | None = None, progress: Progress | None = None
+    spec: str,
+    shape: Shape,
+    split: str,
+    *,
+    latents: bool = False,
+    grey: bool | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Dataset, str]:
     """Load images of the shape that a model makes; what has to be decoded is kept in dualout's cache.
 
@@ -23,6 +29,7 @@ def real_images(
         spec: of the data.
         shape: of the model's images.
         split: which part, where the spec does not say.
+        latents: whether the model makes latents, which are held against latents.
         grey: True makes them grey, False colour, where the spec does not say; None leaves them as they are.
         progress: told how far reading them is.
 
@@ -41,6 +48,11 @@ def real_images(
         raise InputError(
             f"the model makes images of {_told(shape)}, {spec} has {_told(dataset.shape)}; a data source is made grey "
             "by :grey=true, colour by :grey=false"
+        )
+    if dataset.latents != latents:
+        made, found = ("latents", "pictures") if latents else ("pictures", "latents")
+        raise InputError(
+            f"the model makes {made}, and {spec} holds {found}: say by --data which {made} it learned from"
         )
     return dataset, source.split
 

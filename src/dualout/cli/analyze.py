@@ -53,6 +53,9 @@ class Options:
     """How many images are made for the trajectory statistics"""
     film: int = 4
     """How many images get a film, every step of one image side by side; the report shows the first"""
+    decode: str | None = None
+    """For models of latents: the autoencoder of diffusers that decodes the films, a directory or the name of a Hugging
+    Face Hub repository, its own or a pipeline's; by default the one named in training. none shows the first channels"""
     seed: int = 0
     """Seed of the noise, and of the first generated image; any whole number"""
     batch_size: int = 256
@@ -79,8 +82,10 @@ def run(arguments: list[str]) -> int | None:
     from dualout.networks.device import device
 
     began = time.perf_counter()
-    model = Model.load(options.run, device(options.device))
-    sampler = build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
+    place = device(options.device)
+    model = Model.load(options.run, place, decode=options.decode, latents=True)
+    schedule = model.denoiser.schedule
+    sampler = build_sampler(options.sampler, options.steps, options.spacing, schedule, model.clips())
     out = out_directory(
         options.out or _beside(options.run), holds="an analysis's tables and figures", marker=_study.PROTOCOL
     )
@@ -88,8 +93,8 @@ def run(arguments: list[str]) -> int | None:
     spec = options.data or model.trained_on
     if spec is None:
         raise InputError(f"{options.run} does not say what it was trained on: give --data, such as digits")
-    grey = {1: True, 3: False}.get(model.shape[0])
-    dataset, split = real_images(spec, model.shape, options.split, grey=grey)
+    grey = None if model.latents else {1: True, 3: False}.get(model.shape[0])
+    dataset, split = real_images(spec, model.shape, options.split, latents=model.latents, grey=grey)
     study = measure(replace(options, split=split), model, dataset, sampler)
     written = _study.write(study, out, name_of(model))
     _tell(study)
@@ -117,7 +122,7 @@ def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> A
 
     from dualout.analysis.routes import grid, routes
     from dualout.analysis.study import Study
-    from dualout.analysis.trajectories import Gaussian, drift, film
+    from dualout.analysis.trajectories import Gaussian, drift, film, seen
     from dualout.data.pixels import to_model
 
     denoiser = model.denoiser
@@ -141,10 +146,14 @@ def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> A
             bar.advance(task)
         task = bar.add_task("on the way", total=2)
         data = Gaussian.of(images)
-        way = drift(denoiser, sampler, data, seeds, model.shape, batch_size=options.batch_size, labels=told)
+        way = drift(
+            denoiser, sampler, data, seeds, model.shape,
+            batch_size=options.batch_size, labels=told, bounds=None if model.latents else (-1.0, 1.0),
+        )  # fmt: skip
         bar.advance(task)
         filmed = seeds[: options.film]
-        frames = list(film(denoiser, sampler, filmed, model.shape, made_labels(model, len(filmed))))
+        frames = film(denoiser, sampler, filmed, model.shape, made_labels(model, len(filmed)))
+        frames = [seen(f, model.output.seen) for f in frames]
         bar.advance(task)
     protocol = {
         "model": {"run": model.run, **model.protocol()},
@@ -158,7 +167,7 @@ def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> A
         "samples": options.samples,
         "seeds": f"{options.seed} … {options.seed + options.samples - 1}",
         "seed": options.seed,
-    }
+    } | ({"film": model.output.protocol()} if model.latents else {})
     maps = {at.row["t"]: at.ratio_map for at in found if at.ratio_map is not None}
     reliability = [row for at in found for row in at.reliability]
     return Study(protocol, [at.row for at in found], reliability, way, maps, frames)

@@ -20,6 +20,9 @@ class Options:
 
     runs: list[str] = field(metadata={"positional": True})
     """Directories of runs or checkpoints, or names of Hugging Face Hub repositories"""
+    decode: str | None = None
+    """For models of latents: the autoencoder of diffusers that decodes them, a directory or the name of a Hugging Face
+    Hub repository, its own or a pipeline's; by default the one named in training"""
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 lets other machines see the page"""
     port: int | None = None
@@ -40,7 +43,8 @@ def run(arguments: list[str]) -> int | None:
     from dualout.app.studio import Studio
     from dualout.networks.device import device
 
-    page, address = serve(Studio(options.runs, device(options.device)), options.host, options.port)
+    studio = Studio(options.runs, device(options.device), options.decode)
+    page, address = serve(studio, options.host, options.port)
     console.say(f"{address}  (Ctrl-C ends it)")
     try:
         threading.Event().wait()

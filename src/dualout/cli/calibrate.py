@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int | None:
     options = parse(Options, "calibrate", arguments, __doc__ or "")
 
     from dualout.calibrated import DIRECTORY
-    from dualout.evaluation.model import Model
+    from dualout.evaluation.model import AS_THEY_ARE, Model
     from dualout.networks.device import device
     from dualout.networks.precision import choose
 
@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int | None:
         raise InputError(f"calibrate writes beside the weights: {options.run} is no directory here")
     place = device(options.device)
     precision = choose(options.precision, place)
-    model = Model.load(options.run, place)
+    model = Model.load(options.run, place, decode=AS_THEY_ARE, latents=True)
     if options.data is None and model.trained_on is None:
         raise InputError(f"{options.run} does not say what it was trained on: give --data, such as digits")
     options = replace(options, data=options.data or model.trained_on)
@@ -103,8 +103,8 @@ def run(arguments: list[str]) -> int | None:
     path = found.save(Path(options.run).expanduser())
     near = protocol["nearest"]
     console.say(
-        f"distance to the nearest image of the fit: {near['before']:.3g} → {near['after']:.3g} (RMS of a pixel); of "
-        f"unseen real images {near['held_out_images']:.3g}"
+        f"distance to the nearest image of the fit: {near['before']:.3g} → {near['after']:.3g} (RMS of a "
+        f"{'number' if model.latents else 'pixel'}); of unseen real images {near['held_out_images']:.3g}"
     )
     if after >= before:
         console.say("nothing better than the uncalibrated sampler was found; the numbers change nothing")
@@ -125,7 +125,8 @@ def _asked(options: Options, model: Model) -> tuple[Fit, Sampler]:
         move_times=options.move_times,
         seed=options.seed,
     )
-    return how, build_sampler(options.sampler, options.steps, options.spacing, model.denoiser.schedule)
+    schedule = model.denoiser.schedule
+    return how, build_sampler(options.sampler, options.steps, options.spacing, schedule, model.clips())
 
 
 def _dry_run(options: Options, model: Model) -> None:
@@ -154,7 +155,7 @@ def _fitted(options: Options, model: Model, precision: Precision) -> Calibration
 
     assert options.data is not None
     how, sampler = _asked(options, model)
-    dataset, split = real_images(options.data, model.shape, options.split)
+    dataset, split = real_images(options.data, model.shape, options.split, latents=model.latents)
     rows = evenly(len(dataset), options.images)
     images = to_model(dataset.batch(rows)).to(model.device)
     numbers = None if options.numbers is None else listed(options.numbers)

@@ -66,7 +66,8 @@ class Options:
     """Which noise levels are guided: two values of sigma / alpha, LOW,HIGH, as in 0.2,5; by default all"""
     decode: str | None = None
     """For models of latents: the autoencoder of diffusers that decodes them, a directory or the name of a Hugging Face
-    Hub repository, its own or a pipeline's; they are compared with the pictures of --data"""
+    Hub repository, its own or a pipeline's; by default the one named in training. They are compared with the pictures
+    of --data"""
     out: str | None = None
     """Output directory: new, empty, or of this command; by default `evaluation` in the run's directory"""
     card: bool = False
@@ -201,7 +202,7 @@ def _scorings(options: Options, group: Group) -> list[Scoring]:
 def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     """Every combination, with the seed that it is called by."""
     from dualout.evaluation.autoencoder import Autoencoder
-    from dualout.evaluation.model import Model
+    from dualout.evaluation.model import AS_THEY_ARE, Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_interval, parse_route
     from dualout.evaluation.scoring import check_count, first_seed
     from dualout.networks.device import device
@@ -212,8 +213,9 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     steps, seeds = _numbers(options.steps, "steps"), _numbers(options.seeds, "seeds")
     scales = [None] if options.guidance is None else _numbers(options.guidance, "guidance", float)
     place = device(options.device)
-    decoder = None if options.decode is None else Autoencoder(options.decode, place)
-    models = [Model.load(name, place, decoder=decoder) for name in _some(options.runs, "runs")]
+    decode = options.decode
+    decoder = Autoencoder(decode, place) if decode not in (None, AS_THEY_ARE) else decode
+    models = [Model.load(name, place, decode=decoder) for name in _some(options.runs, "runs")]
     readable = _routes(models, routes)
     return [
         (
@@ -262,10 +264,10 @@ def _routes(models: Sequence[Model], routes: Sequence[Route]) -> dict[str, list[
 
 def _data(options: Options, samplings: Sequence[Sampling]) -> str:
     """What the models' images are compared with."""
-    if options.decode is not None and options.data is None:
+    if options.data is None and any(sampling.model.latents for sampling in samplings):
         raise InputError(
-            "--decode makes pictures, and what the models were trained on are their latents: say by --data what those "
-            "were encoded from, as in --data folder:PATH"
+            "latents are decoded to pictures, which are compared with pictures: say by --data what the latents that "
+            "the models learned from were encoded from, as in --data folder:PATH"
         )
     known = sorted({name for sampling in samplings if (name := sampling.model.trained_on)})
     if options.data is None and len(known) > 1:

@@ -125,7 +125,7 @@ def _check_told(options: Options) -> None:
 def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
     """What somebody trained, as a checkpoint."""
     from dualout.checkpoint import CONFIG
-    from dualout.evaluation.model import Model
+    from dualout.evaluation.model import AS_THEY_ARE, Model
     from dualout.export.directory import whole
     from dualout.networks import foreign
 
@@ -141,17 +141,17 @@ def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
     with whole(out, last=CONFIG) as aside:
         denoiser.save_pretrained(aside)
         # what cannot be read again is not left there
-        model = Model.load(aside, latents=True).protocol() | {"name": out.name}
+        model = Model.load(aside, decode=AS_THEY_ARE, latents=True).protocol() | {"name": out.name}
     console.wrote(out, f"a checkpoint of {source}")
     return {"format": options.format, "model": model}
 
 
 def _program(options: Options, out: Path) -> dict[str, Any]:
     """A model for another program, of the formats that sample."""
-    from dualout.evaluation.model import Model
+    from dualout.evaluation.model import AS_THEY_ARE, Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
 
-    model = Model.load(options.run, latents=True)
+    model = Model.load(options.run, decode=AS_THEY_ARE, latents=True)
     sampler = build_sampler(options.sampler, options.steps, options.spacing, clip=model.clips(options.clip))
     route = parse_route(options.route)
     sampling = Sampling(model, sampler, route, calibrated=True) if options.calibrated else None

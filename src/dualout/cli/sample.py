@@ -56,7 +56,8 @@ class Options:
     are, float32 N×C×H×W"""
     decode: str | None = None
     """For models of latents: the autoencoder of diffusers that decodes them, a directory or the name of a Hugging Face
-    Hub repository, its own or a pipeline's"""
+    Hub repository, its own or a pipeline's; by default the one named in training. none leaves latents as they are, for
+    --format npz"""
     batch_size: int = 64
     """How many images at a time"""
     device: str = "auto"
@@ -75,7 +76,6 @@ def run(arguments: list[str]) -> int | None:
     """Run the command."""
     options = parse(Options, "sample", arguments, __doc__ or "")
 
-    from dualout.evaluation.autoencoder import Autoencoder
     from dualout.evaluation.generate import PROTOCOL, generate
     from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_interval, parse_route
@@ -83,8 +83,7 @@ def run(arguments: list[str]) -> int | None:
 
     part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = device(options.device)
-    decoder = None if options.decode is None else Autoencoder(options.decode, place)
-    model = Model.load(options.run, place, decoder=decoder, latents=True)
+    model = Model.load(options.run, place, decode=options.decode, latents=True)
     clip = model.clips(options.clip)
     sampling = Sampling(
         model,

@@ -113,23 +113,31 @@ def _processes(job: Job) -> int:
 
 def _sampling(training: Run) -> Sampling | None:
     """How the grids are sampled: from the averaged weights, with the same seeds each time."""
+    from dualout.evaluation.autoencoder import Autoencoder
     from dualout.evaluation.model import Model
+    from dualout.evaluation.output import Decoded, Output, Pixels
     from dualout.evaluation.sampling import Sampling
     from dualout.samplers import Sampler
 
-    job = training.job
-    if job.dataset.latents or job.dataset.channels not in (1, 3):
+    job, config = training.job, training.config
+    output: Output = Pixels()
+    if job.dataset.latents:
+        if config.decode is None:
+            return None
+        output = Decoded(Autoencoder(config.decode, job.device), job.dataset.shape)
+    if output.shape(job.dataset.shape)[0] not in (1, 3):
         return None
-    sampler, levels = Sampler.parse(training.config.sampler), training.denoiser.schedule.steps
-    if sampler.steps > levels and training.config.sampler == TrainConfig.sampler:
+    clip = {} if output.bounded else {"clip": None}
+    sampler, levels = Sampler.parse(config.sampler, **clip), training.denoiser.schedule.steps
+    if sampler.steps > levels and config.sampler == TrainConfig.sampler:
         sampler = replace(sampler, steps=levels)
     if sampler.steps > levels:
         raise InputError(
-            f"the grids' --sampler {training.config.sampler} takes {sampler.steps} steps, and the schedule has "
+            f"the grids' --sampler {config.sampler} takes {sampler.steps} steps, and the schedule has "
             f"{levels} noise levels: give it {levels} or fewer, or --sample_every 0"
         )
-    classes = len(job.dataset.classes) if training.config.conditional else None
-    model = Model(str(training.path), training.denoiser, job.dataset.shape, classes, {})
+    classes = len(job.dataset.classes) if config.conditional else None
+    model = Model(str(training.path), training.denoiser, job.dataset.shape, classes, {}, output=output)
     return Sampling(model, sampler, precision=job.precision.name)
 
 

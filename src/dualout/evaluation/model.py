@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dualout import checkpoint
-from dualout.card import LATENTS, arguments_of, class_count, makes_latents
+from dualout.card import LATENTS, arguments_of, class_count, decoder_of, makes_latents
 from dualout.checkpoint import entry
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
@@ -19,6 +19,8 @@ from dualout.evaluation.output import Decoded, Latents, Output, Pixels
 from dualout.networks.backends import Chosen
 from dualout.networks.device import layout
 
+AS_THEY_ARE = "none"
+"""Said in place of an autoencoder: latents are not decoded."""
 _LARGEST = 16384
 """Channels, and pixels a side."""
 _CHECKED_PIXELS = 2**20
@@ -58,7 +60,7 @@ class Model:
         run: str | Path,
         device: torch.device | str = "cpu",
         *,
-        decoder: Autoencoder | None = None,
+        decode: Autoencoder | str | None = None,
         latents: bool = False,
     ) -> Model:
         """Read a checkpoint directory, the directory of a run, or a repository of the Hugging Face Hub.
@@ -66,7 +68,8 @@ class Model:
         Args:
             run: which.
             device: where it is computed.
-            decoder: for a model of latents, what makes pictures of them.
+            decode: for a model of latents, what makes pictures of them; None is what its training was told, and
+                `AS_THEY_ARE` nothing.
             latents: whether latents are of use as they are.
 
         Raises:
@@ -76,9 +79,14 @@ class Model:
         directory = checkpoint.locate(run)
         config = checkpoint.read_config(directory)
         shape = image_shape(config, directory)
+        if decode is None and makes_latents(config):
+            decode = decoder_of(config)
+        if isinstance(decode, str) and decode != AS_THEY_ARE:
+            decode = Autoencoder(decode, device)
+        decoder = decode if isinstance(decode, Autoencoder) else None
         output = _output(run, makes_latents(config), shape, decoder, latents)
         denoiser = Denoiser.from_pretrained(directory).to(device)
-        if not output.bounded:
+        if makes_latents(config):
             denoiser.card.setdefault(LATENTS, "autoencoder")
         denoiser.network.to(memory_format=layout(torch.device(device)))  # type: ignore[union-attr]
         trained_on = entry(config, "data")
@@ -122,13 +130,18 @@ class Model:
         return next(self.denoiser.buffers()).device
 
     @property
+    def latents(self) -> bool:
+        """Whether it makes latents, decoded afterwards or not."""
+        return not self.output.bounded
+
+    @property
     def image(self) -> tuple[int, int, int]:
         """(C, H, W) of what comes out in the end."""
         return self.output.shape(self.shape)
 
     def clips(self, asked: bool | None = None) -> bool:
         """Whether predicted clean images are clipped: as it is asked for, or else where they have a range."""
-        return self.output.bounded if asked is None else asked
+        return not self.latents if asked is None else asked
 
     @property
     def trained_on(self) -> str | None:

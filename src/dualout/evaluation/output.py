@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -37,6 +38,10 @@ class Output(ABC):
         """The shape of what comes of x0 of a shape."""
 
     @abstractmethod
+    def seen(self, x: Tensor) -> Tensor:
+        """What there is to see on the way: of noisy or predicted images (B, C, H, W), pictures in [−1, 1] as floats."""
+
+    @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """What was done, as plain JSON values."""
 
@@ -54,6 +59,10 @@ class Pixels(Output):
     def shape(self, made: Shape) -> Shape:
         """The same."""
         return made
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Themselves."""
+        return x
 
     def protocol(self) -> dict[str, Any]:
         """How floats became pixels."""
@@ -73,6 +82,10 @@ class Latents(Output):
     def shape(self, made: Shape) -> Shape:
         """The same."""
         return made
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Their channels, −3 as black and 3 as white: autoencoders' factors bring latents to a deviation near 1."""
+        return x / 3
 
     def protocol(self) -> dict[str, Any]:
         """That nothing was done."""
@@ -96,12 +109,18 @@ class Decoded(Output):
 
     def __call__(self, x0: Tensor) -> Tensor:
         """uint8 (B, c, h, w), of the picture's shape."""
-        some = x0.split(max(1, _AT_ONCE // (self._shape[1] * self._shape[2])))
-        return torch.cat([to_uint8(self.autoencoder.decode(latents)).cpu() for latents in some])
+        return torch.cat([to_uint8(self.autoencoder.decode(latents)).cpu() for latents in self._some(x0)])
+
+    def _some(self, latents: Tensor) -> Sequence[Tensor]:
+        return latents.split(max(1, _AT_ONCE // (self._shape[1] * self._shape[2])))
 
     def shape(self, made: Shape) -> Shape:
         """The picture's."""
         return self._shape
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What they are decoded to, on the CPU."""
+        return torch.cat([self.autoencoder.decode(latents).cpu() for latents in self._some(x)])
 
     def protocol(self) -> dict[str, Any]:
         """Which autoencoder decoded it, and how floats became pixels."""

@@ -123,7 +123,8 @@ def check_pictures(dataset: Dataset) -> None:
     if dataset.latents:
         raise InputError(
             f"{dataset.name} holds latents, which are no pictures and are not compared as such: dualout evaluate "
-            "--decode compares what a model's latents are decoded to with the pictures that --data names"
+            "compares what a model's latents are decoded to by --decode with the pictures that --data names, dualout "
+            "compare by decode with pictures"
         )
 
 

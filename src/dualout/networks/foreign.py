@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dualout import bounded, checkpoint, hub
-from dualout.card import LATENTS
+from dualout.card import DECODER, LATENTS
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.files import read_json
@@ -70,7 +70,7 @@ def load(
                 f"{source} was exported by dualout: dualout export --format dualout makes a checkpoint of a directory "
                 f"again, and DualOutputPipeline.from_pretrained(…).denoiser.save_pretrained(…) of the Hub's"
             )
-        return _from_pipeline(directory)
+        return _from_pipeline(directory, str(source))
     if "_class_name" in _json(directory / checkpoint.CONFIG):
         return _from_model(directory, parameterization, schedule)
     _untold(source, parameterization=parameterization, schedule=schedule)
@@ -124,7 +124,7 @@ def _parts(directory: Path) -> tuple[list[str], str]:
     return parts, name
 
 
-def _from_pipeline(directory: Path) -> Denoiser:
+def _from_pipeline(directory: Path, named: str) -> Denoiser:
     """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
     parts, name = _parts(directory)
     network = diffusers_model(directory / name)
@@ -132,7 +132,7 @@ def _from_pipeline(directory: Path) -> Denoiser:
     denoiser = Denoiser(network, _with_variance(network, parameterization), schedule).eval()
     coder = next((k for k in CODERS if k in parts), None)
     if coder is not None:
-        denoiser.card[LATENTS] = coder
+        denoiser.card |= {LATENTS: coder, DECODER: named}
     return denoiser
 
 

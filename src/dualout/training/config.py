@@ -14,7 +14,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 FREE = frozenset(
-    {"steps", "out", "log_every", "checkpoint_every", "keep", "sample_every", "samples", "sampler", "track"}
+    {"steps", "out", "log_every", "checkpoint_every", "keep", "sample_every", "samples", "sampler", "decode", "track"}
     | {"accumulate", "device", "compile", "graph", "channels_last", "fsdp", "workers", "cache", "strict"}
 )
 """What may change when a run goes on: how long, how it is shown, where it runs. None of it changes what is drawn, but
@@ -103,6 +103,9 @@ class TrainConfig:
     """Images in a grid"""
     sampler: str = "ddim:steps=20"
     """How the grid is sampled"""
+    decode: str | None = None
+    """For latents: the autoencoder of diffusers that decodes the grids, a directory or the name of a Hugging Face Hub
+    repository, its own or a pipeline's; what is sampled from the checkpoint later is decoded by it too"""
     log_every: int = 50
     """Steps between lines of metrics.jsonl, which are means over these steps"""
     workers: int = 1

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 import yaml
 
-from dualout.card import heading
+from dualout.card import DECODER, heading
 from dualout.checkpoint import read_config
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
@@ -286,7 +286,7 @@ class Run:
             "title": f"{heading(ema.parameterization.name)} of {config.data}",
             "training": about | self._about,
             "data": data_on_card(dataset),
-        }
+        } | ({DECODER: config.decode} if config.decode else {})
         training = {"step": self.learner.step, **self._run["config"], "precision": self.job.precision.name}
         ema.save_pretrained(self.path, training=training, **about_data(dataset, conditional=config.conditional))
 

@@ -222,6 +222,8 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse data that cannot be learnt from in this way."""
     if config.conditional and (dataset.labels is None or not dataset.classes):
         raise InputError(f"--conditional needs classes, and the data {dataset.name!r} have none")
+    if config.decode is not None and not dataset.latents:
+        raise InputError(f"the data {dataset.name!r} are pictures, not latents: leave out --decode {config.decode}")
     if config.flip and dataset.latents:
         raise InputError(
             f"--flip mirrors images; {dataset.name!r} holds latents, whose mirror image is not the image's"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from dualout import checkpoint, data
+from dualout.card import DECODER
 from dualout.data.base import Progress
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
@@ -122,6 +123,7 @@ class Upgrade:
         source = foreign.load(config.source, config.adapter, config.parameterization, config.schedule)
         if config.data is None:
             raise InputError(f"{config.source} does not say what it was trained on: give --data, such as digits")
+        self.decoder = source.card.get(DECODER)
         self.conditional = bool(config_of(source.network).get("num_class_embeds"))
         training = config.training(conditional=self.conditional)
         self.dataset = data.load(
@@ -285,7 +287,7 @@ class Upgrade:
                 "gate open in": f"{check.open} of {config.bins} parts of the noise levels",
             },
             "data": data_on_card(dataset),
-        }  # fmt: skip
+        } | ({DECODER: self.decoder} if self.decoder else {})  # fmt: skip
         denoiser.save_pretrained(self.path, **about_data(dataset, conditional=self.conditional))
 
     def _record(self) -> None:
