@@ -79,7 +79,8 @@ def unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Denoiser, Path]:
 def test_the_graph_alone_is_the_denoiser(unet: tuple[Denoiser, Path]) -> None:
     denoiser, directory = unet
     session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [i.name for i in session.get_inputs()] == ["x_t", "t"]
+    assert [(i.name, i.shape[0]) for i in session.get_inputs()] == [("x_t", "batch"), ("t", "batch")]
+    assert {o.shape[0] for o in session.get_outputs()} == {"batch"}
     assert [o.name for o in session.get_outputs()] == ["x0", "eps", "ratio"]
     for count in (1, 2, 70):
         x_t, t = start(count), torch.arange(count) * 999 // max(count - 1, 1)

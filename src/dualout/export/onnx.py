@@ -172,7 +172,13 @@ def _translate(graph: _Graph, inputs: tuple[Tensor, ...], outputs: list[str], op
         with quiet.exporter(), torch.no_grad():
             exported = torch.export.export(graph, inputs, dynamic_shapes=(*batch.values(),), strict=False)
             program: Any = torch.onnx.export(
-                exported, input_names=names, output_names=outputs, opset_version=opset, dynamo=True, verbose=False
+                exported,
+                input_names=names,
+                output_names=outputs,
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=tuple({0: "batch"} for _ in names),
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         kind = type(graph.denoiser.network).__name__
