@@ -267,8 +267,15 @@ def test_decoded_pictures_are_scored(run, vae, tmp_path, capsys):
     assert [row["features"] for row in rows] == ["digits", "digits"]
     for row in rows:
         assert np.isfinite(row["fd"])
+        assert row["decode"] == str(vae)
         assert row["protocol"]["decoder"]["class"] == "AutoencoderKL"
         assert row["protocol"]["sampler"]["clip"] is None
+    # by another autoencoder it is another row
+    kl(scaling_factor=0.7).save_pretrained(tmp_path / "vae")
+    assert main([*command, "--decode", str(tmp_path / "vae"), "--data", "digits"]) == 0
+    rows = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert [row["decode"] for row in rows] == [str(vae), str(vae), str(tmp_path / "vae")]
+    assert rows[2]["fd"] != rows[0]["fd"]
 
 
 @pytest.fixture(scope="module")

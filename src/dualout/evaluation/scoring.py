@@ -12,6 +12,7 @@ from typing import Any
 from dualout.errors import InputError
 from dualout.evaluation.group import Group
 from dualout.evaluation.metrics import NEIGHBOURS
+from dualout.evaluation.output import Decoded
 from dualout.evaluation.protocol import differences, warning
 from dualout.evaluation.reference import Reference
 from dualout.evaluation.sampling import Sampling, interval_text
@@ -23,7 +24,7 @@ _COMBINATION = (
     "run", "parameterization", "route", "sampler", "spacing", "steps", "seed", "features", "calibrated",
 )  # fmt: skip
 COLUMNS = (*_COMBINATION, "fd", "kid", "precision", "recall", "images", "nfe", "seconds")
-OPTIONAL = ("guidance", "guidance_interval")
+OPTIONAL = ("guidance", "guidance_interval", "decode")
 """Columns of rows that have them."""
 KEY = (*_COMBINATION, "images", *OPTIONAL)
 """What tells one row from another: all that is asked for in the words of a command."""
@@ -106,6 +107,8 @@ class Scoring:
         row |= {} if sampling.guidance is None else {"guidance": sampling.guidance}
         interval = interval_text(sampling.guidance_interval)
         row |= {"guidance_interval": interval} if interval else {}
+        output = sampling.model.output
+        row |= {"decode": output.autoencoder.source} if isinstance(output, Decoded) else {}
         trained_on = (sampling.model.details.get("trained_on") or {}).get("fingerprint")
         rows = []
         for reference in self.references:
