@@ -393,6 +393,11 @@ def test_what_decodes_is_told_in_training_and_remembered(real, vae, tmp_path, mo
     grids = sorted((tmp_path / "run" / "samples").iterdir())
     assert [grid.name for grid in grids] == ["step-000001.png", "step-000002.png"]
 
+    capsys.readouterr()
+    assert main(["info", "run"]) == 0
+    told = capsys.readouterr().out
+    assert "2×4×4 latents" in told
+    assert "decoded by" in told
     assert sample("run", "remembered") == 0
     assert sample("run", "told", "--decode", vae) == 0
     assert torch.equal(pictures(tmp_path / "remembered"), pictures(tmp_path / "told"))

@@ -115,6 +115,7 @@ def about(run: str) -> dict[str, Any]:
     """
     from dualout import checkpoint
     from dualout.bounded import shapes
+    from dualout.card import DECODER, decoder_of
     from dualout.cli import _outputs
     from dualout.training.checkpoint import read_metrics, read_run, states
 
@@ -145,6 +146,7 @@ def about(run: str) -> dict[str, Any]:
             "network": network.get("class") if isinstance(network, dict) else network,
             "parameters": f"{sum(map(prod, shapes(path / checkpoint.WEIGHTS))):,}",
             "images": _images(checkpoint.entry(config, "image")),
+            **({DECODER: decoder} if (decoder := decoder_of(config)) else {}),
             "made with": f"dualout {config.get('dualout', '')}",
         },
         "training": card.get("training", {}),
