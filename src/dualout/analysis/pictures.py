@@ -1,4 +1,4 @@
-"""The figures that are made of images: samples, films, and maps of the ratio."""
+"""The figures that are made of images: films, and maps of the ratio."""
 
 from __future__ import annotations
 
@@ -95,22 +95,3 @@ def _picture(image: Tensor) -> np.ndarray:
     """(C, H, W) in [−1, 1] -> (H, W) or (H, W, 3), uint8: of 2 channels the first, of more than 3 the first three."""
     pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
     return pixels[..., 0] if pixels.shape[2] < 3 else pixels[..., :3]
-
-
-def samples(images: Mapping[str, np.ndarray], columns: int = 8, title: str = "") -> Figure:
-    """Sets of images side by side, each under its name: uint8 (N, H, W, C), nearest neighbour."""
-    across = min(2, len(images))
-    down = -(-len(images) // across)
-    with canvas.styled():
-        some = next(iter(images.values()))
-        tall = -(-len(some) // columns) / columns * some.shape[1] / some.shape[2]
-        figure = canvas.blank(height=down * (canvas.WIDTH / across * tall + 0.28) + (0.3 if title else 0))
-        figure.suptitle(title, x=0, ha="left", weight="bold", size=10.5)
-        grid = figure.subplots(down, across, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        for axes, (name, own) in zip(grid.flat, images.items(), strict=False):
-            sheet = canvas.tiles(own, columns)
-            axes.imshow(sheet[..., 0] if sheet.shape[2] == 1 else sheet, cmap="gray", vmin=0, vmax=255)
-            axes.set_title(name, size=9.5)
-    return figure
