@@ -424,6 +424,32 @@ def test_a_network_that_gives_nan_at_some_times_is_refused() -> None:
         fitted(both, X.split(16))
 
 
+def test_it_is_said_where_it_gives_nan_whichever_image_comes_first() -> None:
+    class Breaks(Toy):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            # but where it is tried
+            return super().forward(x, t) + torch.where((t == 1) | (t == 100), 0.0, torch.nan).view(-1, 1, 1, 1)
+
+    both = upgrade(Denoiser(Breaks(), Epsilon(), SCHEDULE), layer="last")
+    with pytest.raises(InputError, match=r"not finite in parts \[0, 1, 2, 3\] of the 4 of t"):
+        fitted(both, X.split(16))
+
+
+def test_what_is_not_finite_in_images_of_the_fit_alone_is_refused() -> None:
+    class Told(Toy):
+        def forward(self, x: Tensor, t: Tensor, more: Tensor) -> Tensor:
+            return super().forward(x + more.view(-1, 1, 1, 1), t)
+
+    both = upgrade(Denoiser(Told(), Epsilon(), SCHEDULE), layer="last")
+    told = torch.zeros(96)
+    told[80:] = torch.nan
+    with pytest.raises(InputError, match=r"not finite in parts \[0, 1, 2, 3\] of the 4 of t"):
+        fitted(both, [(x, {"more": more}) for x, more in zip(X.split(16), told.split(16), strict=True)])
+    assert not weights(both).any()
+
+
 def test_images_from_0_to_1_are_doubted() -> None:
-    with pytest.warns(UserWarning, match=r"images are from 0 to 1; most networks are trained in \[−1, 1\]"):
+    with pytest.warns(UserWarning, match=r"images are from 0 to 1; most networks are trained in \[−1, 1\]") as warned:
         fitted(toy(), (X > 0).float().split(16))
+    # where it was called
+    assert warned[0].filename == __file__

@@ -170,6 +170,15 @@ def solve(
             layer's, rearranged.
     """
     bins, new_first = len(before), upgraded_of(denoiser).closed == 1
+    trained = before.mean(1)
+    if new_first:
+        # an error of the noise is one of the image times sigma / alpha
+        alpha, sigma = denoiser.schedule.tables()
+        gain = (alpha / sigma).square().to(trained)
+        edges = opening.bin_edges(denoiser.schedule.steps, bins)
+        trained = trained * torch.stack([gain[a:b].mean() for a, b in pairwise(edges)])
+    # before the network is looked at: NaN would seem to be no rearrangement of the layer's output
+    _check_finite(trained.isfinite())
     name, layer = _layer(denoiser)
     moments, found = readout.collect(
         denoiser,
@@ -181,19 +190,16 @@ def solve(
         pixels=pixels,
         seed=seed,
     )
-    trained = before.mean(1).to(moments.count.device)
-    if new_first:
-        # an error of the noise is one of the image times sigma / alpha
-        alpha, sigma = denoiser.schedule.tables()
-        gain = (alpha / sigma).square().to(trained)
-        edges = opening.bin_edges(denoiser.schedule.steps, bins)
-        trained = trained * torch.stack([gain[a:b].mean() for a, b in pairwise(edges)])
-    bad = ~(trained.isfinite() & moments.gram.isfinite().all(2).all(1))
-    if bad.any():
+    _check_finite(moments.gram.isfinite().all(2).all(1))
+    readout.write_rows(layer, found, moments.solve_blended(trained.to(moments.count.device)))
+
+
+def _check_finite(finite: Tensor) -> None:
+    if not finite.all():
         raise InputError(
-            f"the network gives what is not finite in parts {bad.nonzero().flatten().tolist()} of the {bins} of t"
+            f"the network gives what is not finite in parts {(~finite).nonzero().flatten().tolist()} of the "
+            f"{len(finite)} of t"
         )
-    readout.write_rows(layer, found, moments.solve_blended(trained))
 
 
 def _layer(denoiser: Denoiser) -> tuple[str, nn.Module]:
