@@ -251,6 +251,28 @@ def test_the_closed_form_of_a_transposed_convolution(last: nn.ConvTranspose2d) -
     assert torch.equal(phi, torch.stack([y.flatten(1) for y in expected], -1))
 
 
+@pytest.mark.parametrize(
+    ("options", "padded"),
+    [
+        ({"kernel_size": (3, 2), "stride": (1, 2), "dilation": (2, 1)}, None),
+        ({"kernel_size": 3, "stride": 2, "padding": (1, 2)}, "constant"),
+        ({"kernel_size": 3, "padding": (1, 2), "padding_mode": "reflect"}, "reflect"),
+    ],
+    ids=str,
+)
+def test_what_enters_a_convolution_is_torchs_own_unfold(options, padded) -> None:
+    z, layer = torch.randn(2, 3, 6, 7), nn.Conv2d(3, 1, **options)
+    wide = z if padded is None else nn.functional.pad(z, (2, 2, 1, 1), mode=padded)
+    sizes = layer.kernel_size, layer.dilation, 0, layer.stride
+    expected = nn.functional.unfold(wide, *sizes).transpose(1, 2)  # type: ignore[arg-type]
+    assert torch.equal(readout.patches(layer, z, layer(z)), expected)
+
+
+def test_what_enters_a_linear_map_has_its_features_last() -> None:
+    z, layer = torch.randn(2, 3, 4, 5), nn.Linear(5, 1)
+    assert torch.equal(readout.patches(layer, z, layer(z)), z.view(2, 12, 5))
+
+
 def test_the_closed_form_through_a_transposed_convolution() -> None:
     class Up(Toy):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -312,14 +334,36 @@ def test_conditions_need_not_have_a_row_an_image() -> None:
     torch.testing.assert_close(torch.stack(errors).mean(), moments.errors(solution)[0], rtol=1e-4, atol=0)
 
 
-def test_what_is_no_rearrangement_is_refused() -> None:
-    class Doubled(Toy):
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda y: 1.5 * y,
+        lambda y: y + 0.5,
+        lambda y: -y,
+        # of other images, or one number in several places
+        lambda y: y.flip(0),
+        lambda y: y[..., :1].expand_as(y),
+    ],
+    ids=["scaled", "shifted", "negative", "mixed", "repeated"],
+)
+def test_what_is_no_rearrangement_is_refused(more) -> None:
+    class Changed(Toy):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return super().forward(x, t) * 1.5
+            return more(super().forward(x, t))
 
-    after = upgrade(Denoiser(Doubled(nn.Conv2d(3, 1, 3, padding=1)), Epsilon(), SCHEDULE), layer="last")
+    after = upgrade(Denoiser(Changed(nn.Conv2d(3, 1, 3, padding=1)), Epsilon(), SCHEDULE), layer="last")
     with pytest.raises(InputError, match="more than rearrange"):
         readout.collect(after, "last", slice(1, 2), toy_batches(), 3)
+
+
+def test_large_images_are_found_their_way_through_too() -> None:
+    after = upgrade(Denoiser(Toy(nn.Conv2d(3, 1, 1)), Epsilon(), SCHEDULE))
+    # of 2·96² numbers and more the last lie beyond 128²
+    (batch,) = toy_batches(1, size=96)
+    moments, rows = readout.collect(after, "last", slice(1, 2), [batch], 3)
+    assert rows.tolist() == [1]
+    h = torch.tanh(after.network.features(_x_t(batch)) + 0.01 * batch.t.view(-1, 1, 1, 1)).double()
+    torch.testing.assert_close(moments.cross[0, :3, 0], (h * batch.x0).sum((0, 2, 3)), rtol=1e-5, atol=1e-3)
 
 
 def test_of_many_positions_some_may_be_looked_at() -> None:
@@ -347,6 +391,51 @@ def test_blended_weights_lower_the_blends_error() -> None:
         return float((old * new / (old + new)).log().sum())
 
     assert blended(moments.solve_blended(old)) <= blended(moments.solve()) + 1e-9
+
+
+def unequal_moments() -> tuple[readout.Moments, list[Tensor], list[Tensor]]:
+    """Of three bins, of which more and more was seen, and what was."""
+    moments = readout.Moments.none(3, 4, 2, CPU)
+    phi = [torch.randn(n, 4, dtype=torch.float64) for n in (10, 40, 90)]
+    y = [torch.randn(len(x), 2, dtype=torch.float64) + b * x[:, :2] for b, x in enumerate(phi)]
+    for b in range(3):
+        moments.add(b, phi[b], y[b])
+    return moments, phi, y
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 3.0]])
+def test_a_bin_counts_by_its_weight_however_much_of_it_was_seen(weights) -> None:
+    moments, phi, y = unequal_moments()
+    w = torch.ones(3).double() if weights is None else torch.tensor(weights, dtype=torch.float64)
+    root = torch.cat([(w[b] / len(phi[b])).sqrt().expand(len(phi[b]), 1) for b in range(3)])
+    dense = torch.linalg.lstsq(root * torch.cat(phi), root * torch.cat(y)).solution
+    torch.testing.assert_close(moments.solve(None if weights is None else w, ridge=0.0), dense)
+    errors = torch.stack([(a @ dense - b).square().mean() for a, b in zip(phi, y, strict=True)])
+    torch.testing.assert_close(moments.errors(dense), errors)
+
+
+def test_the_ridge_is_a_share_of_the_features_mean_square_and_holds_rows_back() -> None:
+    moments = readout.Moments.none(1, 2, 1, CPU)
+    phi, y = torch.diag(torch.tensor([1.0, 3.0])).double(), torch.tensor([[2.0], [6.0]]).double()
+    moments.add(0, phi, y)
+    # of 1 and 9, which are halved as two were seen, the mean is 2.5
+    torch.testing.assert_close(moments.solve(ridge=0.2), torch.tensor([[1 / (0.5 + 0.5)], [9 / (4.5 + 0.5)]]).double())
+
+
+def test_blended_weights_find_where_the_blends_error_is_least() -> None:
+    moments, phi, y = unequal_moments()
+    old = torch.tensor([1e-2, 0.3, 3.0], dtype=torch.float64)
+
+    def slope(rows: Tensor) -> Tensor:
+        rows = rows.clone().requires_grad_()
+        new = torch.stack([(a @ rows - b).square().mean() for a, b in zip(phi, y, strict=True)])
+        (old * new / (old + new)).log().sum().backward()
+        assert rows.grad is not None
+        return rows.grad.abs().max()
+
+    plain = slope(moments.solve())
+    assert slope(moments.solve_blended(old)) < 0.1 * plain
+    assert slope(moments.solve_blended(old, rounds=200)) < 1e-6 * plain
 
 
 def test_features_that_depend_on_each_other_are_solved() -> None:
@@ -391,6 +480,9 @@ def test_the_blends_error_and_best_ratio_are_those_written_out() -> None:
     least = errors.of(best).mean(1)
     for r in np.linspace(0, 1, 101):
         assert (errors.of(float(r)).mean(1) >= least - 1e-12).all()
+    # no further than either route: half of an error, or more than all, or no difference at all
+    for x0, ratio in ((0.5 * a, 1.0), (2.0 * a, 0.0), (a, 0.0)):
+        assert (errors_of(a, x0).best(slice(None)) == ratio).all()
 
 
 @pytest.mark.parametrize("closed", [0.0, 1.0])
@@ -412,6 +504,16 @@ def test_what_helps_every_other_image_only_is_taken_for_chance(helped) -> None:
     trained, new = good.clone(), bad.clone()
     trained[:, helped::2], new[:, helped::2] = 10.0, 0.0
     assert opening.opened(errors_of(trained, new), 0.0) == [0.0]
+
+
+@pytest.mark.parametrize(("helped", "opens"), [(3, False), (4, True)])
+def test_the_gate_opens_beyond_two_standard_errors(helped, opens) -> None:
+    # what helps k of n images by as much lies √(k·(n − 1) / (n − k)) standard errors from none, n in each half
+    trained = torch.zeros(1, 200, 4, dtype=torch.float64)
+    trained[:, : 2 * helped] = 1.0
+    assert (helped * 99 / (100 - helped)) ** 0.5 == pytest.approx(2, abs=0.3)
+    assert opening.opened(errors_of(trained, 0 * trained), 0.0) == [float(opens)]
+    assert opening.opened(errors_of(0 * trained, trained), 1.0) == [1.0 - opens]
 
 
 def test_the_gate_opens_at_the_optimum_where_it_helps() -> None:
@@ -468,6 +570,27 @@ def test_worse_and_score() -> None:
     more = around + torch.tensor([[0.25], [0.35]], dtype=torch.float64)
     assert opening.worse(before[:2] + more, before[:2]) == [1]
     assert opening.score(now, before) == pytest.approx((math.log(0.5) + math.log(1.001) + math.log(1.5)) / 4)
+    # of the mean error in each bin, not of each image's
+    some = torch.tensor([[1.0, 3.0], [2.0, 2.0]], dtype=torch.float64)
+    assert opening.score(some, torch.tensor([[3.0, 1.0], [1.0, 1.0]]).double()) == pytest.approx(math.log(2) / 2)
+
+
+@pytest.mark.parametrize("closed", [0.0, 1.0])
+def test_a_look_says_where_the_gate_opens_and_what_each_route_errs_by(closed) -> None:
+    generator = torch.Generator().manual_seed(0)
+    trained, new = torch.randn(2, 2, 100, 30, generator=generator, dtype=torch.float64)
+    new[0] += trained[0]  # no help
+    eps, x0 = (trained, new) if closed == 0 else (new, trained)
+    errors, before = errors_of(eps, x0), 2 * trained.square().mean(2)
+    found = opening.look(errors, before, closed, 9)
+    assert [(row["t"], row["open"]) for row in found.rows] == [("0–3", False), ("4–8", True)]
+    for row, ratio, a, b, old in zip(found.rows, found.ratios, eps, x0, before, strict=True):
+        assert row["ratio"] == ratio
+        told = a.square().mean(), b.square().mean(), ((1 - ratio) * a + ratio * b).square().mean(), old.mean()
+        assert [row[name] for name in ("eps", "x0", "after", "before")] == pytest.approx([float(v) for v in told])
+    assert found.ratios == [closed, pytest.approx(0.5, abs=0.05)]
+    assert found.score == pytest.approx(sum(math.log(r["after"] / r["before"]) for r in found.rows) / 2)
+    assert opening.look(errors, before, closed, 9, shut=True).ratios == [closed] * 2
 
 
 def test_measured_errors_are_those_of_the_routes() -> None:
@@ -479,14 +602,56 @@ def test_measured_errors_are_those_of_the_routes() -> None:
     stream = opening.Stream(Dataset("x", images, "nhw"), np.arange(20), 200, 4, 0, CPU)
     errors = opening.measure(after, stream, 4)
     assert errors.eps.shape == (4, 20)
-    (batch,) = (b for b in stream if b.bin == 2)
-    assert ((batch.t >= 100) & (batch.t < 150)).all()
-    for ratio in (0.0, 0.4, 1.0):
-        p = after.route(ratio)(_x_t(batch), batch.t)
-        error = (p.x0 - batch.x0).double().square().flatten(1).mean(1)
-        torch.testing.assert_close(errors.of(ratio)[2], error, rtol=1e-5, atol=0)
+    for b, batch in enumerate(stream):
+        assert batch.bin == b
+        assert ((batch.t >= 50 * b) & (batch.t < 50 * (b + 1))).all()
+        for ratio in (0.0, 0.4, 1.0):
+            p = after.route(ratio)(_x_t(batch), batch.t)
+            error = (p.x0 - batch.x0).double().square().flatten(1).mean(1)
+            torch.testing.assert_close(errors.of(ratio)[b], error, rtol=1e-5, atol=0)
     again = opening.measure(after, stream, 4)
     assert torch.equal(again.along, errors.along)
+
+
+def test_small_errors_of_the_new_route_are_found_beside_large_ones_of_the_old() -> None:
+    # one that is nearly right where the old one is far off, as eps is at high noise: a difference of large numbers
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
+    (batch,) = opening.Stream(Dataset("x", images, "nhw"), np.arange(4), 200, 1, 0, CPU)
+    batch = batch._replace(t=torch.full((4,), 199))
+    off = 1e-3 * dualout.noise(range(4), (1, 8, 8))
+    raw = torch.cat([torch.zeros_like(off), batch.x0 + off, torch.zeros_like(off)], 1)
+    found = opening.measure(Denoiser(lambda *_: raw, Upgraded(), SCHEDULE), [batch], 1)
+    assert (found.of(0.0) > 1000).all()
+    expected = (batch.x0 + off - batch.x0).double().square().flatten(1).mean(1)
+    torch.testing.assert_close(found.of(1.0)[0], expected, rtol=1e-5, atol=0)
+
+
+def test_times_and_noise_are_an_images_own_in_each_bin() -> None:
+    x0, rows, edges = torch.zeros(2000, 1, 2, 2), np.arange(2000), [0, 5, 9]
+
+    def draw(bin: int | np.ndarray = 0, some: slice = slice(None), number: int = 0, seed: int = 0) -> readout.Noised:
+        return opening.noised(bin, x0[some], rows[some], number, edges, seed, {})
+
+    batch = draw()
+    # every time of the bin as often
+    assert batch.t.bincount().tolist() == pytest.approx([400] * 5, abs=100)
+    assert set(draw(1).t.tolist()) == {5, 6, 7, 8}
+    # not of its batch, and each in the bin that is asked for
+    part = draw(some=slice(30, 40))
+    assert torch.equal(part.t, batch.t[30:40])
+    assert torch.equal(part.noise, batch.noise[30:40])
+    mixed = draw(rows % 2)
+    assert torch.equal(mixed.t >= 5, torch.from_numpy(rows % 2 == 1))
+    assert torch.equal(mixed.t[::2], batch.t[::2])
+    for other in (draw(number=1), draw(seed=1)):
+        assert not torch.equal(other.t, batch.t)
+        assert not (other.noise == batch.noise).any()
+
+
+def test_an_order_is_of_all_and_follows_the_seed() -> None:
+    first, again, other = (opening.shuffled(50, seed).tolist() for seed in (0, 0, 1))
+    assert first == again != other
+    assert sorted(first) == sorted(other) == list(range(50)) != first
 
 
 @pytest.mark.parametrize(("images", "size"), [(1280, 64), (256, 12), (20, 1), (7, 1)])
@@ -515,6 +680,10 @@ def test_the_images_that_are_looked_at(each) -> None:
     for batch, (b, rows) in zip(stream, seen, strict=True):
         assert batch.conditions["class_labels"].tolist() == [row % 5 for row in rows]
         assert ((batch.t >= 100 * b) & (batch.t < 100 * (b + 1))).all()
+    # other noise each time that an image is looked at, and no classes for a network that is told none
+    looks = [noise for batch in stream for noise in batch.noise]
+    assert len(torch.stack(looks).unique(dim=0)) == len(looks)
+    assert not any(b.conditions for b in opening.Stream(dataset, np.arange(20), 200, 2, 0, CPU))
 
 
 # what is trained

@@ -75,7 +75,7 @@ class Moments:
             ridge: added to the diagonal, as a share of its mean.
         """
         weights = torch.ones_like(self.count) if weights is None else weights
-        w = (weights / self.count.clamp(min=1)) * (self.count > 0)
+        w = weights / self.count.clamp(min=1)
         gram, cross = torch.einsum("b,bfg->fg", w, self.gram), torch.einsum("b,bfr->fr", w, self.cross)
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(gram)
