@@ -247,8 +247,28 @@ def test_a_batch_is_compared_with_all_real_images_at_its_own_ranks():
     torch.testing.assert_close(quantiles(ordered, 8), ordered)
     torch.testing.assert_close(quantiles(ordered, 4), torch.tensor([[0.5, 2.5, 4.5, 6.5]]))
     torch.testing.assert_close(quantiles(ordered, 16)[:, :3], torch.tensor([[0.0, 0.25, 0.75]]))
+    torch.testing.assert_close(quantiles(ordered, 16)[:, -3:], torch.tensor([[6.25, 6.75, 7.0]]))
     x, y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).split(25)
     assert SlicedWasserstein()(x, y.repeat(2, 1), 0) == pytest.approx(float(SlicedWasserstein()(x, y, 0)), rel=0.2)
+
+
+def test_random_directions_are_those_of_the_seed():
+    x, y = torch.randn(2, 20, 9)
+    few = SlicedWasserstein(directions=3)
+    assert few(x, y, 5) == few(x, y, 5) != few(x, y, 6)
+
+
+def test_gradients_of_the_distances_in_one_dimension_are_those_written_out():
+    # nothing to turn: every rank is compared with the real one of that rank, and half of a point with each of two
+    made = torch.tensor([[3.0], [1.0], [-2.0]], dtype=torch.float64, requires_grad=True)
+    real = torch.tensor([[-3.0], [2.0], [2.5]], dtype=torch.float64)
+    found = SlicedWasserstein(directions=4)(made, real, 0)
+    assert found.item() == pytest.approx((0.5 + 1 + 1) / 3)
+    (slope,) = torch.autograd.grad(found, made)
+    assert slope.flatten().tolist() == pytest.approx([1 / 3, -1 / 3, 1 / 3])
+    # 2·mean|x − y| falls or rises by 2/3 of how many y are on either side, the mean over pairs x, x' by 1/3 of each
+    (slope,) = torch.autograd.grad(Energy()(made, real, 0), made)
+    assert slope.flatten().tolist() == pytest.approx([2 / 3 - 2 / 3, -2 / 9, -2 / 9 + 2 / 3], abs=1e-6)
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 8])
@@ -426,14 +446,21 @@ def test_views_are_whitened_where_images_vary():
     generator = torch.Generator().manual_seed(0)
     spread = torch.tensor([10.0, 3.0, 1.0, 1e-4])
     x = torch.randn(4000, 4, generator=generator) * spread @ torch.linalg.qr(torch.randn(4, 4, generator=generator)).Q
-    by = whitening(x)
+    # around any mean
+    by = whitening(x + 5)
     variance = (x @ by).var(0)
     floor = FLOOR * spread.square().mean()
     torch.testing.assert_close(
         variance / variance[0], (u := spread.square() / (spread.square() + floor)) / u[0], rtol=0.1, atol=1e-6
     )
     assert float(variance.mean()) == pytest.approx(1, rel=1e-2)
-    # fewer images than directions
+    # fewer images than directions: the floor is a share of the mean over all of them
+    corners = torch.zeros(4, 9)
+    corners[:2, 0], corners[2:, 1] = torch.tensor([3.0, -3.0]), torch.tensor([1.0, -1.0])
+    large, small = 6.0, 2 / 3
+    floor = FLOOR * (large + small) / 9
+    seen = (corners @ whitening(corners)).var(0)
+    assert float(seen[1] / seen[0]) == pytest.approx(small / (small + floor) * (large + floor) / large, rel=1e-4)
     assert torch.isfinite(whitening(x[:3])).all()
     assert torch.isfinite(whitening(torch.ones(8, 5))).all()
 
@@ -471,7 +498,7 @@ def test_the_networks_own_features_are_those_of_its_bottom():
     denoiser = Denoiser(build("small:width=8", 1, (16, 16), 3), Dual(), schedules.Linear())
     within = Within.of(denoiser, torch.zeros(2, 1, 16, 16))
     assert within.layer == "mid_block"
-    assert float(SCHEDULE.tables()[1][within.t]) == pytest.approx(LOOKED_AT, rel=0.05)
+    assert within.t == 48
     seen = []
     handle = denoiser.network.get_submodule(within.layer).register_forward_hook(
         lambda _, __, y: seen.append(y[0] if isinstance(y, tuple) else y)
@@ -481,6 +508,33 @@ def test_the_networks_own_features_are_those_of_its_bottom():
     handle.remove()
     assert torch.equal(within(images), seen[0].flatten(1))
     assert seen[0][0, 0].numel() < 16 * 16
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, schedules.RectifiedFlow()], ids=lambda s: s.name)
+def test_the_network_is_asked_at_a_low_noise_level(schedule):
+    within = Within(Denoiser(exact, Epsilon(), schedule), "")
+    alpha, sigma = (float(table[within.t]) for table in schedule.tables())
+    assert sigma / alpha == pytest.approx(LOOKED_AT, rel=0.02)
+    assert within.alpha == pytest.approx(alpha)
+
+
+def test_features_of_a_network_in_half_precision_are_compared_in_float32():
+    denoiser = Denoiser(build("tiny:width=8", 1, (8, 8), 3).to(torch.bfloat16), Dual(), schedules.Linear())
+    assert {view.dtype for view in Views(torch.randn(20, 1, 8, 8), 0, denoiser)(torch.zeros(2, 1, 8, 8))} == {
+        torch.float32
+    }
+
+
+def test_pixels_are_seen_as_they_are_and_random_features_bend():
+    images = torch.randn(2, 40, 1, 8, 8)
+    a, b = images[:, :3]
+    one, two, both = (Views(images[0], seed) for seed in (0, 1, 0))
+    pixels, *bent = (x + y - z for x, y, z in zip(one(a), one(b), one(a + b), strict=True))
+    torch.testing.assert_close(pixels, torch.zeros_like(pixels), rtol=0, atol=1e-4)
+    assert all(float(rest.abs().mean()) > 0.1 for rest in bent)
+    # and are those of the seed
+    assert [torch.equal(x, y) for x, y in zip(one(a), two(a), strict=True)] == [True, False, False]
+    assert all(torch.equal(x, y) for x, y in zip(one(a), both(a), strict=True))
 
 
 def test_images_of_odd_sides_are_seen_to_their_edges():

@@ -69,7 +69,7 @@ def quantiles(ordered: Tensor, count: int) -> Tensor:
     n = ordered.shape[1]
     if n == count:
         return ordered
-    rank = ((torch.arange(count, device=ordered.device) + 0.5) * (n / count) - 0.5).clamp(0, n - 1)
+    rank = ((torch.arange(count, device=ordered.device) + 0.5) * (n / count) - 0.5).clamp(min=0)
     below = rank.long()
     return torch.lerp(ordered[:, below], ordered[:, (below + 1).clamp(max=n - 1)], (rank - below).to(ordered))
 
