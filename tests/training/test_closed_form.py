@@ -17,7 +17,7 @@ from dualout.errors import InputError
 from dualout.networks import adapted, build
 from dualout.parameterizations import CleanImage, Epsilon, Flow, LearnedVariance, Parameterization, Velocity
 from dualout.samplers import DDIM, DPMSolver
-from dualout.training import opening, readout
+from dualout.training import closed_form, opening, readout
 from dualout.training.closed_form import Fitted, fit
 from dualout.training.upgrade import new_rows, output_layer, upgrade, upgraded_of
 from dualout.training.upgrade_config import UpgradeConfig
@@ -118,6 +118,83 @@ def test_it_is_least_squares(source, monkeypatch) -> None:
     torch.testing.assert_close(rows, by_hand, rtol=1e-3, atol=1e-4)
     # in each quarter of t
     assert (t // 50).bincount().min() >= 8
+
+
+def test_each_bin_gets_as_many_images_in_any_order_of_them() -> None:
+    def seen(seed: int) -> tuple[Tensor, Tensor]:
+        denoiser, looks = toy(), []
+        network: Any = denoiser.network
+
+        def batches() -> Iterator[Tensor]:
+            for batch in images(352).split(32):
+                yield batch
+                looks.append(network.calls[-1])
+
+        fitted(denoiser, batches(), seed=seed)
+        x_t, t = (torch.cat(part) for part in zip(*looks[1:], strict=True))
+        return x_t, t
+
+    x_t, t = seen(0)
+    bins = (t // 50).view(-1, 4)
+    # every four images are one of each bin, and of every fourth image, which may be one class, there are some in each
+    assert bins.sort(1).values.eq(torch.arange(4)).all()
+    assert bins[:, 0].bincount(minlength=4).min() > 8
+    # times and noise are those of the seed
+    assert torch.equal(seen(0)[0], x_t)
+    other_x_t, other_t = seen(1)
+    assert not torch.equal(other_t // 50, t // 50)
+    assert not torch.equal(other_x_t, x_t)
+
+
+def test_the_network_looks_at_each_batch_once_and_decides_by_other_noise() -> None:
+    denoiser, x = toy(), images(96)
+    network: Any = denoiser.network
+    network.calls.clear()
+    # the images that decide are those of the fit, with other noise
+    fitted(denoiser, x.split(16), held_out=list(x.split(16)), bins=1)
+    # one call without noise, which shows whether it can be called, six to decide and six to fit
+    assert len({x_t.numpy().tobytes() for x_t, _ in network.calls}) == 1 + 6 + 6
+
+
+@pytest.mark.parametrize("source", [Epsilon(), CleanImage()], ids=lambda p: p.spec)
+def test_the_new_rows_are_weighed_by_the_trained_outputs_error_in_their_own_units(source, monkeypatch) -> None:
+    given: list[Tensor] = []
+    blended = readout.Moments.solve_blended
+    monkeypatch.setattr(
+        readout.Moments, "solve_blended", lambda self, trained: given.append(trained) or blended(self, trained)
+    )
+    denoiser, x0, eps = toy(source), images(40), dualout.noise(range(40), (1, 6, 6))
+    t, bin = torch.arange(40) * 5, torch.arange(40) // 10
+    # what the trained output says is off by these errors of the noise, hence of the image by sigma / alpha as much
+    errors = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    alpha, sigma = SCHEDULE.tables()
+    times = range(0, 200, 50)
+    size = torch.stack([(sigma / alpha)[a : a + 50].square().reciprocal().mean().reciprocal() for a in times])
+    before = (errors * size)[:, None] * torch.tensor([0.5, 1.5], dtype=torch.float64)
+    closed_form.solve(denoiser, [readout.Noised(bin, x0, t, eps, {})], before, 1, pixels=36, seed=0)
+    torch.testing.assert_close(given[0], errors if source.name == "x0" else errors * size)
+    assert weights(denoiser)[0].any()
+
+
+def test_so_many_positions_are_looked_at_and_the_seed_says_which() -> None:
+    def rows(**options: int) -> Tensor:
+        denoiser, x0, eps = toy(), images(40), dualout.noise(range(40), (1, 6, 6))
+        batch = readout.Noised(0, x0, torch.arange(40) * 5, eps, {})
+        before = torch.ones(1, 40, dtype=torch.float64)
+        closed_form.solve(denoiser, [batch], before, 1, **({"pixels": 9, "seed": 0} | options))
+        return weights(denoiser)
+
+    assert torch.equal(rows(), rows())
+    assert not torch.equal(rows(), rows(seed=1))
+    assert not torch.equal(rows(), rows(pixels=36))
+
+
+def test_sixteen_images_decide_and_as_many_are_fitted_to() -> None:
+    schedule = dualout.schedules.Linear(16, 5e-3, 0.4)
+    denoiser = upgrade(Denoiser(Toy(), Epsilon(), schedule), layer="last")
+    # one bin a time step, and one image in each
+    found = fitted(denoiser, images(32).split(16), held_out=16, bins=16)
+    assert (found.held_out, found.images, len(found.table)) == (16, 16, 16)
 
 
 SOURCES = [Epsilon(), CleanImage(), Velocity(), Flow(), LearnedVariance(), LearnedVariance(Velocity())]
@@ -291,13 +368,14 @@ def test_the_same_images_give_the_same_numbers_however_they_come() -> None:
             iter(x.split(16)),
             torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=16),
             [(b, {}) for b in x.split(16)],
+            x.double().split(16),
             x.split(32),
         )
     ]
-    for other in others[:3]:
+    for other in others[:4]:
         assert other.table == first.table
     # what is random belongs to the image, not to its batch
-    assert others[3].score == pytest.approx(first.score, abs=1e-4)
+    assert others[4].score == pytest.approx(first.score, abs=1e-4)
     assert fitted(toy(), x.split(16), seed=1).table != first.table
     apart = fitted(toy(), x[32:].split(16), held_out=x[:32].split(16))
     assert (apart.images, apart.held_out) == (64, 32)
@@ -351,6 +429,7 @@ def spent() -> Iterator[Tensor]:
 
 X = images()
 WRONG = {
+    "a path": ("images.npz", "batches is an iterable of batches, such as a DataLoader; got str"),
     "one tensor": (X, r"got one tensor: say images\.split\(64\)"),
     "a dict": ({"a": X}, "batches is an iterable of batches, such as a DataLoader; got dict"),
     "nothing": ([], "batches is empty"),
@@ -358,10 +437,15 @@ WRONG = {
     "few": (X[:8].split(4), "16 held-out images or more .* got 8"),
     "few beside those held out": (X[:36].split(4), "beside 32 held-out images there are 4 to fit to, and 16 are"),
     "classes without a name": ([(X, torch.zeros(96))], r"batch 1 of batches is of Tensor, Tensor.*class_labels"),
+    "an empty pair": ([()], "batch 1 of batches is of tuple"),
+    "too many": ([(X, {}, {})], "batch 1 of batches is of Tensor, dict, dict"),
     "arrays": ([X.numpy()], "batch 1 of batches is of ndarray"),
     "pixels": ([X[:16], X.byte()], r"batch 2 of batches: images are floats .* got torch\.uint8 \(96, 1, 6, 6\)"),
+    "numbers without channels": ([X.flatten()], r"got torch\.float32 \(3456,\)"),
     "no images": ([X[:0]], r"got torch\.float32 \(0, 1, 6, 6\)"),
     "NaN": ([X[:16], X.log()], "batch 2 of batches has images with values that are not finite"),
+    "infinity": ([X[:16], X.abs() / 0], "batch 2 of batches has images with values that are not finite"),
+    "other channels later": ([X[:16], torch.cat([X, X], 1)], r"batch 2 of batches: this Toy cannot be called .* 2 ch"),
     "other channels": ([torch.cat([X, X], 1)], r"batch 1 of batches: this Toy cannot be called .* 2 channels"),
     "a condition it has not": ([(X, {"text": X})], r"unexpected keyword.*conditions: \{'text': \(96, 1, 6, 6\)\}"),
 }
@@ -406,6 +490,7 @@ def test_models_that_cannot_be_fitted() -> None:
         ({"bins": 0}, "bins is 1 or more; got 0"),
         ({"pixels": 0}, "pixels is 1 or more"),
         ({"images": 0}, "images is 1 or more"),
+        ({"bins": 80}, "there are 64 to fit to, and 80 are the fewest"),
         ({"held_out": batches}, "held_out is batches itself"),
         ({"held_out": []}, "held_out is empty"),
         ({"seed": -1}, "seed is a whole number"),
