@@ -506,6 +506,17 @@ def test_what_helps_every_other_image_only_is_taken_for_chance(helped) -> None:
     assert opening.opened(errors_of(trained, new), 0.0) == [0.0]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("other", "ratio"), [(-9.0, 0.0), (-0.5, 2.5 / 3.25)])
+def test_a_ratio_has_to_help_images_that_it_was_not_found_with(other, ratio, first) -> None:
+    # the trained route errs by 1; half of the images want all of the new one, the others 1 / 10 or 2 / 3 of it
+    trained = torch.ones(1, 60, 4, dtype=torch.float64)
+    new = torch.zeros_like(trained)
+    new[:, first::2] = other
+    # at 1 the others err by 81 or 1 / 4; what both are given follows from all
+    assert opening.opened(errors_of(trained, new), 0.0) == [pytest.approx(ratio)]
+
+
 @pytest.mark.parametrize(("helped", "opens"), [(3, False), (4, True)])
 def test_the_gate_opens_beyond_two_standard_errors(helped, opens) -> None:
     # what helps k of n images by as much lies √(k·(n − 1) / (n − k)) standard errors from none, n in each half
@@ -558,6 +569,10 @@ def test_an_opened_gate_blends_where_it_is_open_and_nowhere_else(source, tmp_pat
     assert gate_logits(opened).shape == (200,)
 
 
+def test_the_standard_error_of_two_is_half_of_what_is_between_them() -> None:
+    assert opening.standard_error(torch.tensor([[0.0, 2.0], [1.0, 1.0]])).tolist() == [1.0, 0.0]
+
+
 def test_worse_and_score() -> None:
     before = torch.rand(4, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     now = before * torch.tensor([0.5, 1.0, 1.001, 1.5], dtype=torch.float64)[:, None]
@@ -572,7 +587,7 @@ def test_worse_and_score() -> None:
     assert opening.score(now, before) == pytest.approx((math.log(0.5) + math.log(1.001) + math.log(1.5)) / 4)
     # of the mean error in each bin, not of each image's
     some = torch.tensor([[1.0, 3.0], [2.0, 2.0]], dtype=torch.float64)
-    assert opening.score(some, torch.tensor([[3.0, 1.0], [1.0, 1.0]]).double()) == pytest.approx(math.log(2) / 2)
+    assert opening.score(some, torch.tensor([[2.0, 2.0], [1.0, 1.0]]).double()) == pytest.approx(math.log(2) / 2)
 
 
 @pytest.mark.parametrize("closed", [0.0, 1.0])
