@@ -12,7 +12,8 @@ from PIL import Image
 import dualout
 from dualout.cli.main import main
 from dualout.data import load, to_uint8
-from dualout.evaluation import output
+from dualout.errors import InputError
+from dualout.evaluation import Autoencoder, output
 from dualout.evaluation.generate import Npz, stored
 from dualout.networks.build import build
 
@@ -163,6 +164,51 @@ def test_autoencoders_of_other_kinds(run, made, make, scaled, tmp_path):
         expected = to_uint8(network.decode(scaled(made)).sample)
     expected = expected[:, 0] if expected.shape[1] == 1 else expected.permute(0, 2, 3, 1)
     assert near(pictures(tmp_path / "out"), expected)
+
+
+def test_an_autoencoder_by_itself(vae, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(vae.parent))
+    decoder, z = Autoencoder("~/vae/"), torch.randn(2, *SHAPE)
+    found = decoder.decode(z)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, kl(shift_factor=0.2).decode(z / 0.5 + 0.2).sample.detach())
+    assert decoder.protocol()["name"] == "vae"
+    assert decoder.check((2, 4, 6)) == (1, 8, 12)
+    # of a video, say
+    monkeypatch.setattr(Autoencoder, "decode", lambda *_: torch.zeros(1, 1, 3, 8, 8))
+    with pytest.raises(
+        InputError, match=r"makes no pictures of latents of \(2, 4, 4\) \(C, H, W\), but \(1, 3, 8, 8\)"
+    ):
+        decoder.check(SHAPE)
+
+
+@pytest.mark.parametrize(("pixels", "at_once"), [(3 * 8 * 16, [3, 3, 1]), (1, [1] * 7), (10**6, [7])])
+def test_so_many_pictures_are_decoded_at_once_as_have_so_many_pixels(pixels, at_once, monkeypatch):
+    asked = []
+
+    class Grey:
+        def check(self, made):
+            return 3, 8, 16
+
+        def decode(self, latents):
+            asked.append(len(latents))
+            return latents.mean((1, 2, 3), keepdim=True).expand(-1, 3, 8, 16)
+
+    monkeypatch.setattr(output, "_AT_ONCE", pixels)
+    decoded, z = output.Decoded(Grey(), SHAPE), torch.linspace(-1, 1, 7).view(-1, 1, 1, 1).expand(-1, *SHAPE)
+    assert decoded.shape(SHAPE) == (3, 8, 16)
+    # in order
+    assert decoded(z)[:, 2, 7, 15].tolist() == pytest.approx([k * 255 / 6 for k in range(7)], abs=0.5)
+    assert asked == at_once
+
+
+def test_latents_are_written_in_float32_whatever_they_were_sampled_in():
+    z = torch.randn(2, *SHAPE, dtype=torch.float64)
+    found = output.Latents()(z)
+    assert found.dtype == torch.float32
+    assert found.numpy().dtype == output.Latents.dtype
+    torch.testing.assert_close(found.double(), z, rtol=1e-6, atol=0)
 
 
 def test_a_pipeline_of_latents_its_checkpoint_and_its_decoder(tmp_path, monkeypatch):
