@@ -19,6 +19,7 @@ from dualout.parameterizations import CleanImage, Epsilon, Flow, LearnedVariance
 from dualout.samplers import DDIM, DPMSolver
 from dualout.training import closed_form, opening, readout
 from dualout.training.closed_form import Fitted, fit
+from dualout.training.given import Given
 from dualout.training.upgrade import new_rows, output_layer, upgrade, upgraded_of
 from dualout.training.upgrade_config import UpgradeConfig
 from dualout.training.upgrade_run import Upgrade
@@ -155,6 +156,14 @@ def test_the_network_looks_at_each_batch_once_and_decides_by_other_noise() -> No
     fitted(denoiser, x.split(16), held_out=list(x.split(16)), bins=1)
     # one call without noise, which shows whether it can be called, six to decide and six to fit
     assert len({x_t.numpy().tobytes() for x_t, _ in network.calls}) == 1 + 6 + 6
+
+
+def test_an_image_that_decides_has_noise_of_its_own_in_each_bin() -> None:
+    x0, edges = images(5), [0, 100, 200]
+    first, second = (Given(3, x0, {}).noised(b, edges, 0).noise for b in (0, 1))
+    assert not (first == second).any()
+    # which is that of its number, in whatever batch
+    assert torch.equal(Given(5, x0[2:], {}).noised(0, edges, 0).noise, first[2:])
 
 
 @pytest.mark.parametrize("source", [Epsilon(), CleanImage()], ids=lambda p: p.spec)
