@@ -20,7 +20,7 @@ from dualout.errors import InputError
 from dualout.networks import build, foreign
 from dualout.parameterizations import Epsilon, LearnedVariance, Velocity
 from dualout.samplers import DDIM
-from dualout.training import readout
+from dualout.training import opening, readout
 from dualout.training.upgrade_config import UpgradeConfig
 from dualout.training.upgrade_run import Upgrade
 
@@ -205,6 +205,29 @@ def test_what_is_worse_is_not_kept(source, tmp_path, scope) -> None:
     assert dualout.Denoiser.from_pretrained(out).parameterization.spec == "upgraded"
 
 
+@pytest.mark.parametrize(("tolerance", "kept"), [(0, [True, False, False, False]), (0.02, [True, True])])
+def test_a_little_more_error_at_one_noise_level_is_tolerated_for_less_on_the_whole(
+    source, tmp_path, monkeypatch, tolerance, kept
+) -> None:
+    looks = []
+
+    def measure(denoiser, batches, bins):
+        """After the original, a hundredth more in the first part of t, half in the others; the new route is no help."""
+        eps = torch.full((bins, 16), 1.0, dtype=torch.float64)
+        if looks:
+            eps = eps * torch.tensor([1.01] + [0.5] * (bins - 1), dtype=torch.float64)[:, None]
+        looks.append(denoiser)
+        return opening.Errors(eps, torch.zeros_like(eps), torch.ones_like(eps))
+
+    monkeypatch.setattr(opening, "measure", measure)
+    out = tmp_path / "run"
+    told = ["--scope", "all", "--steps", 2, "--start", "zero", "--tolerance", tolerance]
+    assert upgraded(source, *told, out=out) == 0
+    checks = json.loads((out / "upgrade.json").read_text())["checks"]
+    assert [c["kept"] for c in checks] == kept
+    assert checks[-1]["worse"] == ([] if tolerance else [0])
+
+
 # sources
 
 
@@ -268,7 +291,7 @@ def test_of_a_pipeline_on_the_hub_the_network_alone_is_downloaded(unet, tmp_path
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     read = foreign.load("some/pipeline")
     assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
-    assert read.card == {"latents of": "vqvae"}
+    assert read.card == {"latents of": "vqvae", "decoded by": "some/pipeline"}
     assert [file.parent.name for file in (tmp_path / "here").rglob("*.safetensors")] == ["unet"]
 
 
@@ -451,6 +474,7 @@ def test_files_that_cannot_be_used(unet, tmp_path, capsys, monkeypatch) -> None:
         (["--adapter", "plain"], "--adapter is for files of weights"),
         (["--schedule", "cosine"], "leave out --schedule cosine"),
         (["--held_out", "2"], "--held_out is 16 or more"),
+        (["--tolerance", "1"], "--tolerance is a share from 0 to below 1, such as 0.01; got 1"),
         (["--bins", "2000"], "more than the 1000 noise levels"),
         (["--layer", "conv_uot"], "no convolution and no linear layer|has no convolution or linear layer"),
         (["--data", "digits:size=12"], "makes images of 8×8, the data are 12×12; --size 8 makes them fit"),

@@ -577,6 +577,9 @@ def test_worse_and_score() -> None:
     before = torch.rand(4, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     now = before * torch.tensor([0.5, 1.0, 1.001, 1.5], dtype=torch.float64)[:, None]
     assert opening.worse(now, before) == [2, 3]
+    # by half and by a tenth of a per cent more than is tolerated
+    assert opening.worse(now, before, 0.0005) == [2, 3]
+    assert opening.worse(now, before, 0.0011) == [3]
     # the same numbers, rounded differently
     assert opening.worse(before * (1 + 1e-13), before) == []
     # by two and a half and by three and a half standard errors

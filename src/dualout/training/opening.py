@@ -76,9 +76,9 @@ def opened(errors: Errors, closed: float) -> list[float]:
     return [float(r) if win else closed for r, win in zip(ratios, wins, strict=True)]
 
 
-def worse(now: Tensor, before: Tensor) -> list[int]:
-    """The bins in which an error (bins, images) is larger than it was, beyond chance."""
-    more = now - before
+def worse(now: Tensor, before: Tensor, tolerance: float = 0.0) -> list[int]:
+    """The bins in which an error (bins, images) is larger than it was, by more than a share of that, beyond chance."""
+    more = now - (1 + tolerance) * before
     # what is rounded differently may be so in the same direction for every image
     rounding = 1e-9 * before.mean(1)
     return (more.mean(1) > (SURE + 1) * standard_error(more) + rounding).nonzero().flatten().tolist()
@@ -97,12 +97,14 @@ class Look(NamedTuple):
     score: float
     """The mean over t of log(error of x0 / error before): below 0 is better."""
     worse: list[int]
-    """Bins with a larger error than before, beyond chance."""
+    """Bins with a larger error than is tolerated, beyond chance."""
     rows: list[dict[str, Any]]
     """A bin of t each: t, error before, error of either route now, ratio, error now."""
 
 
-def look(errors: Errors, before: Tensor, closed: float, steps: int, *, shut: bool = False) -> Look:
+def look(
+    errors: Errors, before: Tensor, closed: float, steps: int, *, shut: bool = False, tolerance: float = 0.0
+) -> Look:
     """Decide where the gate is opened, and compare with the errors of the original.
 
     Args:
@@ -111,6 +113,7 @@ def look(errors: Errors, before: Tensor, closed: float, steps: int, *, shut: boo
         closed: the ratio that uses the trained route alone, 0 or 1.
         steps: T.
         shut: leave the gate closed everywhere.
+        tolerance: the share by which an error may be larger before it is worse.
     """
     ratios = [closed] * len(before) if shut else opened(errors, closed)
     now = errors.of(torch.tensor(ratios, dtype=torch.float64))
@@ -121,7 +124,7 @@ def look(errors: Errors, before: Tensor, closed: float, steps: int, *, shut: boo
         | {name: values[b] for name, values in means.items()}
         for b, (ratio, (first, end)) in enumerate(zip(ratios, pairwise(bin_edges(steps, len(before))), strict=True))
     ]
-    return Look(ratios, score(now, before), worse(now, before), rows)
+    return Look(ratios, score(now, before), worse(now, before, tolerance), rows)
 
 
 def standard_error(values: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ class UpgradeConfig:
     """Images that are not trained on, and decide where the blend uses the new output; at most a quarter of all"""
     bins: int = 20
     """Number of ranges of noise levels for which that is decided separately"""
+    tolerance: float = 0.03
+    """The share by which fine-tuning may raise the error at some noise level where it lowers it on the whole"""
     seed: int = 0
     """Seed of the order of the images, the time steps and the noise"""
     workers: int = 1
@@ -93,6 +95,8 @@ class UpgradeConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"--{name} is {low} or more; got {getattr(self, name)}")
+        if not 0 <= self.tolerance < 1:
+            raise InputError(f"--tolerance is a share from 0 to below 1, such as 0.01; got {self.tolerance}")
         self.training()
 
     @property

@@ -265,7 +265,9 @@ class Upgrade:
         errors = self._measured(denoiser) if errors is None else errors
         # before anything is trained, the new rows are zero: nothing to open the gate for
         original = stage == "original"
-        found = opening.look(errors, self.start, self.closed, self.steps, shut=original)
+        found = opening.look(
+            errors, self.start, self.closed, self.steps, shut=original, tolerance=self.config.tolerance
+        )
         kept = original or (found.score < self.best and not found.worse)
         check = Check(stage, step, round(self.seconds, 3), found.score, found.worse, kept, share, found.rows)
         self.checks.append(check)
