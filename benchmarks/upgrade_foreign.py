@@ -262,7 +262,7 @@ def parsed() -> argparse.Namespace:
     options.add_argument("--scratch", help="a dual model trained from scratch, for the gain recovered; {seed} as well")
     options.add_argument("--batch_size", type=int, default=64)
     options.add_argument("--lr", type=float, default=5e-4)
-    options.add_argument("--tolerance", type=float, default=0.0)
+    options.add_argument("--tolerance", type=float, default=UpgradeConfig.tolerance)
     options.add_argument("--rows_lr", type=float, default=3e-2, help="for the new rows by gradients, which start at 0")
     options.add_argument("--solve_images", type=int, default=2000, help="in the pass of the least squares")
     options.add_argument("--judged", type=int, default=256, help="test images that give the errors")
