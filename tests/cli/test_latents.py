@@ -172,6 +172,7 @@ def test_an_autoencoder_by_itself(vae, monkeypatch):
     decoder, z = Autoencoder("~/vae/"), torch.randn(2, *SHAPE)
     found = decoder.decode(z)
     assert not found.requires_grad
+    torch.testing.assert_close(decoder.decode(z.double()), found)
     torch.testing.assert_close(found, kl(shift_factor=0.2).decode(z / 0.5 + 0.2).sample.detach())
     assert decoder.protocol()["name"] == "vae"
     assert decoder.check((2, 4, 6)) == (1, 8, 12)
@@ -461,7 +462,9 @@ def test_what_decodes_is_told_in_training_and_remembered(real, vae, tmp_path, mo
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
     assert sample("run", "refused") == 2
-    assert "no autoencoder at 'gone'" in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no autoencoder at 'gone'" in told
+    assert "run names it as what decodes its latents: say by --decode where it is, or --decode none" in told
     assert sample("run", "as-they-are", "--decode", "none", "--format", "npz") == 0
 
 

@@ -75,11 +75,12 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents as a model makes them, (B, C, H, W), to pictures in [−1, 1], (B, c, h, w).
+        """Latents as a model makes them, (B, C, H, W), to pictures in [−1, 1], (B, c, h, w), where the network is.
 
         Raises:
             InputError: when a picture is not finite.
         """
+        latents = latents.to(self.network.device, torch.float32)
         known = {name: torch.as_tensor(v).to(latents).reshape(-1, 1, 1) for name, v in self.factors().items()}
         scale, shift = 1 / known.get("scaling_factor", 1), known.get("shift_factor", 0)
         if "latents_mean" in known and "latents_std" in known:

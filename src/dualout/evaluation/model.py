@@ -80,8 +80,8 @@ class Model:
         config = checkpoint.read_config(directory)
         shape = image_shape(config, directory)
         if decode is None and makes_latents(config):
-            decode = decoder_of(config)
-        if isinstance(decode, str) and decode != AS_THEY_ARE:
+            decode = _remembered(run, config, device)
+        elif isinstance(decode, str) and decode != AS_THEY_ARE:
             decode = Autoencoder(decode, device)
         decoder = decode if isinstance(decode, Autoencoder) else None
         output = _output(run, makes_latents(config), shape, decoder, latents)
@@ -153,6 +153,17 @@ class Model:
         """Which model made the images."""
         name = self.run.rstrip("/").rsplit("/", 1)[-1]
         return {"name": name, "image": list(self.shape), "classes": self.classes} | self.details
+
+
+def _remembered(run: str | Path, config: dict[str, Any], device: torch.device | str) -> Autoencoder | None:
+    """The autoencoder that the training was told, if it was."""
+    named = decoder_of(config)
+    try:
+        return None if named is None else Autoencoder(named, device)
+    except InputError as error:
+        raise InputError(
+            f"{error}. {run} names it as what decodes its latents: say by --decode where it is, or --decode none"
+        ) from error
 
 
 def _output(
