@@ -189,16 +189,18 @@ def _calibrate(grid: Grid, training: Training, model: Model, directory: Path, sa
 
 def _learned_from(grid: Grid, split: str, size: int | tuple[int, ...] | None) -> data.Dataset:
     config = grid.models()[0].config
-    source = data.open_source(config.data, size=size, grey=config.grey, split=split)
-    return data.load(source, cache=cache_directory() / "data")
+    return _loaded(config.data, size=size, grey=config.grey, split=split)
+
+
+def _loaded(spec: str, **defaults: Any) -> data.Dataset:
+    return data.load(data.open_source(spec, **defaults), cache=cache_directory() / "data")
 
 
 def _compared_with(grid: Grid, size: int | tuple[int, ...] | None, channels: int) -> data.Dataset:
-    """The real images: what models learned from, or the pictures of which that are the latents."""
+    """The real images: those that models learned from, or the pictures that their latents were encoded from."""
     if grid.pictures is None:
         return _learned_from(grid, grid.split, size)
-    source = data.open_source(grid.pictures, size=size, grey=channels == 1, split=grid.split)
-    return data.load(source, cache=cache_directory() / "data")
+    return _loaded(grid.pictures, size=size, grey=channels == 1, split=grid.split)
 
 
 def _check_images(grid: Grid) -> None:

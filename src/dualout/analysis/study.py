@@ -210,31 +210,29 @@ def together(studies: Mapping[str, Study]) -> list[Drawing]:
     paths = {name: s.trajectory for name, s in studies.items() if s.trajectory}
     if not paths:
         return found
-    clipped = {name: rows for name, rows in paths.items() if any("clipped" in r for r in rows)}
     samplers = {s.protocol.get("sampler", "") for s in studies.values() if s.trajectory}
     sampler = samplers.pop() if len(samplers) == 1 else "each model's sampler"
-    return [
-        *found,
+    found.append(
         Drawing(
             "spread", "Spread of the images on the way",
             f"Standard deviation of a pixel over seeds after each step of {sampler}. What even the exact denoiser "
             "(of Gaussian data with the set's covariance) loses against noisy data is the sampler's doing.",
             figures.spread_over_steps(paths),
-        ),
-        *(
-            [
-                Drawing(
-                    "clipped", "Clipped pixels",
-                    f"Share of the predicted pixels outside the range of images, at each step of {sampler}.",
-                    figures.per_step(clipped, "clipped", "pixels clipped, %", scale=100),
-                )
-            ]
-            if clipped
-            else []
-        ),
+        )
+    )  # fmt: skip
+    if ranged := {name: rows for name, rows in paths.items() if "clipped" in rows[0]}:
+        found.append(
+            Drawing(
+                "clipped", "Clipped pixels",
+                f"Share of the predicted pixels outside the range of images, at each step of {sampler}.",
+                figures.per_step(ranged, "clipped", "pixels clipped, %", scale=100),
+            )
+        )  # fmt: skip
+    found.append(
         Drawing(
             "drift", "Drift of the mean",
             "Mean of all pixels after each step, less that of noisy data at the same level; 0 is right.",
             figures.per_step(paths, "drift", "drift of the mean"),
-        ),
-    ]  # fmt: skip
+        )
+    )  # fmt: skip
+    return found

@@ -214,6 +214,7 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     scales = [None] if options.guidance is None else _numbers(options.guidance, "guidance", float)
     place = device(options.device)
     decode = options.decode
+    # read once, for all models
     decoder = Autoencoder(decode, place) if decode not in (None, AS_THEY_ARE) else decode
     models = [Model.load(name, place, decode=decoder) for name in _some(options.runs, "runs")]
     readable = _routes(models, routes)
