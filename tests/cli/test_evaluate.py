@@ -9,6 +9,8 @@ import torch
 import dualout
 from dualout.cli.main import main
 from dualout.evaluation.card import put_on_card
+from dualout.evaluation.model import Model
+from dualout.evaluation.sampling import Sampling
 from dualout.evaluation.scoring import Scoring
 
 ROW = ("fd", "kid", "precision", "recall", "images", "nfe", "seconds", "protocol")
@@ -229,3 +231,38 @@ def test_features_by_default_are_those_that_take_the_images(runs, tmp_path):
         command = ["evaluate", runs[name], "--data", data, "--split", "all", "--images", "8", "--steps", "2"]
         assert main([*command, "--out", str(out)]) == 0
         assert [row["features"] for row in rows_of(out)] == features
+
+
+def test_one_row_at_a_time_holds_what_its_backend_made(runs, tmp_path, monkeypatch):
+    prepare, release, held, most = Sampling.prepare, Sampling.release, set(), []
+
+    def prepared(self, *counts):
+        prepare(self, *counts)
+        held.add(self)
+        most.append((len(held), len({s.model.run for s in held if s.model.prepared})))
+
+    def released(self):
+        release(self)
+        held.discard(self)
+
+    monkeypatch.setattr(Sampling, "prepare", prepared)
+    monkeypatch.setattr(Sampling, "release", released)
+    command = ["evaluate", f"{runs['dual']},{runs['eps']}", "--images", "8", "--steps", "2,3", "--data", "digits"]
+    command += ["--features", "pixels", "--device", "cpu", "--backend", "onnx"]
+    assert main([*command, "--out", str(tmp_path / "onnx")]) == 0
+    assert set(most) == {(1, 1)}
+    assert not held
+    # and the protocol says it still
+    assert {row["protocol"]["computed_by"]["backend"] for row in rows_of(tmp_path / "onnx")} == {"onnx"}
+
+
+def test_a_sampling_that_was_released_prepares_itself_again(runs):
+    sampling = Sampling(Model.load(runs["dual"]), dualout.samplers.DDIM(steps=2), backend="onnx")
+    before = sampling.images(range(3))
+    said = sampling.computed()
+    assert said["computed_by"]["backend"] == "onnx"
+    sampling.release()
+    assert sampling.computed() == said
+    assert sampling.view.network is sampling.model.denoiser.network
+    assert torch.equal(sampling.images(range(3)), before)
+    assert sampling.view.network is not sampling.model.denoiser.network

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -182,3 +185,16 @@ def test_a_network_with_float32_tensors_of_its_own_or_that_overflows_is_left_to_
     with torch.no_grad():
         assert not Half(large, (), torch.float16)(*call.tensors).isfinite().any()
     assert isinstance(plain_of(large, call, fp16), Plain)
+
+
+def test_a_recorded_trajectory_is_gone_with_who_held_it(model):
+    """It holds a GPU's memory, which the next one needs before the collector would come."""
+    noise, _ = given(range(2))
+    recorded = RecordedTrajectory(model, dualout.samplers.DDPM(steps=3), noise)
+    held = [weakref.ref(recorded), weakref.ref(recorded.recording)]
+    gc.disable()
+    try:
+        del recorded
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()

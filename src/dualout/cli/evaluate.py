@@ -120,16 +120,17 @@ def _evaluate(options: Options, group: Group) -> None:
         console.say(f"{len(scorings) - len(todo)} of {len(scorings)} combinations are there already, and are kept")
     for place in [out] * bool(todo) + [Path(name).expanduser() for name in listed(options.runs) if options.card]:
         writable(place)
-    _prepare([scoring.sampling for scoring in todo], options, group)
     share = len(group.share(options.images))
     with console.progress("row") as bar:
         task = bar.add_task("images", total=len(todo) * share, row="", visible=bool(todo))
         for done, scoring in enumerate(todo):
             bar.update(task, row=scoring.title)
+            _prepare(scoring.sampling, todo, options, share)
             for count in scoring.run(options.batch_size):
                 bar.update(task, completed=done * share + count)
             if first():
                 results.add(scoring.rows())
+            _release(scoring.sampling, todo[done + 1 :])
     if not first():
         return
     rows = [row for scoring in scorings for key in scoring.pending() if (row := results.find(key))]
@@ -150,13 +151,20 @@ def _dry_run(options: Options, group: Group) -> None:
     print_cost(options, samplings, options.images, group.size, {"scores": scores, "out": str(_out(options))})
 
 
-def _prepare(samplings: Sequence[Sampling], options: Options, group: Group) -> None:
-    """Get backends ready, knowing of all that each model will be called for."""
-    share = len(group.share(options.images))
-    batch_size, batches = min(options.batch_size, share), -(-share // options.batch_size)
-    for sampling in samplings if share else ():
-        same = [other.sampler.evaluations for other in samplings if other.model is sampling.model]
+def _prepare(sampling: Sampling, todo: Sequence[Scoring], options: Options, share: int) -> None:
+    """Get the backend ready, knowing of all that the model will be called for."""
+    if share:
+        batch_size, batches = min(options.batch_size, share), -(-share // options.batch_size)
+        same = [s.sampling.sampler.evaluations for s in todo if s.sampling.model is sampling.model]
         sampling.prepare(batch_size, batches * sum(same), batches * sampling.sampler.evaluations)
+
+
+def _release(sampling: Sampling, left: Sequence[Scoring]) -> None:
+    """Let go of what was recorded or compiled for a row, and with the last row of a model of its network's too: rows
+    may be many, and a GPU's memory holds a few recordings."""
+    sampling.release()
+    if not any(other.sampling.model is sampling.model for other in left):
+        sampling.model.prepared.clear()
 
 
 def _print(rows: Sequence[Row], options: Options) -> None:

@@ -137,6 +137,7 @@ class Sampling:
             self._check_guided(view)
         self.view = view
         self._sample: Callable[..., Tensor] = partial(self.stepping.sample, view)
+        self._record: dict[str, Any] = {"backend": self.backend}
         self._steps = "eager"
 
     def _check_guided(self, view: ClassifierFree) -> None:
@@ -242,13 +243,20 @@ class Sampling:
         if key not in self.model.prepared:
             self.model.prepared[key] = backends.choose(self.backend, network, examples, self.chosen, calls)
         self._prepared = self.model.prepared[key]
+        self._record = self._prepared.record
         self._routed.network = self._prepared.network
         start, _, conditions = self._inputs(range(batch_size))
         with self.chosen.autocast():
             fused, self._steps = backends.fuse(
-                self._prepared.record["backend"], self.view, self.stepping, start, conditions, own or calls
+                self._record["backend"], self.view, self.stepping, start, conditions, own or calls
             )
         self._sample = fused or self._sample
+
+    def release(self) -> None:
+        """Let go of what `prepare` made, which of a GPU's memory is more than the network; what computed the images
+        stays known, and images that are asked for again prepare it again."""
+        self._sample, self._prepared = partial(self.stepping.sample, self.view), None
+        self._routed.network = self.model.denoiser.network
 
     @torch.no_grad()
     def _examples(self, network: nn.Module, indices: Sequence[int]) -> list[backends.Call]:
@@ -294,9 +302,7 @@ class Sampling:
     def computed(self) -> dict[str, Any]:
         """What computed the images, as plain JSON values: software, device, and the backends of the network and of the
         rest of a step."""
-        record = {"backend": self.backend} if self._prepared is None else self._prepared.record
-        record = record | {"steps": self._steps}
-        return software(self.device) | {"computed_by": record}
+        return software(self.device) | {"computed_by": self._record | {"steps": self._steps}}
 
 
 class _Recorder(nn.Module):

@@ -188,24 +188,25 @@ class RecordedTrajectory(FixedTrajectory):
     @torch.no_grad()
     def __init__(self, denoiser: Denoises, sampler: Sampler, noise: Tensor, **conditions: Any) -> None:
         super().__init__(noise)
-        self.names = [name for name, v in conditions.items() if isinstance(v, Tensor)]
-        self.fresh: dict[int, Tensor] = {}
+        noise = noise.contiguous()
+        self.names = names = [name for name, v in conditions.items() if isinstance(v, Tensor)]
+        self.fresh = fresh = dict[int, Tensor]()
         """By step, the fresh noise that it adds; filled before each replay."""
 
-        def trajectory(noise: Tensor, *told: Tensor) -> Tensor:
-            return sampler.sample(denoiser, noise, self._draw, **conditions | dict(zip(self.names, told, strict=True)))
+        # not methods: a recording that its own function held would keep its memory until the collector comes
+        def draw(k: int) -> Tensor:
+            if k not in fresh:
+                fresh[k] = torch.zeros_like(noise)
+            return fresh[k]
 
-        self.noise = noise.contiguous()
+        def trajectory(noise: Tensor, *told: Tensor) -> Tensor:
+            return sampler.sample(denoiser, noise, draw, **conditions | dict(zip(names, told, strict=True)))
+
         before = _whole.set(True)
         try:
-            self.recording = Recording(trajectory, self.noise, *(conditions[name] for name in self.names))
+            self.recording = Recording(trajectory, noise, *(conditions[name] for name in names))
         finally:
             _whole.reset(before)
-
-    def _draw(self, k: int) -> Tensor:
-        if k not in self.fresh:
-            self.fresh[k] = torch.zeros_like(self.noise)
-        return self.fresh[k]
 
     def _batch(self, noise: Tensor, draw: Draw | None, conditions: dict[str, Any]) -> Tensor:
         for k, kept in self.fresh.items():
