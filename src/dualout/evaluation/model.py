@@ -17,7 +17,6 @@ from dualout.evaluation.autoencoder import Autoencoder
 from dualout.evaluation.features.base import file_hash
 from dualout.evaluation.output import Decoded, Latents, Output, Pixels
 from dualout.networks.backends import Chosen
-from dualout.networks.device import layout
 
 AS_THEY_ARE = "none"
 """Said in place of an autoencoder: latents are not decoded."""
@@ -88,7 +87,6 @@ class Model:
         denoiser = Denoiser.from_pretrained(directory).to(device)
         if makes_latents(config):
             denoiser.card.setdefault(LATENTS, "autoencoder")
-        denoiser.network.to(memory_format=layout(torch.device(device)))  # type: ignore[union-attr]
         trained_on = entry(config, "data")
         details = {
             "weights": checkpoint.WEIGHTS,

@@ -14,7 +14,7 @@ from dualout.errors import InputError, first_line
 from dualout.networks.backends.base import Backend, Call, FixedBatch, Plain
 from dualout.networks.backends.fused import Fused
 from dualout.networks.backends.graph import recorded, replayed
-from dualout.networks.backends.half import plain_of
+from dualout.networks.backends.half import Half, plain_of
 from dualout.networks.precision import Precision
 from dualout.samplers import Sampler
 from dualout.samplers.base import Denoises
@@ -35,6 +35,9 @@ class Compile(Backend):
         """Compiled for one size of batch; the weights are shared, except in half precision on a GPU."""
         gpu = precision.device.type == "cuda"
         plain = plain_of(network, call, precision) if gpu else Plain(network, tuple(call.conditions))
+        if isinstance(plain, Half):
+            # normalizations that are compiled leave it so
+            plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compiled: Any = torch.compile(plain, dynamic=False)
         try:
             with torch.no_grad(), precision.autocast():
