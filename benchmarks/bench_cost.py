@@ -21,8 +21,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RATES = (100e12, 300e12)
 """FLOP/s of one GPU: 10% and 30% of an H100 SXM's 989e12 in dense bf16. UNets of 32×32 pixels are nearer the first,
 because their layers are small; those of ADM nearer the second."""
-MEASURED = 3850
-"""Images a second of one H200 that trains recipes/cifar10.yaml's network: docs/results/cifar10.md."""
+MEASURED = 5350
+"""Images a second of one H200 that trains recipes/cifar10.yaml's network, compiled: docs/results/performance.md."""
 EIGHT = 0.9
 """The share of 8 GPUs' rate that is left when they exchange gradients."""
 DOLLARS = 2.5
@@ -34,8 +34,8 @@ QUESTION = f"""## Cost: what the recipes would take on H100s
 
 **An estimate on paper, with one point that was measured.** Operations are counted exactly, by torch's counter on the
 recipe's own network (a multiplication and an addition are two); a step of training is three forward passes of its
-batch. Measured: cifar10's network trains {MEASURED:,} images a second on one H200 (bf16, compiled, batches of 128, two
-trainings side by side), which is {{measured:.0f}} TFLOP/s. Assumed for the others: {RATES[0] / 1e12:.0f} to
+batch. Measured: cifar10's network trains {MEASURED:,} images a second on one H200 (bf16, compiled, batches of 128,
+each step a CUDA graph), which is {{measured:.0f}} TFLOP/s. Assumed for the others: {RATES[0] / 1e12:.0f} to
 {RATES[1] / 1e12:.0f} TFLOP/s a GPU (10% to 30% of its dense peak; small networks are nearer the first number),
 {EIGHT:.0%} of eight times that on 8 GPUs, and {DOLLARS:.2f} dollars an hour and GPU. Memory is of weights, average,
 gradients and the optimizer in float32, without activations. `dualout train --config RECIPE --dry_run` measures on your
