@@ -111,7 +111,7 @@ def make(o: argparse.Namespace, plan: Plan, dataset: Dataset) -> float:
     else:
         with Upgrade(config_of(o, plan, out)) as work:
             for check in work if not work.finished else ():
-                how = f"{plan.name} {check.stage} {check.step}, {check.share:.0%} of the way: {check.score:+.3f}"
+                how = f"{plan.name} {check.stage} {check.step}: {check.score:+.3f}"
                 print(how, f"worse in {check.worse}", "kept" if check.kept else "not kept", flush=True)
     minutes = (clock() - began) / 60
     print(f"{plan.name}: {minutes:.2f} minutes", flush=True)

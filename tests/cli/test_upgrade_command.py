@@ -198,34 +198,47 @@ def test_what_is_worse_is_not_kept(source, tmp_path, scope) -> None:
     # a learning rate that ruins everything
     assert upgraded(source, "--scope", scope, "--steps", 3, "--lr", 9, "--warmup", 0, "--start", "zero", out=out) == 0
     checks = json.loads((out / "upgrade.json").read_text())["checks"]
-    assert [c["share"] for c in checks] == [1.0, 1.0, 0.5, 0.25]
-    assert [c["kept"] for c in checks] == [True, False, False, False]
-    assert all(c["worse"] for c in checks[1:])
+    assert [c["kept"] for c in checks] == [True, False]
+    assert checks[1]["worse"]
     assert torch.equal(first(out), first(source))
     assert dualout.Denoiser.from_pretrained(out).parameterization.spec == "upgraded"
 
 
-@pytest.mark.parametrize(("tolerance", "kept"), [(0, [True, False, False, False]), (0.02, [True, True])])
+def measured(*errors):
+    """Errors of one look after the other, in the first part of t and in the others; the new route is no help."""
+    looks = iter(errors)
+
+    def measure(denoiser, batches, bins):
+        first, others = next(looks)
+        eps = torch.tensor([first] + [others] * (bins - 1), dtype=torch.float64)[:, None].repeat(1, 16)
+        return opening.Errors(eps, torch.zeros_like(eps), torch.ones_like(eps))
+
+    return measure
+
+
+@pytest.mark.parametrize(("tolerance", "kept"), [(0, [True, False]), (0.02, [True, True])])
 def test_a_little_more_error_at_one_noise_level_is_tolerated_for_less_on_the_whole(
     source, tmp_path, monkeypatch, tolerance, kept
 ) -> None:
-    looks = []
-
-    def measure(denoiser, batches, bins):
-        """After the original, a hundredth more in the first part of t, half in the others; the new route is no help."""
-        eps = torch.full((bins, 16), 1.0, dtype=torch.float64)
-        if looks:
-            eps = eps * torch.tensor([1.01] + [0.5] * (bins - 1), dtype=torch.float64)[:, None]
-        looks.append(denoiser)
-        return opening.Errors(eps, torch.zeros_like(eps), torch.ones_like(eps))
-
-    monkeypatch.setattr(opening, "measure", measure)
+    # after the original, a hundredth more in the first part of t, half in the others
+    monkeypatch.setattr(opening, "measure", measured((1, 1), (1.01, 0.5)))
     out = tmp_path / "run"
     told = ["--scope", "all", "--steps", 2, "--start", "zero", "--tolerance", tolerance]
     assert upgraded(source, *told, out=out) == 0
     checks = json.loads((out / "upgrade.json").read_text())["checks"]
     assert [c["kept"] for c in checks] == kept
     assert checks[-1]["worse"] == ([] if tolerance else [0])
+
+
+def test_refused_weights_leave_what_was_best_before_and_are_told_of(source, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(opening, "measure", measured((1, 1), (1, 0.9), (1, 0.8), (1.1, 0.5)))
+    out = tmp_path / "run"
+    assert upgraded(source, "--scope", "all", "--steps", 4, "--check_every", 2, out=out) == 0
+    checks = json.loads((out / "upgrade.json").read_text())["checks"]
+    assert [c["kept"] for c in checks] == [True, True, True, False]
+    assert "err more at some t than --tolerance allows: the best before them were written" in capsys.readouterr().err
+    card = json.loads((out / "config.json").read_text())["card"]["training"]
+    assert (card["stage"], card["step"]) == ("fine-tuned", 2)
 
 
 # sources

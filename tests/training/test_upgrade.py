@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +28,6 @@ from dualout.parameterizations import (
 from dualout.samplers import DDIM, DDPM, DPMSolver
 from dualout.training import opening, readout
 from dualout.training.upgrade import (
-    between,
     gate_logits,
     last_block,
     new_rows,
@@ -41,7 +38,6 @@ from dualout.training.upgrade import (
     upgraded_of,
 )
 from dualout.training.upgrade_config import UpgradeConfig
-from dualout.training.upgrade_run import Upgrade
 
 SCHEDULE = dualout.schedules.Linear(200, 5e-4, 0.08)
 CPU = torch.device("cpu")
@@ -812,27 +808,3 @@ def test_the_new_output_is_taught_where_it_would_be_asked(base, gate) -> None:
 @pytest.mark.parametrize(("start", "forgets"), [("closed", False), ("zero", True)])
 def test_the_average_forgets_its_first_weights_early_only_where_rows_begin_at_zero(start, forgets) -> None:
     assert UpgradeConfig(source="x", scope="all", start=start).training().ema_warmup is forgets
-
-
-def test_weights_between_are_means_and_the_source_stays() -> None:
-    a, b = trained(Epsilon()), trained(Epsilon())
-    kept = {k: v.clone() for k, v in a.state_dict().items()}
-    found = between(a, b, 0.25)
-    for (name, x), y, z in zip(a.named_parameters(), b.parameters(), found.parameters(), strict=True):
-        torch.testing.assert_close(z, 0.75 * x + 0.25 * y, msg=name)
-    assert between(a, b, 1.0) is b
-    assert all(torch.equal(v, kept[k]) for k, v in a.state_dict().items())
-
-
-@pytest.mark.parametrize(("fine_from", "tried"), [(1.0, [1.0]), (0.5, [1.0, 0.5]), (0.1, [1.0, 0.5, 0.25])])
-def test_tuned_weights_that_are_worse_somewhere_are_gone_part_of_the_way_to(fine_from, tried) -> None:
-    shares: list[float] = []
-
-    def check(stage: str, step: int, denoiser: Denoiser, *, share: float = 1.0) -> Any:
-        assert (stage, step) == ("fine-tuned", 7)
-        shares.append(share)
-        return SimpleNamespace(worse=[3] if share > fine_from else [])
-
-    last = Upgrade._furthest(SimpleNamespace(_check=check), 7, trained(Epsilon()), trained(Epsilon()))  # type: ignore[arg-type]
-    assert shares == tried
-    assert (last.worse == []) == (fine_from >= 0.25)

@@ -63,6 +63,8 @@ def run(arguments: list[str]) -> int | None:
     console.table(work.table, ["t", "before", "eps", "x0", "ratio", "after"], title)
     if best is not None and best.stage == "original":
         console.say("nothing was found to be better than the original, which is what was written, with its gate closed")
+    elif last is not None and last.worse:
+        console.say("the last weights err more at some t than --tolerance allows: the best before them were written")
     interrupted = last is not None and options.scope != "closed" and last.step < options.steps
     if interrupted:
         console.say("stopped: the same command goes on from there")
@@ -86,7 +88,6 @@ def _dry_run(options: Options, work: Upgrade) -> None:
 
 def _line(check: Check) -> str:
     where = f" step {check.step}" if check.step else ""
-    where += f", {check.share:.0%} of the way" if check.share < 1 else ""
     worse = f", worse in {len(check.worse)}" if check.worse else ""
     kept = "kept" if check.kept else "not kept"
     return (

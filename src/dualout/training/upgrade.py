@@ -1,4 +1,4 @@
-"""From one output to two: any trained diffusion model becomes a dual-output one, with no larger error than before.
+"""From one output to two: any trained diffusion model becomes a dual-output one, with a smaller error on the whole.
 
     before                       the gate is closed: the trained output alone is used, bit for bit
     closed form                  the new rows, by least squares, with the rest as it is (`dualout.training.readout`)
@@ -6,7 +6,7 @@
     after each                   the gate is opened where held-out images say so (`dualout.training.opening`)
 
 What is written down is the best so far. It replaces what was there only when no time's error on the held-out images is
-larger than the original's.
+larger than the original's, by more than is tolerated.
 """
 
 from __future__ import annotations
@@ -97,18 +97,6 @@ def open_gate(denoiser: Denoiser, ratios: Sequence[float]) -> Denoiser:
     found = Denoiser(denoiser.network, opened, denoiser.schedule).to(denoiser.times.device)
     gate_logits(found).copy_(table(ratios, denoiser.schedule.steps, own.closed))
     found.card, found.training = denoiser.card, denoiser.training
-    return found
-
-
-@torch.no_grad()
-def between(before: Denoiser, after: Denoiser, share: float) -> Denoiser:
-    """A denoiser of weights `share` of the way from one to another of the same architecture; 1 is the other itself."""
-    if share == 1:
-        return after
-    found = copy.deepcopy(after)
-    old = dict(before.named_parameters())
-    for name, weight in found.named_parameters():
-        weight.copy_(torch.lerp(old[name].to(weight), weight, share))
     return found
 
 

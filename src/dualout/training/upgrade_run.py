@@ -32,12 +32,10 @@ from dualout.training.closed_form import solve
 from dualout.training.estimate import Estimate, estimate
 from dualout.training.run import Run
 from dualout.training.setup import about_data, assemble, check_data, check_fit, data_on_card
-from dualout.training.upgrade import between, open_gate, set_scope, upgrade, upgraded_of
+from dualout.training.upgrade import open_gate, set_scope, upgrade, upgraded_of
 from dualout.training.upgrade_config import UpgradeConfig, refuse_changes
 
 RECORD = "upgrade.json"
-SHARES = 0.5, 0.25
-"""How far to go towards tuned weights that are worse somewhere."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,9 @@ class Check:
     score: float
     """The mean over t of log(error of x0 / error before): below 0 is better."""
     worse: list[int]
-    """Bins of t with a larger error than the original's."""
+    """Bins of t with a larger error than the original's, by more than is tolerated."""
     kept: bool
     """Whether it is the best so far, and was written down."""
-    share: float
-    """How far the weights go from those before the fine-tuning to the tuned ones."""
     rows: list[dict[str, Any]]
     """A bin of t each: t, error before, error of either route now, ratio, error now."""
 
@@ -224,7 +220,6 @@ class Upgrade:
 
     def _tuned(self) -> Iterator[Check]:
         config = self.config
-        before = copy.deepcopy(self.denoiser)
         trained = set_scope(self.denoiser, config.scope, self.example)
         about = {"upgraded from": Path(config.source).name, "scope": config.scope, "trained parameters": trained}
         training = Run(
@@ -240,27 +235,12 @@ class Upgrade:
                 self.progress("training", step.index, config.steps)
                 if done or step.index % config.check_every == 0 or self._stopping:
                     self.seconds += time.perf_counter() - began
-                    yield self._furthest(step.index, before, training.denoiser)
+                    yield self._check("fine-tuned", step.index, training.denoiser)
                     began = time.perf_counter()
                 if self._stopping:
                     training.stop()
 
-    def _furthest(self, step: int, before: Denoiser, tuned: Denoiser) -> Check:
-        """Look at tuned weights, and where they are worse at some t, at weights on the way to them.
-
-        Near its optimum the trained output loses with the square of the way, and the new one gains in proportion to it
-        (a mean of weights, as in Wortsman et al. 2022, arXiv 2109.01903).
-        """
-        check = self._check("fine-tuned", step, tuned)
-        for share in SHARES:
-            if not check.worse:
-                break
-            check = self._check("fine-tuned", step, between(before, tuned, share), share=share)
-        return check
-
-    def _check(
-        self, stage: str, step: int, denoiser: Denoiser, errors: opening.Errors | None = None, share: float = 1.0
-    ) -> Check:
+    def _check(self, stage: str, step: int, denoiser: Denoiser, errors: opening.Errors | None = None) -> Check:
         """Look at the held-out images, open the gate where they say so, and keep what is better."""
         errors = self._measured(denoiser) if errors is None else errors
         # before anything is trained, the new rows are zero: nothing to open the gate for
@@ -269,7 +249,7 @@ class Upgrade:
             errors, self.start, self.closed, self.steps, shut=original, tolerance=self.config.tolerance
         )
         kept = original or (found.score < self.best and not found.worse)
-        check = Check(stage, step, round(self.seconds, 3), found.score, found.worse, kept, share, found.rows)
+        check = Check(stage, step, round(self.seconds, 3), found.score, found.worse, kept, found.rows)
         self.checks.append(check)
         if kept:
             self.best, self.table = found.score, check.rows
