@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from dualout.card import heading
 from dualout.data import order, pixels
 from dualout.data.dataset import Dataset
 from dualout.errors import InputError
+from dualout.networks.precision import choose
 from dualout.randomness import mix
-from dualout.training import Learner, Run, TrainConfig, train
+from dualout.training import Learner, Run, TrainConfig, loop, train
 from dualout.training.setup import first_weights
 
 SMALL = {"batch_size": 8, "network": "tiny:width=8", "precision": "fp32", "warmup": 3, "log_every": 2}
@@ -264,6 +266,28 @@ class Small(nn.Module):
 
     def forward(self, x, t):
         return self.convolution(x) * (t / 1000).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "last", "compiled", "written"),
+    [
+        ("cuda", True, True, True),
+        ("cuda", False, True, False),
+        ("cuda", True, False, False),
+        ("cpu", True, True, False),
+    ],
+)
+def test_group_norm_is_written_out_where_it_would_copy(monkeypatch, place, last, compiled, written):
+    found = []
+    monkeypatch.setattr(loop, "write_out", found.append)
+    monkeypatch.setattr(loop, "_seeding", lambda device: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    config = TrainConfig(network="tiny:width=8", channels_last=last, compile=compiled)
+    denoiser = Denoiser(nn.GroupNorm(2, 4), Dual(), schedules.Linear())
+    weight = SimpleNamespace(device=torch.device(place))
+    learner = SimpleNamespace(denoiser=denoiser, config=config, parameters={"weight": weight})
+    loop.Part(learner, choose("fp32", torch.device("cpu")))
+    assert found == [denoiser.network] * written
 
 
 def test_compiling_changes_no_loss_and_what_cannot_be_compiled_is_told(monkeypatch):

@@ -122,7 +122,6 @@ class Sampling:
         self.chosen = choose(self.precision, self.device)
         backends.check(self.backend, self.chosen)
         self._routed = self.model.denoiser.route(self.route)
-        self._prepared: backends.Chosen | None = None
         self.stepping = self.sampler
         view: Denoises = self._routed
         if self.calibrated:
@@ -136,9 +135,9 @@ class Sampling:
             view = ClassifierFree(view, self.guidance, interval=self.guidance_interval, class_labels=self.model.classes)
             self._check_guided(view)
         self.view = view
-        self._sample: Callable[..., Tensor] = partial(self.stepping.sample, view)
         self._record: dict[str, Any] = {"backend": self.backend}
         self._steps = "eager"
+        self.release()
 
     def _check_guided(self, view: ClassifierFree) -> None:
         schedule = self.model.denoiser.schedule
@@ -234,7 +233,7 @@ class Sampling:
         Raises:
             InputError: when the backend cannot compute this network, or not near enough to eager.
         """
-        if self.backend == "eager" or self._prepared is not None:
+        if self.backend == "eager" or self._ready:
             return
         network: nn.Module = self._routed.network  # type: ignore[assignment]
         examples = self._examples(network, range(batch_size))
@@ -242,9 +241,8 @@ class Sampling:
         key = (self.backend, self.chosen.name, *examples[0].conditions, *shapes)
         if key not in self.model.prepared:
             self.model.prepared[key] = backends.choose(self.backend, network, examples, self.chosen, calls)
-        self._prepared = self.model.prepared[key]
-        self._record = self._prepared.record
-        self._routed.network = self._prepared.network
+        chosen = self.model.prepared[key]
+        self._record, self._routed.network, self._ready = chosen.record, chosen.network, True
         start, _, conditions = self._inputs(range(batch_size))
         with self.chosen.autocast():
             fused, self._steps = backends.fuse(
@@ -255,8 +253,8 @@ class Sampling:
     def release(self) -> None:
         """Let go of what `prepare` made, which of a GPU's memory is more than the network; what computed the images
         stays known, and images that are asked for again prepare it again."""
-        self._sample, self._prepared = partial(self.stepping.sample, self.view), None
-        self._routed.network = self.model.denoiser.network
+        self._sample: Callable[..., Tensor] = partial(self.stepping.sample, self.view)
+        self._routed.network, self._ready = self.model.denoiser.network, False
 
     @torch.no_grad()
     def _examples(self, network: nn.Module, indices: Sequence[int]) -> list[backends.Call]:

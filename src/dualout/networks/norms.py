@@ -1,6 +1,6 @@
 """Group normalization that leaves its input's layout as it is, for training steps that are compiled on a GPU.
 
-There torch's `group_norm` makes its input contiguous before anything else, the compiler's too. In a network whose
+There torch's `group_norm` makes its input contiguous before anything else, also when it is compiled. In a network whose
 convolutions have channels last, each normalization then hands on images laid out otherwise, and the backward passes of
 the convolutions, which keep them, copy them. Written out, in operations that the compiler fuses, it hands on what came.
 """

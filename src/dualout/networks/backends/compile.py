@@ -36,7 +36,7 @@ class Compile(Backend):
         gpu = precision.device.type == "cuda"
         plain = plain_of(network, call, precision) if gpu else Plain(network, tuple(call.conditions))
         if isinstance(plain, Half):
-            # normalizations that are compiled leave it so
+            # where normalizations copy to another layout is in the midst of compiled kernels
             plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compiled: Any = torch.compile(plain, dynamic=False)
         try:
