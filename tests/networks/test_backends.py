@@ -83,10 +83,11 @@ def test_images_are_those_of_eager(name):
     got = other.images(range(5))
     assert int((got.int() - expected.int()).abs().max()) <= 1
     # a batch of another size, and single images, are the same images: nothing is made ready anew
-    prepared = other._prepared
+    (prepared,) = model.prepared.values()
     assert torch.equal(torch.cat([other.images([0, 1]), other.images([2])]), got[:3])
     assert torch.equal(other.images(range(7))[:5], got)
-    assert other._prepared is prepared
+    (still,) = model.prepared.values()
+    assert still is prepared
     record = other.computed()["computed_by"]
     assert record["backend"] == name
     assert record["difference"] <= record["tolerance"] == TOLERANCE["fp32"]
