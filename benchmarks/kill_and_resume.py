@@ -77,7 +77,8 @@ def campaign(options: argparse.Namespace, work: Path) -> int:
             out = out.with_name(out.name + "x")
         where, in_write = found(out)
         expect(start([*command, "--out", str(out)], log), 0, log)
-        differing = sorted(k for k in expected.keys() | content(out).keys() if not equal(expected, content(out), k))
+        resumed = content(out)
+        differing = sorted(k for k in expected.keys() | resumed.keys() if not equal(expected, resumed, k))
         agreed += not differing
         writing += in_write
         verdict = "the same" if not differing else f"DIFFERS in {len(differing)}: {', '.join(differing[:4])}"

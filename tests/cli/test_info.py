@@ -155,7 +155,7 @@ def test_tells_what_an_analysis_and_calibrations_are(run, tmp_path, capsys):
     assert found["made images"] == "4 by ddim:steps=2, seeds 0 … 3"
     (out / "analysis.json").unlink()
     assert "not finished" in told(capsys, out)["analysis"]["state"]
-    quick = ["--steps", "2", "--iterations", "1", "--batch_size", "4", "--images", "64", "--move_times", "0"]
+    quick = ["--steps", "2", "--iterations", "1", "--batch_size", "64", "--images", "128", "--move_times", "0"]
     assert main(["calibrate", str(run), *quick, "--device", "cpu"]) == 0
     [found] = told(capsys, run / "calibration")["calibrations"]
     assert (found["file"], found["sampler"], found["data"]) == ("ddim-2-trailing.json", "ddim:steps=2", "digits")
