@@ -45,7 +45,18 @@ class Schedule(Registered, ABC):
 
     @abstractmethod
     def tables(self) -> tuple[Tensor, Tensor]:
-        """`alpha` and `sigma` of every t, each of shape (T,), float64."""
+        """`alpha` and `sigma` of every t, each of shape (T,), float64: what a schedule is given by; `levels` has them
+        checked."""
+
+    @property
+    def levels(self) -> Level[Tensor]:
+        """The noise level at every t: tensors (T,), float64, on the CPU.
+
+        Raises:
+            InputError: for tables that are no noise schedule's.
+        """
+        # not the tables themselves, which could be written to
+        return self._levels.map(Tensor.clone)
 
     @cached_property
     def _levels(self) -> Level[Tensor]:

@@ -179,11 +179,23 @@ def test_tables_of_ones_own() -> None:
     made = np.sqrt(1 - s), np.sqrt(s)
     assert Own(20).level(3).alpha.dtype == torch.float64
     assert Own(20).scalars(3).sigma == float(np.sqrt(s)[3])
+    levels = Own(20).levels
+    assert levels.alpha.dtype == torch.float64
+    np.testing.assert_array_equal(levels.sigma, np.sqrt(s).astype(np.float64))
     with pytest.raises(InputError, match=r"each of its 30 steps; got \(20,\) and \(20,\)"):
         Own(30).level(3)
     made = np.sqrt(s), np.sqrt(1 - s)
     with pytest.raises(InputError, match="schedule 'own' has less noise at some t than at t − 1"):
         Own(20).scalars(3)
+
+
+def test_the_levels_of_a_schedule_are_those_of_each_step_and_nobody_elses() -> None:
+    schedule = Linear(20)
+    levels, expected = schedule.levels, schedule.level(torch.arange(20))
+    assert torch.equal(torch.stack([*levels, *levels.posterior]), torch.stack([*expected, *expected.posterior]))
+    levels.alpha.zero_()
+    assert torch.equal(schedule.levels.alpha, expected.alpha)
+    assert torch.equal(schedule.level(3).alpha, expected.alpha[3])
 
 
 def test_a_level_is_its_two_scales_and_keeps_its_step() -> None:

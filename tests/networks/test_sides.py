@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import dualout
 from dualout.errors import InputError
 from dualout.networks import ChannelsAt, Concatenated, FlowTime, Listed, SigmaConditioned, Tokens, build, widen
-from dualout.schedules import Linear, RectifiedFlow
+from dualout.schedules import Linear, RectifiedFlow, Schedule
 
 X, T = dualout.noise(range(2), (3, 4, 6)), torch.tensor([3, 700])
 
@@ -124,6 +125,31 @@ def test_lists_of_images() -> None:
         return ([image + text for image, text in zip(x, texts, strict=True)],)
 
     assert torch.equal(Listed(network, ["texts"])(X, T, texts=torch.ones(2, 1)), X + 1)
+
+
+@pytest.mark.parametrize("adapt", [FlowTime, SigmaConditioned])
+def test_a_schedule_of_ones_own_may_have_tables_of_arrays(adapt: Any) -> None:
+    class Own(Schedule):
+        def tables(self) -> Any:
+            s = np.linspace(0.1, 0.9, self.steps)
+            return 1 - s, s
+
+    network = Seen()
+    adapt(network, Own(1000))(X, T)
+    sigma = torch.linspace(0.1, 0.9, 1000, dtype=torch.float64)[T]
+    expected = 1000 * sigma if adapt is FlowTime else sigma / (1 - sigma)
+    torch.testing.assert_close(network.told["t"].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("make", [lambda n: FlowTime(n, RectifiedFlow()), lambda n: SigmaConditioned(n, Linear())])
+def test_an_adapter_made_without_memory_tells_the_network_what_it_should(make: Any) -> None:
+    network = Seen()
+    make(network)(X, T)
+    expected = network.told["t"]
+    with torch.device("meta"):
+        made = make(network)
+    made.to_empty(device="cpu")(X, T)
+    assert torch.equal(network.told["t"], expected)
 
 
 @pytest.mark.parametrize("make", [lambda n: FlowTime(n, RectifiedFlow()), lambda n: SigmaConditioned(n, Linear())])

@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
+from dualout.schedules import Schedule
 
 
 class Adapter(nn.Module, ABC):
@@ -24,15 +26,6 @@ class Adapter(nn.Module, ABC):
             raise InputError(f"{type(self).__name__} adapts a network, a module or callable; got {network!r}")
         self.network = network
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Adapter:
-        own = {name: self.get_buffer(name) for name in self._non_persistent_buffers_set}
-        super()._apply(fn, recurse)
-        # what the network is told of noise and time stays as precise as it is, whatever the network's precision
-        for name, table in own.items():
-            if not table.is_meta:
-                self._buffers[name] = table.to(self.get_buffer(name).device)
-        return self
-
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -41,6 +34,33 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Any:
         """The network's output for noisy images (B, C, H, W) at time steps (B,)."""
+
+
+class LevelAdapter(Adapter, ABC):
+    """An adapter that goes by the noise level, of which it has tables: one number for each t.
+
+    Args:
+        network: the network.
+        schedule: the noise levels that t counts; the denoiser's.
+    """
+
+    def __init__(self, network: nn.Module | Callable[..., Any], schedule: Schedule | dict[str, Any]) -> None:
+        super().__init__(network)
+        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule.from_config(schedule)
+        self._tables: dict[str, Tensor] = {}
+
+    def tabulate(self, name: str, table: Tensor) -> None:
+        """Keep a table (T,) as a buffer of that name, float32 and where the network is."""
+        self._tables[name] = table.float()
+        place = next((p.device for p in self.parameters()), torch.get_default_device())
+        self.register_buffer(name, self._tables[name].to(place), persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LevelAdapter:
+        super()._apply(fn, recurse)
+        # they stay as precise as they are, whatever the network's precision; and to_empty leaves them without values
+        for name, table in self._tables.items():
+            self._buffers[name] = table.to(self.get_buffer(name).device)
+        return self
 
 
 class ConditionAdapter(Adapter, ABC):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter
+from dualout.networks.adapter import LevelAdapter
 from dualout.schedules import Schedule
 
 
-class FlowTime(Adapter):
+class FlowTime(LevelAdapter):
     """``network(x_t, scale · s)`` with x_t = (1 − s)·x0 + s·eps; it gives eps − x0, which `Flow` reads.
 
     Args:
@@ -33,16 +33,15 @@ class FlowTime(Adapter):
         scale: float = 1000.0,
         backwards: bool = False,
     ) -> None:
-        super().__init__(network)
-        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule.from_config(schedule)
+        super().__init__(network, schedule)
         self.scale, self.backwards = float(scale), backwards
-        alpha, sigma = self.schedule.tables()
+        alpha, sigma = self.schedule.levels
         if not torch.allclose(alpha + sigma, torch.ones_like(alpha)):
             raise InputError(
                 "a network of rectified flow has noise levels on the straight line between image and noise, alpha + "
                 f"sigma = 1: say RectifiedFlow(shift=…); got {self.schedule.name}"
             )
-        self.register_buffer("told", self.scale * (alpha if backwards else sigma).float(), persistent=False)
+        self.tabulate("told", self.scale * (alpha if backwards else sigma).float())
 
     @property
     def config(self) -> dict[str, Any]:

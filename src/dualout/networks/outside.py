@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter
+from dualout.levels import per_image
+from dualout.networks.adapter import LevelAdapter
 from dualout.schedules import Schedule
 
 
-class ScaledInput(Adapter):
+class ScaledInput(LevelAdapter):
     """A network that was trained with images of another scale: it sees scale·x0 where the denoiser's images are x0.
 
     Args:
@@ -25,11 +26,13 @@ class ScaledInput(Adapter):
 
     factor: Tensor
 
-    def __init__(self, network: nn.Module | Callable[..., Any], schedule: dict[str, Any], scale: float) -> None:
-        super().__init__(network)
-        self.schedule, self.scale = Schedule.from_config(schedule), float(scale)
-        alpha, sigma = self.schedule.tables()
-        self.register_buffer("factor", ((alpha / self.scale) ** 2 + sigma**2).rsqrt().float(), persistent=False)
+    def __init__(
+        self, network: nn.Module | Callable[..., Any], schedule: Schedule | dict[str, Any], scale: float
+    ) -> None:
+        super().__init__(network, schedule)
+        self.scale = float(scale)
+        alpha, sigma = self.schedule.levels
+        self.tabulate("factor", ((alpha / self.scale) ** 2 + sigma**2).rsqrt())
 
     @property
     def config(self) -> dict[str, Any]:
@@ -38,8 +41,7 @@ class ScaledInput(Adapter):
 
     def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Any:
         """The network's output for noisy images (B, C, H, W) at time steps (B,)."""
-        factor = self.factor[t].to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
-        return self.network(x_t * factor, t, **conditions)
+        return self.network(x_t * per_image(self.factor[t].to(x_t.dtype), x_t), t, **conditions)
 
 
 class _Normed(nn.Module):

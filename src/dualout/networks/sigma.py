@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dualout.networks.adapter import Adapter
+from dualout.levels import per_image
+from dualout.networks.adapter import LevelAdapter
 from dualout.schedules import Schedule
 
 
-class SigmaConditioned(Adapter):
+class SigmaConditioned(LevelAdapter):
     """``network(x, σ)`` with σ = sigma / alpha, the noise per signal.
 
     Args:
@@ -32,13 +33,11 @@ class SigmaConditioned(Adapter):
         log: bool = False,
         exploding: bool = False,
     ) -> None:
-        super().__init__(network)
-        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule.from_config(schedule)
+        super().__init__(network, schedule)
         self.log, self.exploding = log, exploding
-        alpha, sigma = self.schedule.tables()
-        levels = (sigma / alpha).log() / 4 if log else sigma / alpha
-        self.register_buffer("levels", levels.float(), persistent=False)
-        self.register_buffer("signal", alpha.float(), persistent=False)
+        alpha, sigma = self.schedule.levels
+        self.tabulate("levels", (sigma / alpha).log() / 4 if log else sigma / alpha)
+        self.tabulate("signal", alpha)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -49,5 +48,5 @@ class SigmaConditioned(Adapter):
     def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Any:
         """The network's output for noisy images (B, C, H, W) at time steps (B,)."""
         if self.exploding:
-            x_t = x_t / self.signal[t].to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
+            x_t = x_t / per_image(self.signal[t].to(x_t.dtype), x_t)
         return self.network(x_t, self.levels[t], **conditions)

@@ -260,7 +260,7 @@ def named_scheduler(name: str, schedule: Schedule, **settings: Any) -> Any:
         raise unknown("scheduler of diffusers", name, [n for n in dir(diffusers) if n.endswith("Scheduler")])
     if "trained_betas" not in inspect.signature(cls).parameters:
         raise InputError(f"{name} takes no table of betas, so it cannot follow the denoiser's schedule")
-    alpha = schedule.level(torch.arange(schedule.steps, device="cpu")).alpha
+    alpha = schedule.levels.alpha
     betas = 1 - (alpha / torch.cat([alpha.new_ones(1), alpha[:-1]])) ** 2
     settings |= {"num_train_timesteps": schedule.steps, "trained_betas": betas.tolist()}
     try:
@@ -287,7 +287,7 @@ def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
             f'{name} has timestep_type "continuous", which tells networks ln(σ) / 4 in the place of the time step t: '
             'give it timestep_type="discrete"'
         )
-    alpha, sigma = schedule.level(torch.arange(schedule.steps, device="cpu"))
+    alpha, sigma = schedule.levels
     if not torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-6):
         raise InputError(
             f"diffusers' schedulers with a table of alphas_cumprod need alpha² + sigma² = 1, which the denoiser's "

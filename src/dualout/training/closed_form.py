@@ -173,7 +173,7 @@ def solve(
     trained = before.mean(1)
     if new_first:
         # an error of the noise is one of the image times sigma / alpha
-        alpha, sigma = denoiser.schedule.tables()
+        alpha, sigma = denoiser.schedule.levels
         gain = (alpha / sigma).square().to(trained)
         edges = opening.bin_edges(denoiser.schedule.steps, bins)
         trained = trained * torch.stack([gain[a:b].mean() for a, b in pairwise(edges)])

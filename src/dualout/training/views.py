@@ -125,6 +125,6 @@ class Within:
 
 def _low_noise(schedule: Schedule) -> tuple[int, float]:
     """The time step at which the network is asked, and its alpha."""
-    alpha, sigma = schedule.tables()
+    alpha, sigma = schedule.levels
     t = int((sigma / alpha - LOOKED_AT).abs().argmin())
     return t, float(alpha[t])
