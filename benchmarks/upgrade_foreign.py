@@ -41,7 +41,7 @@ from dualout.networks import foreign
 from dualout.networks.device import device as place
 from dualout.randomness import mix, noise
 from dualout.samplers import Sampler
-from dualout.training import opening
+from dualout.training import noised, opening
 from dualout.training.run import Run
 from dualout.training.upgrade_config import UpgradeConfig
 from dualout.training.upgrade_run import Upgrade, read_record
@@ -122,7 +122,7 @@ def make(o: argparse.Namespace, plan: Plan, dataset: Dataset) -> float:
 
 def control(config: UpgradeConfig, dataset: Dataset, out: Path) -> None:
     """Train the original on, on the images that an upgrade is trained on."""
-    order = opening.shuffled(len(dataset), config.seed)
+    order = noised.shuffled(len(dataset), config.seed)
     rest = order[min(config.held_out, len(order) // 4) :]
     source = foreign.load(config.source, config.adapter).train()
     with Run(config.training(), denoiser=source, dataset=dataset.select(rest)) as run:
@@ -140,8 +140,8 @@ def image_of(dataset: Dataset) -> dict[str, Any]:
 @torch.no_grad()
 def errors(denoiser: Denoiser, test: Dataset, o: argparse.Namespace) -> torch.Tensor:
     """|x0 − p.x0|² of unseen images in each bin of t, (bins, images), x0 not clipped."""
-    rows = opening.shuffled(len(test), 0)[: o.judged]
-    stream = opening.Stream(test, rows, denoiser.schedule.steps, o.bins, 12345, o.device)
+    rows = noised.shuffled(len(test), 0)[: o.judged]
+    stream = noised.Stream(test, rows, denoiser.schedule.steps, o.bins, 12345, o.device)
     found: list[list[torch.Tensor]] = [[] for _ in range(o.bins)]
     for batch in stream:
         level = denoiser.schedule.level(batch.t).like(batch.x0)
@@ -298,7 +298,7 @@ def measured(o: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str
     for s in score(o, list(paths.values())):
         if s["run"] in names:
             rows[names[s["run"]]][column(s)] = s["fd"]
-    edges = opening.bin_edges(1000, o.bins)
+    edges = noised.bin_edges(1000, o.bins)
     by_bin = [
         {"seed": o.seed, "t": f"{edges[b]}–{edges[b + 1] - 1}"}
         | {n: float(np.mean(f["errors"][b])) for n, f in found.items()}

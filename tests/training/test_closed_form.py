@@ -17,7 +17,7 @@ from dualout.errors import InputError
 from dualout.networks import adapted, build
 from dualout.parameterizations import CleanImage, Epsilon, Flow, LearnedVariance, Parameterization, Velocity
 from dualout.samplers import DDIM, DPMSolver
-from dualout.training import closed_form, opening, readout
+from dualout.training import closed_form, noised, opening, readout
 from dualout.training.closed_form import Fitted, fit
 from dualout.training.given import Given
 from dualout.training.upgrade import new_rows, output_layer, upgrade, upgraded_of
@@ -77,7 +77,7 @@ def test_it_agrees_with_the_command_on_the_same_images(tmp_path) -> None:
     with Upgrade(config) as work:
         *_, check = work
         dataset = work.dataset
-    order = opening.shuffled(len(dataset), 0)
+    order = noised.shuffled(len(dataset), 0)
     found = fit(upgrade(source), pixels.to_model(dataset.batch(order)).split(64), held_out=64, images=256, bins=4)
     assert found.images == 256
     assert found.held_out == 64
@@ -181,7 +181,7 @@ def test_the_new_rows_are_weighed_by_the_trained_outputs_error_in_their_own_unit
     times = range(0, 200, 50)
     size = torch.stack([(sigma / alpha)[a : a + 50].square().reciprocal().mean().reciprocal() for a in times])
     before = (errors * size)[:, None] * torch.tensor([0.5, 1.5], dtype=torch.float64)
-    closed_form.solve(denoiser, [readout.Noised(bin, x0, t, eps, {})], before, 1, pixels=36, seed=0)
+    closed_form.solve(denoiser, [noised.Noised(bin, x0, t, eps, {})], before, 1, pixels=36, seed=0)
     torch.testing.assert_close(given[0], errors if source.name == "x0" else errors * size)
     assert weights(denoiser)[0].any()
 
@@ -189,7 +189,7 @@ def test_the_new_rows_are_weighed_by_the_trained_outputs_error_in_their_own_unit
 def test_so_many_positions_are_looked_at_and_the_seed_says_which() -> None:
     def rows(**options: int) -> Tensor:
         denoiser, x0, eps = toy(), images(40), dualout.noise(range(40), (1, 6, 6))
-        batch = readout.Noised(0, x0, torch.arange(40) * 5, eps, {})
+        batch = noised.Noised(0, x0, torch.arange(40) * 5, eps, {})
         before = torch.ones(1, 40, dtype=torch.float64)
         closed_form.solve(denoiser, [batch], before, 1, **({"pixels": 9, "seed": 0} | options))
         return weights(denoiser)
@@ -345,7 +345,7 @@ def test_a_video_whose_frames_are_images_to_the_layer_is_least_squares_too() -> 
     x0, eps, t = images(8, 1, 3, 8, 8), dualout.noise(range(50, 58), (1, 3, 8, 8)), torch.arange(8) * 25
     told = {"encoder_hidden_states": dualout.noise(range(8), (5, 8))}
     after = upgrade(Denoiser(network.eval(), Epsilon(), SCHEDULE)).eval()
-    moments, rows = readout.collect(after, "conv_out", slice(1, 2), [readout.Noised(0, x0, t, eps, told)], 1)
+    moments, rows = readout.collect(after, "conv_out", slice(1, 2), [noised.Noised(0, x0, t, eps, told)], 1)
     solution = moments.solve(ridge=0.0)
     readout.write_rows(after.network.conv_out, rows, solution)  # type: ignore[union-attr, arg-type]
     level = SCHEDULE.level(t).like(x0)
@@ -362,8 +362,8 @@ def test_a_batch_of_several_bins_adds_up_to_batches_of_one() -> None:
     denoiser, x0 = toy().eval(), images(12)
     t, eps = torch.arange(12) * 16, dualout.noise(range(12), (1, 6, 6))
     bin = torch.tensor([0, 1, 2] * 4)
-    whole, _ = readout.collect(denoiser, "last", slice(1, 2), [readout.Noised(bin, x0, t, eps, {})], 3)
-    parts = [readout.Noised(b, x0[bin == b], t[bin == b], eps[bin == b], {}) for b in range(3)]
+    whole, _ = readout.collect(denoiser, "last", slice(1, 2), [noised.Noised(bin, x0, t, eps, {})], 3)
+    parts = [noised.Noised(b, x0[bin == b], t[bin == b], eps[bin == b], {}) for b in range(3)]
     apart, _ = readout.collect(denoiser, "last", slice(1, 2), parts, 3)
     for name, value in vars(whole).items():
         torch.testing.assert_close(value, getattr(apart, name), rtol=1e-6, atol=1e-9, msg=name)

@@ -26,7 +26,7 @@ from dualout.parameterizations import (
     Velocity,
 )
 from dualout.samplers import DDIM, DDPM, DPMSolver
-from dualout.training import opening, readout
+from dualout.training import noised, opening, readout
 from dualout.training.upgrade import (
     gate_logits,
     last_block,
@@ -169,11 +169,11 @@ class Toy(nn.Module):
         return self.last(torch.tanh(self.features(x) + 0.01 * t.view(-1, 1, 1, 1)))
 
 
-def toy_batches(count: int = 6, bins: int = 3, size: int = 5) -> list[readout.Noised]:
+def toy_batches(count: int = 6, bins: int = 3, size: int = 5) -> list[noised.Noised]:
     x0 = dualout.noise(range(4 * count), (1, size, size)).tanh()
     eps = dualout.noise(range(1000, 1000 + 4 * count), (1, size, size))
     t = torch.arange(4 * count) * 8 % 200
-    return [readout.Noised(k % bins, x0[4 * k :][:4], t[4 * k :][:4], eps[4 * k :][:4], {}) for k in range(count)]
+    return [noised.Noised(k % bins, x0[4 * k :][:4], t[4 * k :][:4], eps[4 * k :][:4], {}) for k in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_the_closed_form_equals_dense_least_squares(options, source) -> None:
     torch.testing.assert_close(raw[:, new].flatten().double(), (phi @ dense).flatten(), rtol=1e-4, atol=1e-5)
 
 
-def _x_t(b: readout.Noised) -> Tensor:
+def _x_t(b: noised.Noised) -> Tensor:
     level = SCHEDULE.level(b.t).like(b.x0)
     return level.alpha * b.x0 + level.sigma * b.noise
 
@@ -296,7 +296,7 @@ def test_the_closed_form_finds_its_way_through_patches() -> None:
     x0 = dualout.noise(range(16), (2, 8, 8)).tanh()
     eps, t = dualout.noise(range(50, 66), (2, 8, 8)), torch.arange(16) * 12
     told = {"class_labels": torch.zeros(16, dtype=torch.long)}
-    batch = readout.Noised(0, x0, t, eps, told)
+    batch = noised.Noised(0, x0, t, eps, told)
     level = SCHEDULE.level(t).like(x0)
     x_t = level.alpha * x0 + level.sigma * eps
     after = upgrade(Denoiser(network.eval(), Epsilon(), SCHEDULE), example=(x_t, t, told)).eval()
@@ -613,7 +613,7 @@ def test_measured_errors_are_those_of_the_routes() -> None:
         # a new route that says something
         after.network.get_submodule(output_layer(after.network)).weight[new_rows(after)] = 0.1
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
-    stream = opening.Stream(Dataset("x", images, "nhw"), np.arange(20), 200, 4, 0, CPU)
+    stream = noised.Stream(Dataset("x", images, "nhw"), np.arange(20), 200, 4, 0, CPU)
     errors = opening.measure(after, stream, 4)
     assert errors.eps.shape == (4, 20)
     for b, batch in enumerate(stream):
@@ -630,7 +630,7 @@ def test_measured_errors_are_those_of_the_routes() -> None:
 def test_small_errors_of_the_new_route_are_found_beside_large_ones_of_the_old() -> None:
     # one that is nearly right where the old one is far off, as eps is at high noise: a difference of large numbers
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
-    (batch,) = opening.Stream(Dataset("x", images, "nhw"), np.arange(4), 200, 1, 0, CPU)
+    (batch,) = noised.Stream(Dataset("x", images, "nhw"), np.arange(4), 200, 1, 0, CPU)
     batch = batch._replace(t=torch.full((4,), 199))
     off = 1e-3 * dualout.noise(range(4), (1, 8, 8))
     raw = torch.cat([torch.zeros_like(off), batch.x0 + off, torch.zeros_like(off)], 1)
@@ -643,8 +643,8 @@ def test_small_errors_of_the_new_route_are_found_beside_large_ones_of_the_old() 
 def test_times_and_noise_are_an_images_own_in_each_bin() -> None:
     x0, rows, edges = torch.zeros(2000, 1, 2, 2), np.arange(2000), [0, 5, 9]
 
-    def draw(bin: int | np.ndarray = 0, some: slice = slice(None), number: int = 0, seed: int = 0) -> readout.Noised:
-        return opening.noised(bin, x0[some], rows[some], number, edges, seed, {})
+    def draw(bin: int | np.ndarray = 0, some: slice = slice(None), number: int = 0, seed: int = 0) -> noised.Noised:
+        return noised.draw(bin, x0[some], rows[some], number, edges, seed, {})
 
     batch = draw()
     # every time of the bin as often
@@ -663,7 +663,7 @@ def test_times_and_noise_are_an_images_own_in_each_bin() -> None:
 
 
 def test_an_order_is_of_all_and_follows_the_seed() -> None:
-    first, again, other = (opening.shuffled(50, seed).tolist() for seed in (0, 0, 1))
+    first, again, other = (noised.shuffled(50, seed).tolist() for seed in (0, 0, 1))
     assert first == again != other
     assert sorted(first) == sorted(other) == list(range(50)) != first
 
@@ -671,7 +671,7 @@ def test_an_order_is_of_all_and_follows_the_seed() -> None:
 @pytest.mark.parametrize(("images", "size"), [(1280, 64), (256, 12), (20, 1), (7, 1)])
 def test_few_images_are_spread_over_all_bins(images: int, size: int) -> None:
     data = Dataset("x", np.zeros((images, 2, 2), np.uint8), "nhw")
-    stream = opening.Stream(data, np.arange(images), 200, 20, 0, torch.device("cpu"), each=False)
+    stream = noised.Stream(data, np.arange(images), 200, 20, 0, torch.device("cpu"), each=False)
     batches = list(stream)
     assert {b.bin for b in batches} == set(range(min(images, 20)))
     assert max(len(b.x0) for b in batches) == size
@@ -684,7 +684,7 @@ def test_the_images_that_are_looked_at(each) -> None:
     images = np.arange(20, dtype=np.uint8).repeat(64).reshape(20, 8, 8)
     dataset = Dataset("x", images, "nhw", labels=torch.arange(20) % 5, classes=tuple("abcde"))
     rows = np.array([7, 0, 3, 19, 12, 5, 8])
-    stream = opening.Stream(dataset, rows, 200, 2, 0, CPU, conditional=True, each=each, batch_size=3)
+    stream = noised.Stream(dataset, rows, 200, 2, 0, CPU, conditional=True, each=each, batch_size=3)
     seen = [(b.bin, ((b.x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) for b in stream]
     blocks = [[7, 0, 3], [19, 12, 5], [8]]
     assert seen == (
@@ -697,7 +697,7 @@ def test_the_images_that_are_looked_at(each) -> None:
     # other noise each time that an image is looked at, and no classes for a network that is told none
     looks = [noise for batch in stream for noise in batch.noise]
     assert len(torch.stack(looks).unique(dim=0)) == len(looks)
-    assert not any(b.conditions for b in opening.Stream(dataset, np.arange(20), 200, 2, 0, CPU))
+    assert not any(b.conditions for b in noised.Stream(dataset, np.arange(20), 200, 2, 0, CPU))
 
 
 # what is trained

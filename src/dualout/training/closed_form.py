@@ -21,10 +21,10 @@ from dualout.networks.trace import evaluating
 from dualout.randomness import check_seed, mix
 from dualout.training import opening, readout
 from dualout.training.given import Batches, first, read
+from dualout.training.noised import Noised, bin_edges
+from dualout.training.opening import FEWEST
 from dualout.training.upgrade import open_gate, output_layer, upgraded_of
 
-FEWEST = 16
-"""Held-out images that are enough to decide."""
 _BIN = 0x62696E
 
 
@@ -115,9 +115,9 @@ def fit(
     if (low := min(float(batch.x0.min()) for batch in held)) >= 0:
         high = max(float(batch.x0.max()) for batch in held)
         warnings.warn(f"images are from {low:.4g} to {high:.4g}; most networks are trained in [−1, 1]", stacklevel=3)
-    edges, seen = opening.bin_edges(denoiser.schedule.steps, bins), 0
+    edges, seen = bin_edges(denoiser.schedule.steps, bins), 0
 
-    def noised() -> Iterator[readout.Noised]:
+    def noised() -> Iterator[Noised]:
         nonlocal seen
         for batch in given:
             # each bin once in `bins` images, in an order that has nothing to do with theirs
@@ -132,7 +132,7 @@ def fit(
                 "images, or a lower held_out, or smaller batches, which are held out as a whole"
             )
 
-    def looks() -> Iterator[readout.Noised]:
+    def looks() -> Iterator[Noised]:
         # what is fitted and what is looked at are noised differently
         return (batch.noised(b, edges, seed + 1) for b in range(bins) for batch in held)
 
@@ -153,7 +153,7 @@ def fit(
 
 
 def solve(
-    denoiser: Denoiser, batches: Iterable[readout.Noised], before: Tensor, channels: int, *, pixels: int, seed: int
+    denoiser: Denoiser, batches: Iterable[Noised], before: Tensor, channels: int, *, pixels: int, seed: int
 ) -> None:
     """Put the new rows of an upgraded model where least squares has them.
 
@@ -175,7 +175,7 @@ def solve(
         # an error of the noise is one of the image times sigma / alpha
         alpha, sigma = denoiser.schedule.levels
         gain = (alpha / sigma).square().to(trained)
-        edges = opening.bin_edges(denoiser.schedule.steps, bins)
+        edges = bin_edges(denoiser.schedule.steps, bins)
         trained = trained * torch.stack([gain[a:b].mean() for a, b in pairwise(edges)])
     # before the network is looked at: NaN would seem to be no rearrangement of the layer's output
     _check_finite(trained.isfinite())

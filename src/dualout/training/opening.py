@@ -10,24 +10,21 @@ so four numbers an image say what every ratio would give, and r* = ⟨x0 − x0_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dualout.data import pixels
-from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
 from dualout.networks.device import double
 from dualout.parameterizations.upgraded import SHUT
-from dualout.randomness import mix, noise
-from dualout.training.readout import Noised
+from dualout.training.noised import Noised, bin_edges
 
-_ORDER, _TIME, _NOISE = 0x6F72646572, 0x74, 0x6E
+FEWEST = 16
+"""Held-out images that are enough to decide."""
 SURE = 2.0
 """A difference counts when it is this many standard errors away from none."""
 
@@ -52,11 +49,6 @@ class Errors:
         """r*, from some of the images: (bins,)."""
         ratio = self.along[:, some].sum(1) / self.apart[:, some].sum(1).clamp(min=1e-300)
         return ratio.clamp(0, 1)
-
-
-def bin_edges(steps: int, bins: int) -> list[int]:
-    """The first t of each bin, and T."""
-    return [round(b * steps / bins) for b in range(bins + 1)]
 
 
 def opened(errors: Errors, closed: float) -> list[float]:
@@ -158,9 +150,7 @@ def measure(denoiser: Denoiser, batches: Iterable[Noised], bins: int) -> Errors:
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in range(bins)]
     readings = [denoiser.parameterization.route(r) for r in (0.0, 1.0)]
     for batch in batches:
-        level = denoiser.schedule.level(batch.t).like(batch.x0)
-        x_t = level.alpha * batch.x0 + level.sigma * batch.noise
-        raw = denoiser.raw(x_t, batch.t, level, **batch.conditions)
+        raw, x_t, level = batch.seen_by(denoiser)
         # float64: at high noise these are small differences of large numbers
         eps, x0 = (double(reading.read(raw, x_t, level).x0) for reading in readings)
         error, step = double(batch.x0) - eps, x0 - eps
@@ -168,87 +158,3 @@ def measure(denoiser: Denoiser, batches: Iterable[Noised], bins: int) -> Errors:
         assert isinstance(batch.bin, int)
         found[batch.bin].append(tuple(v.flatten(1).mean(1).cpu() for v in values))
     return Errors(*(torch.stack([torch.cat([row[k] for row in rows]) for rows in found]) for k in range(3)))
-
-
-class Stream:
-    """Noised images of a dataset, the same ones each time: bin after bin, each of one bin of t.
-
-    Args:
-        dataset: the images.
-        rows: which of them, in order.
-        steps: T.
-        bins: of t.
-        seed: of the time steps and the noise.
-        device: where they go.
-        conditional: whether the network is told classes.
-        each: every image in every bin; False takes the images in turn, each in one bin.
-        batch_size: images at a time, at most: where each is in one bin, so few that no bin is left out.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        rows: np.ndarray,
-        steps: int,
-        bins: int,
-        seed: int,
-        device: torch.device,
-        *,
-        conditional: bool = False,
-        each: bool = True,
-        batch_size: int = 64,
-    ) -> None:
-        self.dataset, self.rows, self.seed, self.device = dataset, rows, seed, device
-        self.edges, self.bins, self.conditional, self.each = bin_edges(steps, bins), bins, conditional, each
-        self.batch_size = batch_size if each else min(batch_size, max(1, len(rows) // bins))
-
-    def __len__(self) -> int:
-        blocks = -(-len(self.rows) // self.batch_size)
-        return blocks * self.bins if self.each else blocks
-
-    def __iter__(self) -> Iterator[Noised]:
-        blocks = [self.rows[i : i + self.batch_size] for i in range(0, len(self.rows), self.batch_size)]
-        if self.each:
-            yield from (self._noised(b, rows, b) for b in range(self.bins) for rows in blocks)
-        else:
-            yield from (self._noised(k % self.bins, rows, k) for k, rows in enumerate(blocks))
-
-    def _noised(self, bin: int, rows: np.ndarray, number: int) -> Noised:
-        x0 = pixels.to_model(self.dataset.batch(rows)).to(self.device)
-        conditions: dict[str, Any] = {}
-        if self.conditional and self.dataset.labels is not None:
-            conditions["class_labels"] = self.dataset.labels[torch.from_numpy(rows)].to(self.device)
-        return noised(bin, x0, rows, number, self.edges, self.seed, conditions)
-
-
-def noised(
-    bin: int | np.ndarray,
-    x0: Tensor,
-    rows: np.ndarray,
-    number: int,
-    edges: Sequence[int],
-    seed: int,
-    conditions: dict[str, Any],
-) -> Noised:
-    """Draw a time step of a bin, and noise, for each image of a batch.
-
-    Args:
-        bin: of all of them, or of each, (B,).
-        x0: the images.
-        rows: a number for each image, (B,).
-        number: what else the draws depend on.
-        edges: of the bins.
-        seed: of the draws.
-        conditions: what the network is told besides.
-    """
-    bounds = np.array(edges)
-    low, high = bounds[bin], bounds[bin + 1]
-    t = low + (mix(seed, _TIME, number, rows) % np.asarray(high - low, dtype=np.uint64)).astype(np.int64)
-    eps = noise(mix(seed, _NOISE, number, rows), x0.shape[1:], device=x0.device)
-    each = bin if isinstance(bin, int) else torch.from_numpy(bin)
-    return Noised(each, x0, torch.from_numpy(t).to(x0.device), eps, conditions)
-
-
-def shuffled(count: int, seed: int) -> np.ndarray:
-    """0 … count − 1 in an order that follows from the seed."""
-    return np.argsort(mix(seed, _ORDER, np.arange(count)), kind="stable")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,7 @@ from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.device import double
 from dualout.networks.wide import TRANSPOSED, rows_of, weight_rows
-
-
-class Noised(NamedTuple):
-    """Images with noise."""
-
-    bin: int | Tensor
-    """The bin of t that all are of, or that each is of, (B,), on the processor."""
-    x0: Tensor
-    """(B, C, H, W)."""
-    t: Tensor
-    """(B,)."""
-    noise: Tensor
-    """(B, C, H, W)."""
-    conditions: dict[str, Any]
+from dualout.training.noised import Noised
 
 
 @dataclass(eq=False)
@@ -142,12 +129,11 @@ def collect(
     found: dict[torch.Size, tuple[Tensor, Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        alpha, sigma = denoiser.schedule.level(batch.t).like(batch.x0)
-        x_t = alpha * batch.x0 + sigma * batch.noise
-        if x_t.shape[1:] not in found:
-            found[x_t.shape[1:]] = _placed(denoiser, module, outputs, x_t, batch)
-        rows, place = found[x_t.shape[1:]]
-        features = _entering(denoiser, module, x_t, batch)
+        shape = batch.x0.shape[1:]
+        if shape not in found:
+            found[shape] = _placed(denoiser, module, outputs, batch)
+        rows, place = found[shape]
+        features = _entering(denoiser, module, batch)
         y = getattr(batch, target)
         # (C, H, W) of the image -> (positions, rows) of the layer
         aimed = y.new_zeros(len(y), features.shape[1] * len(rows)).index_copy_(1, place, y.flatten(1))
@@ -229,19 +215,21 @@ def _spread(
 
 
 @torch.no_grad()
-def _entering(denoiser: Denoiser, layer: nn.Module, x_t: Tensor, batch: Noised) -> Tensor:
+def _entering(denoiser: Denoiser, layer: nn.Module, batch: Noised) -> Tensor:
+    """What each position's rows are multiplied with as the network looks at a batch: (B, positions, F)."""
     seen: list[Tensor] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         seen.append(patches(layer, inputs[0], y))
 
     with layer.register_forward_hook(note):
-        denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
-    return seen[0].reshape(len(x_t), -1, seen[0].shape[2])
+        batch.seen_by(denoiser)
+    # frames of a video may be images of their own for the layer
+    return seen[0].reshape(len(batch.x0), -1, seen[0].shape[2])
 
 
 @torch.no_grad()
-def _placed(denoiser: Denoiser, layer: nn.Module, outputs: slice, x_t: Tensor, batch: Noised) -> tuple[Tensor, Tensor]:
+def _placed(denoiser: Denoiser, layer: nn.Module, outputs: slice, batch: Noised) -> tuple[Tensor, Tensor]:
     """Which rows make these outputs, (R,), and where (C, H, W), flattened, lies in (positions, R).
 
     The layer's result is replaced by numbers, and the network's output then tells where each went: digit by digit, as
@@ -256,15 +244,15 @@ def _placed(denoiser: Denoiser, layer: nn.Module, outputs: slice, x_t: Tensor, b
 
         with layer.register_forward_hook(numbered):
             # of the whole batch, of which the first image is read: not every condition has a row an image
-            raw = denoiser.raw(x_t, batch.t, denoiser.schedule.level(batch.t).like(x_t), **batch.conditions)
+            raw, *_ = batch.seen_by(denoiser)
         return raw[0, outputs].flatten()
 
     found = [digit(0)]
     found += [digit(k) for k in range(1, math.ceil(math.log(math.prod(shape), base)))]
     digits = torch.stack(found)
     flat = (digits.long() * base ** torch.arange(len(digits), device=digits.device)[:, None]).sum(0)
-    # frames of a video may be images of their own for the layer
-    unit, each = math.prod(shape[1:]), math.prod(shape) // len(x_t)
+    # as in `_entering`, an image may be several for the layer
+    unit, each = math.prod(shape[1:]), math.prod(shape) // len(batch.x0)
     whole = torch.equal(digits, digits.round()) and bool(((digits >= 0) & (digits < base)).all())
     if not whole or flat.max() >= each or len(flat.unique()) < len(flat):
         raise InputError(

@@ -83,6 +83,7 @@ class UpgradeConfig:
     """A directory: new, empty, or of the same upgrade interrupted before; by default runs/upgraded"""
 
     def __post_init__(self) -> None:
+        from dualout.training.opening import FEWEST
         from dualout.training.upgrade import SCOPES
 
         if self.scope not in SCOPES:
@@ -91,7 +92,7 @@ class UpgradeConfig:
             raise unknown("start", self.start, ("closed", "zero"))
         if self.scope == "closed" and self.start == "zero":
             raise InputError("--start zero leaves nothing to do with --scope closed; take --scope rows, last or all")
-        least = {"images": 16, "pixels": 1, "held_out": 16, "bins": 1}
+        least = {"images": FEWEST, "pixels": 1, "held_out": FEWEST, "bins": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"--{name} is {low} or more; got {getattr(self, name)}")

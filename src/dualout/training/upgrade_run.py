@@ -27,9 +27,10 @@ from dualout.networks import foreign
 from dualout.networks.adapter import config_of
 from dualout.networks.device import device
 from dualout.networks.trace import call
-from dualout.training import opening, readout
+from dualout.training import opening
 from dualout.training.closed_form import solve
 from dualout.training.estimate import Estimate, estimate
+from dualout.training.noised import Noised, Stream, shuffled
 from dualout.training.run import Run
 from dualout.training.setup import about_data, assemble, check_data, check_fit, data_on_card
 from dualout.training.upgrade import open_gate, set_scope, upgrade, upgraded_of
@@ -133,10 +134,10 @@ class Upgrade:
         self.steps = source.schedule.steps
         if config.bins > self.steps:
             raise InputError(f"--bins {config.bins} are more than the {self.steps} noise levels of {config.source}")
-        order = opening.shuffled(len(self.dataset), config.seed)
+        order = shuffled(len(self.dataset), config.seed)
         held = min(config.held_out, len(order) // 4)
-        if held < 16:
-            raise InputError(f"an upgrade needs 64 images or more, {config.data} has {len(order)}")
+        if held < opening.FEWEST:
+            raise InputError(f"an upgrade needs {4 * opening.FEWEST} images or more, {config.data} has {len(order)}")
         self.held, self.rest = order[:held], order[held:]
         self.validation = self._stream(self.held, each=True)
         first = next(iter(self.validation))
@@ -283,8 +284,8 @@ class Upgrade:
     def _measured(self, denoiser: Denoiser) -> opening.Errors:
         return opening.measure(denoiser, self.validation, self.config.bins)
 
-    def _stream(self, rows: Any, *, each: bool) -> opening.Stream:
-        return opening.Stream(
+    def _stream(self, rows: Any, *, each: bool) -> Stream:
+        return Stream(
             self.dataset,
             rows,
             self.steps,
@@ -296,7 +297,7 @@ class Upgrade:
             each=each,
         )
 
-    def _told(self, what: str, stream: opening.Stream) -> Iterator[readout.Noised]:
+    def _told(self, what: str, stream: Stream) -> Iterator[Noised]:
         for done, batch in enumerate(stream, 1):
             yield batch
             self.progress(what, done, len(stream))
