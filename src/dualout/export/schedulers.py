@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from dualout.errors import InputError
-from dualout.parameterizations import CleanImage, Epsilon, LearnedVariance, Parameterization, Velocity
+from dualout.parameterizations import CleanImage, Epsilon, Parameterization, Velocity
+from dualout.parameterizations.learned_variance import base_of
 from dualout.samplers import DDIM, DDPM, DPMSolver, Sampler, UniPC
 from dualout.samplers.diffusers import check_schedule, clip_settings, named_scheduler
 from dualout.schedules import Cosine, FromBetas, Linear, ScaledLinear, Schedule
@@ -60,10 +61,8 @@ def _class_and_settings(sampler: Sampler) -> tuple[str, dict[str, Any]]:
 
 def prediction_type_of(parameterization: Parameterization) -> str:
     """The prediction type that a parameterization's network has by itself; clean images where it has none."""
-    if isinstance(parameterization, LearnedVariance):
-        parameterization = parameterization.base
     kinds = {Epsilon: "epsilon", CleanImage: "sample", Velocity: "v_prediction"}
-    return kinds.get(type(parameterization), "sample")
+    return kinds.get(type(base_of(parameterization)), "sample")
 
 
 def build(name: str, schedule: Schedule, **settings: Any) -> Any:

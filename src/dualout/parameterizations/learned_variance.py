@@ -95,6 +95,16 @@ class LearnedVariance(Parameterization):
         return self if route in ("mix", self.name) else replace(self, base=self.base.route(route))
 
 
+def base_of(parameterization: Parameterization) -> Parameterization:
+    """What is predicted besides a learned variance; where none is learned, the parameterization itself."""
+    return parameterization.base if isinstance(parameterization, LearnedVariance) else parameterization
+
+
+def rebased(parameterization: Parameterization, base: Parameterization) -> Parameterization:
+    """Another parameterization in the place of `base_of`; a learned variance stays."""
+    return replace(parameterization, base=base) if isinstance(parameterization, LearnedVariance) else base
+
+
 class _Head(nn.Module):
     """The head of the other parameterization, before the channels of v."""
 

@@ -25,7 +25,9 @@ from dualout.networks.output import output_of
 from dualout.networks.trace import Example, call, guess, watching
 from dualout.networks.wide import Wide, row_dim, rows_of
 from dualout.networks.widen import widen
-from dualout.parameterizations import LearnedVariance, Parameterization, Upgraded
+from dualout.parameterizations import Upgraded
+from dualout.parameterizations.learned_variance import base_of, rebased
+from dualout.parameterizations.upgraded import GateTable
 from dualout.training.opening import table
 
 SCOPES = ("closed", "rows", "last", "all")
@@ -55,31 +57,31 @@ def upgrade(denoiser: Denoiser, *, layer: str | None = None, example: Example | 
     parameterization, network = denoiser.parameterization, denoiser.network
     if not isinstance(network, nn.Module):
         raise InputError(f"only a torch.nn.Module has a layer that can be widened; got {network!r}")
-    learned = isinstance(parameterization, LearnedVariance)
-    base = parameterization.base if isinstance(parameterization, LearnedVariance) else parameterization
+    base = base_of(parameterization)
     if base.channels(3) != 3:
         raise InputError(f"a model of {base.spec} has two outputs already: it is trained on with dualout train --init")
     count = _channels(network, example)
-    c, left = divmod(count, 2 if learned else 1)
+    c, left = divmod(count, parameterization.channels(1))
     if left:
         raise InputError(f"{parameterization.spec} has two outputs a channel, but the network has {count} in all")
-    upgraded: Parameterization = Upgraded(base=base)
+    upgraded = Upgraded(base=base)
     first = c if upgraded.trained == "x0" else 0
-    places = [*range(first, first + c), *range(2 * c + 1, 2 * c + 1 + c * learned)]
-    if isinstance(parameterization, LearnedVariance):
-        upgraded = replace(parameterization, base=upgraded)
-    wide = widen(network, upgraded.channels(c), layer=layer, places=places, example=example)
-    found = Denoiser(wide, upgraded, denoiser.schedule).to(denoiser.times.device)
+    # [eps (C), x0 (C), logit (1)], and a learned variance after these
+    places = [*range(first, first + c), *range(2 * c + 1, c + 1 + count)]
+    read = rebased(parameterization, upgraded)
+    wide = widen(network, read.channels(c), layer=layer, places=places, example=example)
+    found = Denoiser(wide, read, denoiser.schedule).to(denoiser.times.device)
     found.card, found.training = copy.deepcopy(denoiser.card), denoiser.training
     return found
 
 
 def upgraded_of(denoiser: Denoiser) -> Upgraded:
     """The parameterization of an upgraded denoiser, without a learned variance."""
-    p = denoiser.parameterization
-    base = p.base if isinstance(p, LearnedVariance) else p
+    base = base_of(denoiser.parameterization)
     if not isinstance(base, Upgraded):
-        raise InputError(f"this is not an upgraded model, but one of {p.spec}; upgrade(denoiser) makes one")
+        raise InputError(
+            f"this is not an upgraded model, but one of {denoiser.parameterization.spec}; upgrade(denoiser) makes one"
+        )
     return base
 
 
@@ -91,9 +93,7 @@ def open_gate(denoiser: Denoiser, ratios: Sequence[float]) -> Denoiser:
     own = upgraded_of(denoiser)
     if all(r == own.closed for r in ratios):
         return denoiser
-    opened: Parameterization = replace(own, ratio="pixel")
-    if isinstance(denoiser.parameterization, LearnedVariance):
-        opened = replace(denoiser.parameterization, base=opened)
+    opened = rebased(denoiser.parameterization, replace(own, ratio="pixel"))
     found = Denoiser(denoiser.network, opened, denoiser.schedule).to(denoiser.times.device)
     gate_logits(found).copy_(table(ratios, denoiser.schedule.steps, own.closed))
     found.card, found.training = denoiser.card, denoiser.training
@@ -102,8 +102,8 @@ def open_gate(denoiser: Denoiser, ratios: Sequence[float]) -> Denoiser:
 
 def gate_logits(denoiser: Denoiser) -> Tensor:
     """The table of an open gate, (T,)."""
-    (found,) = (b for name, b in denoiser.named_buffers() if name.startswith("head.") and name.endswith("logits"))
-    return found
+    (found,) = (module for module in denoiser.modules() if isinstance(module, GateTable))
+    return found.logits
 
 
 def output_layer(network: nn.Module) -> str:
