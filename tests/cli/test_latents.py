@@ -15,6 +15,7 @@ from dualout.data import load, to_uint8
 from dualout.errors import InputError
 from dualout.evaluation import Autoencoder, output
 from dualout.evaluation.generate import Npz, stored
+from dualout.networks import foreign
 from dualout.networks.build import build
 
 SHAPE = (2, 4, 4)
@@ -378,7 +379,7 @@ def test_latents_are_analyzed_and_their_films_decoded(run, vae, real, tmp_path):
     torch.testing.assert_close(last["plain"], made / 3, rtol=1e-4, atol=1e-4)
 
 
-def test_a_comparison_of_latents_scores_decoded_samples(vae, real, tmp_path, capsys):
+def test_a_comparison_of_latents_scores_decoded_samples(vae, real, tmp_path, capsys, monkeypatch):
     train = {"data": real, "network": "tiny:width=8", "steps": 2, "batch_size": 8}
     grid = {"methods": {"eps": "eps", "dual": "dual"}, "train": train, "features": ["pixels"], "images": 16}
     grid |= {"samplers": ["ddim"], "spacings": ["trailing"], "steps": [2], "calibrated": [False, True]}
@@ -402,7 +403,10 @@ def test_a_comparison_of_latents_scores_decoded_samples(vae, real, tmp_path, cap
         assert compare(**more) == 2, more
         assert says in " ".join(capsys.readouterr().err.split())
         assert not list((tmp_path / "out").rglob("model.safetensors"))
+    read, load = [], foreign.diffusers_model
+    monkeypatch.setattr(foreign, "diffusers_model", lambda *a, **o: read.append(a) or load(*a, **o))
     assert compare(**decoded, pictures="digits") == 0
+    assert len(read) == 1
     rows = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [(r["method"], r["calibrated"]) for r in rows] == [
         ("eps", False), ("eps", True), ("dual", False), ("dual", True),

@@ -15,6 +15,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dualout import data
 from dualout.analysis.grid import Grid, Training
 from dualout.analysis.tables import Row, grouped, number, spread
@@ -72,7 +74,7 @@ def expected(grid: Grid, out: Path) -> Expected:
     Raises:
         InputError: for a method that cannot be trained, or real images that samples cannot be compared with.
     """
-    _check_images(grid)
+    _check_images(grid, _decoder(grid))
     models, costs = grid.models(), {}
     trained = scores = calibrations = 0
     training = sampling = 0.0
@@ -108,9 +110,9 @@ def run(grid: Grid, out: Path, listening: Listening = nullcontext) -> Iterator[D
     Raises:
         InputError: before anything is trained, for real images that samples cannot be compared with.
     """
-    _check_images(grid)
     place = find_device(grid.device)
-    decoder = None if grid.decode is None else Autoencoder(grid.decode, place)
+    decoder = _decoder(grid, place)
+    _check_images(grid, decoder)
     results = Results(out)
     references: list[Reference] = []
     found: list[Row] = []
@@ -203,13 +205,18 @@ def _compared_with(grid: Grid, size: int | tuple[int, ...] | None, channels: int
     return _loaded(grid.pictures, size=size, grey=channels == 1, split=grid.split)
 
 
-def _check_images(grid: Grid) -> None:
+def _decoder(grid: Grid, place: torch.device | str = "cpu") -> Autoencoder | None:
+    """What makes pictures of the models' latents, read once for all."""
+    return None if grid.decode is None else Autoencoder(grid.decode, place)
+
+
+def _check_images(grid: Grid, decoder: Autoencoder | None) -> None:
     """See that there are images to compare with, and that the features take such."""
     dataset = _learned_from(grid, grid.split if grid.pictures is None else "train", grid.models()[0].config.size)
-    if grid.decode is not None:
+    if decoder is not None:
         if not dataset.latents:
             raise InputError(f"the data {dataset.name!r} are pictures, not latents: leave out decode and pictures")
-        channels, *size = Autoencoder(grid.decode).check(dataset.shape)
+        channels, *size = decoder.check(dataset.shape)
         dataset = _compared_with(grid, tuple(size), channels)
         if dataset.shape != (channels, *size):
             raise InputError(
