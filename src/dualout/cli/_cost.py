@@ -26,7 +26,6 @@ def print_cost(options: Any, samplings: Sequence[Sampling], images: int, process
         InputError: for numbers that cannot be used.
     """
     from dualout.evaluation.cost import cost
-    from dualout.evaluation.output import Decoded
 
     for name, value in (("images", images), ("batch_size", options.batch_size)):
         if value < 1:
@@ -38,9 +37,9 @@ def print_cost(options: Any, samplings: Sequence[Sampling], images: int, process
         "" if options.backend == "eager" else f"; measured in eager torch, --backend {options.backend} is to be quicker"
     )
     rate = share * len(samplings) / found.seconds
-    if isinstance(output := samplings[0].model.output, Decoded):
+    if (decoder := samplings[0].model.output.decoded_by) is not None:
         image = "×".join(map(str, samplings[0].model.image))
-        more = {**more, "decoded": f"to {image} by {output.autoencoder.source}, which is not counted"}
+        more = {**more, "decoded": f"to {image} by {decoder}, which is not counted"}
     rows = {
         "network": f"{type(network).__name__}, {found.parameters:,} parameters",
         **more,

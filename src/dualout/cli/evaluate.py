@@ -164,7 +164,7 @@ def _release(sampling: Sampling, left: Sequence[Scoring]) -> None:
     may be many, and a GPU's memory holds a few recordings."""
     sampling.release()
     if not any(other.sampling.model is sampling.model for other in left):
-        sampling.model.prepared.clear()
+        sampling.model.release()
 
 
 def _print(rows: Sequence[Row], options: Options) -> None:

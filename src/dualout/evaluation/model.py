@@ -137,6 +137,10 @@ class Model:
         """(C, H, W) of what comes out in the end."""
         return self.output.shape(self.shape)
 
+    def release(self) -> None:
+        """Let go of what backends have made of its network, which of a GPU's memory is more than the network."""
+        self.prepared.clear()
+
     def clips(self, asked: bool | None = None) -> bool:
         """Whether predicted clean images are clipped: as it is asked for, or else where they have a range."""
         return not self.latents if asked is None else asked

@@ -41,6 +41,11 @@ class Output(ABC):
     def seen(self, x: Tensor) -> Tensor:
         """What there is to see on the way: of noisy or predicted images (B, C, H, W), pictures in [−1, 1] as floats."""
 
+    @property
+    def decoded_by(self) -> str | None:
+        """The autoencoder that decodes x0, as it was named; None where none does."""
+        return None
+
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """What was done, as plain JSON values."""
@@ -121,6 +126,11 @@ class Decoded(Output):
     def seen(self, x: Tensor) -> Tensor:
         """What they are decoded to, on the CPU."""
         return torch.cat([self.autoencoder.decode(latents).cpu() for latents in self._some(x)])
+
+    @property
+    def decoded_by(self) -> str | None:
+        """As the autoencoder was named."""
+        return self.autoencoder.source
 
     def protocol(self) -> dict[str, Any]:
         """Which autoencoder decoded it, and how floats became pixels."""

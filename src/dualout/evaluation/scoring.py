@@ -12,7 +12,6 @@ from typing import Any
 from dualout.errors import InputError
 from dualout.evaluation.group import Group
 from dualout.evaluation.metrics import NEIGHBOURS
-from dualout.evaluation.output import Decoded
 from dualout.evaluation.protocol import differences, warning
 from dualout.evaluation.reference import Reference
 from dualout.evaluation.sampling import Sampling, interval_text
@@ -107,8 +106,8 @@ class Scoring:
         row |= {} if sampling.guidance is None else {"guidance": sampling.guidance}
         interval = interval_text(sampling.guidance_interval)
         row |= {"guidance_interval": interval} if interval else {}
-        output = sampling.model.output
-        row |= {"decode": output.autoencoder.source} if isinstance(output, Decoded) else {}
+        decoder = sampling.model.output.decoded_by
+        row |= {} if decoder is None else {"decode": decoder}
         trained_on = (sampling.model.details.get("trained_on") or {}).get("fingerprint")
         rows = []
         for reference in self.references:
