@@ -43,7 +43,7 @@ def print_cost(options: Any, samplings: Sequence[Sampling], images: int, process
     rows = {
         "network": f"{type(network).__name__}, {found.parameters:,} parameters",
         **more,
-        "computed": f"on {samplings[0].device}, in {samplings[0].chosen.name}, {processes} process(es){backend}",
+        "computed": f"on {samplings[0].device}, in {samplings[0].computed_in.name}, {processes} process(es){backend}",
         "memory": f"about {found.memory / 2**20:,.0f} MiB beside the libraries",
         "work": f"the network looks at an image {found.evaluations * processes:,} times",
         "time": f"about {console.duration(found.seconds)}, {console.rate(rate)}",

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualout.calibrated import Calibrated, Calibration
 from dualout.errors import InputError
+from dualout.evaluation.computing import Computing
 from dualout.evaluation.model import Model
 from dualout.evaluation.protocol import software
 from dualout.guidance import ClassifierFree
 from dualout.networks import backends
-from dualout.networks.precision import choose
+from dualout.networks.precision import Precision, choose
 from dualout.parameterizations.base import Route
 from dualout.randomness import SeededDraw, noise
 from dualout.samplers import Sampler
@@ -115,15 +115,17 @@ class Sampling:
     """The sampler at the time steps that are visited: its own, or those of the calibration."""
     view: Denoises = field(init=False, repr=False)
     """The denoiser as it is read: by one route, guided."""
+    computed_in: Precision = field(init=False, repr=False)
+    """The number format of the network, and its device."""
 
     def __post_init__(self) -> None:
         self.labels = self._checked_labels()
         self.sampler.timesteps(self.model.denoiser.schedule)
-        self.chosen = choose(self.precision, self.device)
-        backends.check(self.backend, self.chosen)
-        self._routed = self.model.denoiser.route(self.route)
+        self.computed_in = choose(self.precision, self.device)
+        backends.check(self.backend, self.computed_in)
+        routed = self.model.denoiser.route(self.route)
         self.stepping = self.sampler
-        view: Denoises = self._routed
+        view: Denoises = routed
         if self.calibrated:
             self.calibration = self._own_calibration()
             view = Calibrated.of(view, self.calibration)
@@ -135,9 +137,7 @@ class Sampling:
             view = ClassifierFree(view, self.guidance, interval=self.guidance_interval, class_labels=self.model.classes)
             self._check_guided(view)
         self.view = view
-        self._record: dict[str, Any] = {"backend": self.backend}
-        self._steps = "eager"
-        self.release()
+        self._computing = Computing(self.model, routed, view, self.stepping, self.backend, self.computed_in)
 
     def _check_guided(self, view: ClassifierFree) -> None:
         schedule = self.model.denoiser.schedule
@@ -193,21 +193,20 @@ class Sampling:
             InputError: when an image is not finite.
         """
         self.prepare(len(indices), self.sampler.evaluations)
-        start, draw, conditions = self._inputs(indices)
-        with self.chosen.autocast():
-            x0 = self._sample(start, draw, **conditions)
+        x0 = self._computing.sample(*self._inputs(indices))
         if not torch.isfinite(x0).all():
             bad = [i for i, x in zip(indices, x0, strict=True) if not torch.isfinite(x).all()]
             raise InputError(
                 f"{self.model.run}: {len(bad)} of {len(x0)} images are not finite (image {bad[0]} is one), sampled by "
-                f"{self.sampler.spec} in {self.chosen.name}; try --precision fp32, or another sampler"
+                f"{self.sampler.spec} in {self.computed_in.name}; try --precision fp32, or another sampler"
             )
         return self.model.output(x0)
 
     def trajectory(self, indices: Sequence[int]) -> Generator[Moment, None, None]:
-        """The way of these images, one step at a time, computed by eager torch."""
+        """The way of these images, one step at a time: eager torch's steps, by the network as it was prepared."""
         start, draw, conditions = self._inputs(indices)
-        yield from each_within(self.chosen.autocast, self.stepping.trajectory(self.view, start, draw, **conditions))
+        moments = self.stepping.trajectory(self.view, start, draw, **conditions)
+        yield from each_within(self.computed_in.autocast, moments)
 
     def _inputs(self, indices: Sequence[int]) -> tuple[Tensor, SeededDraw | None, dict[str, Any]]:
         """What a sampler is given for these images: their noise, the fresh noise of each step, and their conditions."""
@@ -233,44 +232,14 @@ class Sampling:
         Raises:
             InputError: when the backend cannot compute this network, or not near enough to eager.
         """
-        if self.backend == "eager" or self._ready:
-            return
-        network: nn.Module = self._routed.network  # type: ignore[assignment]
-        examples = self._examples(network, range(batch_size))
-        shapes = [tuple(v.shape) for v in examples[0].tensors]
-        key = (self.backend, self.chosen.name, *examples[0].conditions, *shapes)
-        if key not in self.model.prepared:
-            self.model.prepared[key] = backends.choose(self.backend, network, examples, self.chosen, calls)
-        chosen = self.model.prepared[key]
-        self._record, self._routed.network, self._ready = chosen.record, chosen.network, True
-        start, _, conditions = self._inputs(range(batch_size))
-        with self.chosen.autocast():
-            fused, self._steps = backends.fuse(
-                self._record["backend"], self.view, self.stepping, start, conditions, own or calls
-            )
-        self._sample = fused or self._sample
+        if not self._computing.ready:
+            start, _, conditions = self._inputs(range(batch_size))
+            self._computing.prepare(start, conditions, calls, own or calls)
 
     def release(self) -> None:
         """Let go of what `prepare` made, which of a GPU's memory is more than the network; what computed the images
         stays known, and images that are asked for again prepare it again."""
-        self._sample: Callable[..., Tensor] = partial(self.stepping.sample, self.view)
-        self._routed.network, self._ready = self.model.denoiser.network, False
-
-    @torch.no_grad()
-    def _examples(self, network: nn.Module, indices: Sequence[int]) -> list[backends.Call]:
-        """What the network is called with in the first, the middle and the last step, were they all of pure noise."""
-        start = noise([self.seed + i for i in indices], self.model.shape, device=self.device)
-        times = self.stepping.timesteps(self.model.denoiser.schedule)
-        if isinstance(self.view, ClassifierFree):
-            times = [t for t in times if self.view.doubles(t)]
-        recorder = _Recorder(network)
-        self._routed.network = recorder
-        try:
-            for t in (times[0], times[len(times) // 2], times[-1]):
-                self.view(start, t, **self._conditions(indices))
-        finally:
-            self._routed.network = network
-        return recorder.calls
+        self._computing.release()
 
     def batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """Images 0 … count − 1, in batches, as of `images`."""
@@ -291,7 +260,7 @@ class Sampling:
             "seeds": "image i is made from seed + i",
             "class_labels": None if self.labels is None else list(self.labels),
             "guidance": self.guidance,
-            "precision": self.chosen.name,
+            "precision": self.computed_in.name,
             "calibration": None if self.calibration is None else self.calibration.record(),
             **self.model.output.protocol(),
             **({} if self.guidance_interval is None else {"guidance_interval": list(self.guidance_interval)}),
@@ -300,18 +269,4 @@ class Sampling:
     def computed(self) -> dict[str, Any]:
         """What computed the images, as plain JSON values: software, device, and the backends of the network and of the
         rest of a step."""
-        return software(self.device) | {"computed_by": self._record | {"steps": self._steps}}
-
-
-class _Recorder(nn.Module):
-    """A network that keeps what it is called with."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.calls: list[backends.Call] = []
-
-    def forward(self, x_t: Tensor, t: Tensor, **conditions: Any) -> Any:
-        """The network's own output."""
-        self.calls.append(backends.Call(x_t, t.contiguous(), conditions))
-        return self.network(x_t, t, **conditions)
+        return software(self.device) | {"computed_by": self._computing.record()}
