@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -76,6 +77,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomically(path) as aside:
         aside.write_text(text, encoding="utf-8", newline="\n")
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_directory() -> Path:
+    """Where computed things are kept: $DUALOUT_CACHE, or `dualout` in the user's cache directory."""
+    if os.environ.get("DUALOUT_CACHE"):
+        return Path(os.environ["DUALOUT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dualout"
 
 
 def portable(name: str) -> str:

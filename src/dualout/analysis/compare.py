@@ -24,12 +24,13 @@ from dualout.calibrated import Calibration
 from dualout.data.pixels import to_model
 from dualout.errors import InputError
 from dualout.evaluation.autoencoder import Autoencoder
-from dualout.evaluation.features import Features, cache_directory
+from dualout.evaluation.features import Features
 from dualout.evaluation.model import Model
 from dualout.evaluation.protocol import ENOUGH
 from dualout.evaluation.reference import Reference, check_pictures
 from dualout.evaluation.sampling import Sampling, parse_route
 from dualout.evaluation.scoring import Results, Scoring, first_seed
+from dualout.files import cache_directory
 from dualout.networks.device import device as find_device
 from dualout.networks.precision import choose
 from dualout.samplers import Sampler

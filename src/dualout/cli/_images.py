@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dualout.errors import InputError
+from dualout.files import cache_directory
 
 if TYPE_CHECKING:
     from dualout.data.base import Progress
@@ -40,7 +41,6 @@ def real_images(
         InputError: when they cannot be used, or are of another shape.
     """
     from dualout import data
-    from dualout.evaluation.features import cache_directory
 
     source = data.open_source(spec, size=shape[1:], grey=grey, split=split)
     dataset = data.load(source, cache=cache_directory() / "data", progress=progress)

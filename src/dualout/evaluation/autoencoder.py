@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dualout import checkpoint, hub
 from dualout.errors import InputError, first_line
-from dualout.evaluation.features.base import file_hash
-from dualout.files import read_json
+from dualout.files import file_hash, read_json
 from dualout.networks import foreign
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -14,8 +14,8 @@ from dualout.checkpoint import entry
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
 from dualout.evaluation.autoencoder import Autoencoder
-from dualout.evaluation.features.base import file_hash
 from dualout.evaluation.output import Decoded, Latents, Output, Pixels
+from dualout.files import file_hash
 from dualout.networks.backends import Chosen
 
 AS_THEY_ARE = "none"

@@ -18,10 +18,10 @@ from dualout import checkpoint
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset, check_dataset
 from dualout.errors import InputError
-from dualout.evaluation.features.base import Features, cache_directory
+from dualout.evaluation.features.base import Features
 from dualout.evaluation.metrics import NEIGHBOURS, Alone, scores
 from dualout.evaluation.statistics import KEPT, Statistics
-from dualout.files import explained
+from dualout.files import cache_directory, explained
 from dualout.networks.device import exact
 
 _FORMAT = 1

@@ -12,7 +12,6 @@ whatever happens, at whatever moment, the newest complete state is there, and th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,7 +22,17 @@ from torch import Tensor
 
 from dualout.checkpoint import read_tensors, write_tensors
 from dualout.errors import InputError
-from dualout.files import explained, flush, read_json, refuse_others, sweep, take_place, write_json, write_text
+from dualout.files import (
+    explained,
+    file_hash,
+    flush,
+    read_json,
+    refuse_others,
+    sweep,
+    take_place,
+    write_json,
+    write_text,
+)
 
 STATE, RUN, LOCK, METRICS, YAML = "state", "run.json", "lock", "metrics.jsonl", "train.yaml"
 _FILES = ("weights", "average", "optimizer")
@@ -87,7 +96,7 @@ def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     try:
         numbers = read_json(place / "state.json")
         for name, digest in numbers["sha256"].items():
-            if _digest(place / name) != digest:
+            if file_hash(place / name) != digest:
                 raise InputError(f"{place / name} is not as it was written")
         return {name: read_tensors(place / f"{name}.safetensors") for name in _FILES}, numbers, place
     except (InputError, OSError, KeyError, AttributeError, TypeError) as error:
@@ -179,7 +188,7 @@ class RunDirectory:
             for name in _FILES:
                 write_tensors(aside / f"{name}.safetensors", tensors[name])
             with explained(place):
-                digests = {f"{name}.safetensors": _digest(aside / f"{name}.safetensors") for name in _FILES}
+                digests = {f"{name}.safetensors": file_hash(aside / f"{name}.safetensors") for name in _FILES}
             write_json(aside / "state.json", numbers | {"sha256": digests})
             with explained(place):
                 take_place(aside, place)
@@ -213,8 +222,3 @@ class RunDirectory:
         text = "".join(json.dumps(row) + "\n" for row in read_metrics(self.path, until=step))
         if file.exists() and file.read_text(encoding="utf-8", errors="replace") != text:
             write_text(file, text)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

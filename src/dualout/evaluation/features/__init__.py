@@ -1,6 +1,6 @@
 """From images to vectors whose distributions are compared: one kind a file, found by name."""
 
-from dualout.evaluation.features.base import Features, NetworkFeatures, cache_directory, file_hash
+from dualout.evaluation.features.base import Features, NetworkFeatures
 from dualout.evaluation.features.classifier import Classifier, Digits, SmallClassifier
 from dualout.evaluation.features.convolutions import Random
 from dualout.evaluation.features.inception import Inception
@@ -18,8 +18,6 @@ __all__ = [
     "Pixels",
     "Random",
     "SmallClassifier",
-    "cache_directory",
-    "file_hash",
 ]
 
 discover(__name__, __path__)

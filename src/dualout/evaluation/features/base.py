@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -118,16 +116,3 @@ def check_colour(name: str, channels: int) -> None:
     """Refuse images that are neither grey nor colour."""
     if channels not in (1, 3):
         raise InputError(f"features {name!r} are of grey or colour images (1 or 3 channels), these have {channels}")
-
-
-def cache_directory() -> Path:
-    """Where computed things are kept: $DUALOUT_CACHE, or `dualout` in the user's cache directory."""
-    if os.environ.get("DUALOUT_CACHE"):
-        return Path(os.environ["DUALOUT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dualout"
-
-
-def file_hash(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

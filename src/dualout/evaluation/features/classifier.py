@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dualout import checkpoint
 from dualout.data.pixels import to_model
 from dualout.errors import InputError
-from dualout.evaluation.features.base import NetworkFeatures, file_hash
-from dualout.files import atomically
+from dualout.evaluation.features.base import NetworkFeatures
+from dualout.files import atomically, file_hash
 
 
 class SmallClassifier(nn.Module):

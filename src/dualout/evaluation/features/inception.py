@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from dualout import checkpoint
 from dualout.errors import InputError, first_line
-from dualout.evaluation.features.base import NetworkFeatures, cache_directory, check_colour, file_hash, in_colour
+from dualout.evaluation.features.base import NetworkFeatures, check_colour, in_colour
+from dualout.files import cache_directory, file_hash
 
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualout.errors import InputError
-from dualout.evaluation.features.base import NetworkFeatures, check_colour, file_hash, in_colour
+from dualout.evaluation.features.base import NetworkFeatures, check_colour, in_colour
+from dualout.files import file_hash
 
 
 class _Lite0(nn.Module):
