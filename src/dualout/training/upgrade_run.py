@@ -15,18 +15,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dualout import checkpoint, data
 from dualout.card import DECODER
 from dualout.data.base import Progress
+from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.files import alone, explained, read_json, sweep, writable, write_json
 from dualout.networks import foreign
 from dualout.networks.adapter import config_of
 from dualout.networks.device import device
-from dualout.networks.trace import call
+from dualout.networks.trace import Example, call
 from dualout.training import opening
 from dualout.training.closed_form import solve
 from dualout.training.estimate import Estimate, estimate
@@ -95,6 +98,31 @@ class Upgrade:
         InputError: for a source, images or settings that cannot be used, or a directory of something else.
     """
 
+    config: UpgradeConfig
+    """From entering it on with the data that the source was trained on, where none were named."""
+    dataset: Dataset
+    """The images: this and what follows is there from entering it."""
+    conditional: bool
+    """Whether the network is told their classes."""
+    held: np.ndarray
+    """The numbers of the images that decide."""
+    rest: np.ndarray
+    """Of those that are learned from."""
+    validation: Stream
+    """The images that decide, each in every bin of t."""
+    example: Example
+    """Two of them, as the network is called."""
+    denoiser: Denoiser
+    """With its gate closed; the weights are changed in place."""
+    closed: float
+    """The ratio that uses its trained output alone."""
+    before: Tensor
+    """The original's errors of x0, (bins, images), once they are measured."""
+    best: float
+    """The score of what is written down."""
+    table: list[dict[str, Any]]
+    """Its rows, a bin of t each."""
+
     def __init__(self, config: UpgradeConfig, progress: Progress | None = None) -> None:
         self.config, self.path = config, config.path
         self.progress = progress or (lambda *_: None)
@@ -112,15 +140,27 @@ class Upgrade:
 
     def __enter__(self) -> Self:
         data_of = self.config.data or foreign.trained_on(self.config.source)
-        config = self.config = replace(self.config, data=data_of)
+        self.config = replace(self.config, data=data_of)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("an upgrade is made by one process: start it without torchrun or accelerate launch")
         self._known = read_record(self.path)
-        refuse_changes(self.path, self._known, config)
+        refuse_changes(self.path, self._known, self.config)
+        source = self._source()
+        self._divide()
+        first = next(iter(self.validation))
+        self.example = (first.x0[:2], first.t[:2], {k: v[:2] for k, v in first.conditions.items()})
+        call(source.network, self.example)  # type: ignore[arg-type]
+        self.denoiser = upgrade(source, layer=self.config.layer, example=self.example).eval()
+        self.closed = upgraded_of(self.denoiser).closed
+        checkpoint.describe(self.denoiser.network)
+        return self
+
+    def _source(self) -> Denoiser:
+        """The original, on its device, once the images are loaded and seen to be of its kind."""
+        config = self.config
         source = foreign.load(config.source, config.adapter, config.parameterization, config.schedule)
         if config.data is None:
             raise InputError(f"{config.source} does not say what it was trained on: give --data, such as digits")
-        self.decoder = source.card.get(DECODER)
         self.conditional = bool(config_of(source.network).get("num_class_embeds"))
         training = config.training(conditional=self.conditional)
         self.dataset = data.load(
@@ -129,24 +169,24 @@ class Upgrade:
         check_data(training, self.dataset)
         check_fit(training, source, self.dataset)
         _check_size(config.source, source.network, self.dataset.size)
-        self.place = device(config.device)
-        source = source.to(self.place, torch.float32).eval()
-        self.steps = source.schedule.steps
-        if config.bins > self.steps:
-            raise InputError(f"--bins {config.bins} are more than the {self.steps} noise levels of {config.source}")
+        self._decoder = source.card.get(DECODER)
+        self._noise_levels = source.schedule.steps
+        self._place = device(config.device)
+        return source.to(self._place, torch.float32).eval()
+
+    def _divide(self) -> None:
+        """Set the images apart that decide."""
+        config = self.config
+        if config.bins > self._noise_levels:
+            raise InputError(
+                f"--bins {config.bins} are more than the {self._noise_levels} noise levels of {config.source}"
+            )
         order = shuffled(len(self.dataset), config.seed)
         held = min(config.held_out, len(order) // 4)
         if held < opening.FEWEST:
             raise InputError(f"an upgrade needs {4 * opening.FEWEST} images or more, {config.data} has {len(order)}")
         self.held, self.rest = order[:held], order[held:]
         self.validation = self._stream(self.held, each=True)
-        first = next(iter(self.validation))
-        self.example = (first.x0[:2], first.t[:2], {k: v[:2] for k, v in first.conditions.items()})
-        call(source.network, self.example)  # type: ignore[arg-type]
-        self.denoiser = upgrade(source, layer=config.layer, example=self.example).eval()
-        self.closed = upgraded_of(self.denoiser).closed
-        checkpoint.describe(self.denoiser.network)
-        return self
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -190,7 +230,7 @@ class Upgrade:
 
     def _stages(self) -> Iterator[Check]:
         errors = self._measured(self.denoiser)
-        self.start = errors.of(self.closed)
+        self.before = errors.of(self.closed)
         self.best = 0.0
         if self._known is not None and self._known["checks"]:
             self.earlier = self._known["checks"]
@@ -217,7 +257,7 @@ class Upgrade:
         config = self.config
         stream = self._stream(self.rest[: config.images], each=False)
         told = self._told("solving", stream)
-        solve(self.denoiser, told, self.start, self.dataset.channels, pixels=config.pixels, seed=config.seed)
+        solve(self.denoiser, told, self.before, self.dataset.channels, pixels=config.pixels, seed=config.seed)
 
     def _tuned(self) -> Iterator[Check]:
         config = self.config
@@ -247,7 +287,7 @@ class Upgrade:
         # before anything is trained, the new rows are zero: nothing to open the gate for
         original = stage == "original"
         found = opening.look(
-            errors, self.start, self.closed, self.steps, shut=original, tolerance=self.config.tolerance
+            errors, self.before, self.closed, self._noise_levels, shut=original, tolerance=self.config.tolerance
         )
         kept = original or (found.score < self.best and not found.worse)
         check = Check(stage, step, round(self.seconds, 3), found.score, found.worse, kept, found.rows)
@@ -270,7 +310,7 @@ class Upgrade:
                 "gate open in": f"{check.open} of {config.bins} parts of the noise levels",
             },
             "data": data_on_card(dataset),
-        } | ({DECODER: self.decoder} if self.decoder else {})  # fmt: skip
+        } | ({DECODER: self._decoder} if self._decoder else {})  # fmt: skip
         denoiser.save_pretrained(self.path, **about_data(dataset, conditional=self.conditional))
 
     def _record(self) -> None:
@@ -284,15 +324,15 @@ class Upgrade:
     def _measured(self, denoiser: Denoiser) -> opening.Errors:
         return opening.measure(denoiser, self.validation, self.config.bins)
 
-    def _stream(self, rows: Any, *, each: bool) -> Stream:
+    def _stream(self, rows: np.ndarray, *, each: bool) -> Stream:
         return Stream(
             self.dataset,
             rows,
-            self.steps,
+            self._noise_levels,
             self.config.bins,
             # what is fitted and what is looked at are noised differently
             self.config.seed + each,
-            self.place,
+            self._place,
             conditional=self.conditional,
             each=each,
         )
