@@ -85,7 +85,7 @@ class Denoiser(nn.Module):
                 an output of another shape than the parameterization reads.
         """
         if x_t.dtype is not torch.float32:
-            x_t = _widened(x_t)
+            x_t = _in_full_precision(x_t)
         if not isinstance(t, Tensor):
             level, time = self.schedule.scalars(t), self._time(t, x_t)
         else:
@@ -142,7 +142,7 @@ class Denoiser(nn.Module):
                 f"{tuple(x0.shape)}"
             )
         if x0.dtype is not torch.float32:
-            x0 = _widened(x0)
+            x0 = _in_full_precision(x0)
         if isinstance(t, Tensor):
             _check_times(t, x0)
             alpha, sigma = self.schedule.level_for(x0, t)
@@ -276,8 +276,8 @@ class Denoiser(nn.Module):
         return row
 
 
-def _widened(images: Tensor) -> Tensor:
-    """Images in float32 where they were in half precision; what is no floating-point tensor is refused."""
+def _in_full_precision(images: Tensor) -> Tensor:
+    """Images in float32 where they were in half precision, else as they are; what is no tensor of floats is refused."""
     if not isinstance(images, Tensor):
         raise InputError(f"images are tensors (B, C, H, W), say torch.from_numpy(x); got {type(images).__name__}")
     if not images.dtype.is_floating_point:

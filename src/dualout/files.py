@@ -176,6 +176,9 @@ def alone(directory: Path, doing: str) -> Iterator[None]:
 def holding(path: Path, *, wait: bool = True) -> Iterator[bool | None]:
     """Hold a file or directory, until the block or the process ends, however that comes.
 
+    No lock file stays behind, and what is being written can be held, but Windows has no such locks: where two at once
+    would do harm, in a run, in results and in a cache, filelock's lock files keep them apart there too.
+
     Yields:
         whether it is held: False when another process does, None where the file system knows no locks.
     """

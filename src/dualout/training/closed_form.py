@@ -104,7 +104,7 @@ def fit(
             used, or too few; for a network that cannot be called with them, or does more with its layer's output than
             rearrange it.
     """
-    closed = _check(denoiser, seed, images=images, pixels=pixels, bins=bins)
+    closed = _closed_ratio(denoiser, seed, images=images, pixels=pixels, bins=bins)
     if batches is held_out:
         raise InputError("held_out is batches itself: images of the fit cannot decide where it helps; give others")
     given = read(denoiser, batches, "batches")
@@ -210,7 +210,7 @@ def _layer(denoiser: Denoiser) -> tuple[str, nn.Module]:
     return name, network.get_submodule(name)
 
 
-def _check(denoiser: Denoiser, seed: int, **numbers: int) -> float:
+def _closed_ratio(denoiser: Denoiser, seed: int, **numbers: int) -> float:
     """The closed ratio of what can be fitted; anything else is refused, and numbers below 1."""
     if not isinstance(denoiser, Denoiser):
         raise InputError(f"fit takes a denoiser that upgrade(…) made; got {type(denoiser).__name__}")

@@ -36,7 +36,8 @@ class Learner:
         self.denoiser, self.config = denoiser.train(), config
         self.step = 0
         """How many updates were made."""
-        self.average = Ema(denoiser, config.ema, warmup=config.ema_warmup)
+        self.averaging = Ema(denoiser, config.ema, warmup=config.ema_warmup)
+        """What keeps the average up; the average itself is `ema`."""
         self.sharded = False
         """Whether the weights are divided among processes."""
         self._whole: Denoiser | None = None
@@ -61,7 +62,7 @@ class Learner:
     @property
     def ema(self) -> Denoiser:
         """The denoiser with the averaged weights: the one to use; where they are sharded, as of the last `gather`."""
-        return self.average.module if self._whole is None else self._whole
+        return self.averaging.module if self._whole is None else self._whole
 
     def shard(self, mesh: DeviceMesh, *, first: bool) -> None:
         """Divide weights, gradients, average and the optimizer's memory among processes, which all have the same.
@@ -74,10 +75,10 @@ class Learner:
 
         memory = {name: self._moments(p) for name, p in self.parameters.items()}
         self._whole = copy.deepcopy(self.ema) if first else None
-        average = self.average.module
+        average = self.averaging.module
         for denoiser in (self.denoiser, average):
             shards.shard(denoiser, mesh)
-        self.average = Ema(self.denoiser, self.config.ema, average, warmup=self.config.ema_warmup)
+        self.averaging = Ema(self.denoiser, self.config.ema, average, warmup=self.config.ema_warmup)
         self._optimize()
         for name, p in self.parameters.items():
             divided = {key: shards.like(p, memory[name][key].contiguous()) for key in _ADAM[1:]}
@@ -89,7 +90,7 @@ class Learner:
         if self.sharded:
             from dualout.training import shards
 
-            average = shards.whole(self.average.module.state_dict(), self._whole is not None)
+            average = shards.whole(self.averaging.module.state_dict(), self._whole is not None)
             if self._whole is not None:
                 self._whole.load_state_dict(average)
 
@@ -124,13 +125,13 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(step)
+        self.averaging.update(step)
         self.step = step
         return lr, total
 
     def finite(self) -> bool:
         """Whether every weight, trained and averaged, is a finite number."""
-        weights = [*self.denoiser.state_dict().values(), *self.average.module.state_dict().values()]
+        weights = [*self.denoiser.state_dict().values(), *self.averaging.module.state_dict().values()]
         weights = [w.detach() for w in weights if w.is_floating_point()]
         if not self.sharded:
             return bool(_finite(weights))
@@ -144,7 +145,7 @@ class Learner:
         Where they are sharded, every process calls it, and the first gets them, whole and on the host.
         """
         memory = {f"{name}/{key}": v for name, p in self.parameters.items() for key, v in self._moments(p).items()}
-        average = self.average.module.state_dict()
+        average = self.averaging.module.state_dict()
         found = {"weights": self.denoiser.state_dict(), "average": average, "optimizer": memory}
         if not self.sharded:
             return found
@@ -167,7 +168,7 @@ class Learner:
         """Go on from `tensors` and `numbers`, before anything is sharded.
 
         Raises:
-            InputError: when they are not of this architecture; nothing was changed then.
+            InputError: when they are not of this architecture, or hold what is not finite.
         """
         memory = self._memory(tensors["optimizer"], source)
         load_strictly(self.ema, tensors["average"], f"{source}/average")

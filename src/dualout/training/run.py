@@ -82,7 +82,8 @@ class Run:
         self._tracker: tracking.Tracker = tracking.NoTracker()
 
     job: Job
-    """The images, the device, the precision."""
+    """What the configuration comes to here: images, network, device, precision. Its `config` has what was left to the
+    machine (channels_last, graph), and the training goes by it; the run's own is as asked for, and is written down."""
     learner: Learner
     """The weights."""
     started: int

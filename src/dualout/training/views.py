@@ -37,8 +37,8 @@ class Views(nn.Module):
         width: of the random conv net's first layer.
     """
 
-    first: Tensor
-    second: Tensor
+    to_fine: Tensor
+    to_coarse: Tensor
 
     def __init__(
         self, images: Tensor, seed: int, denoiser: Denoiser | None = None, told: Told | None = None, width: int = 32
@@ -50,8 +50,8 @@ class Views(nn.Module):
         def weights(inputs: int, outputs: int) -> Tensor:
             return torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
 
-        self.register_buffer("first", weights(channels, width))
-        self.register_buffer("second", weights(width, 2 * width))
+        self.register_buffer("to_fine", weights(channels, width))
+        self.register_buffer("to_coarse", weights(width, 2 * width))
         self.to(images.device)
         self.within = None if denoiser is None else Within.of(denoiser, images[:2], told)
         with torch.no_grad():
@@ -69,8 +69,8 @@ class Views(nn.Module):
 
     def _seen(self, images: Tensor) -> list[Tensor]:
         pixels = F.avg_pool2d(images, 2, ceil_mode=True).flatten(1)
-        fine = F.leaky_relu(F.conv2d(images, self.first, stride=2, padding=1), 0.2)
-        coarse = F.leaky_relu(F.conv2d(fine, self.second, stride=2, padding=1), 0.2)
+        fine = F.leaky_relu(F.conv2d(images, self.to_fine, stride=2, padding=1), 0.2)
+        coarse = F.leaky_relu(F.conv2d(fine, self.to_coarse, stride=2, padding=1), 0.2)
         views = [pixels, F.avg_pool2d(fine, 2, ceil_mode=True).flatten(1), coarse.flatten(1)]
         return views if self.within is None else [*views, self.within(images)]
 
