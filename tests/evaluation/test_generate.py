@@ -228,6 +228,20 @@ def test_bad_numbers_are_refused_before_anything_is_written(sampling, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_a_backend_that_cannot_be_used_leaves_nothing_behind(sampling, tmp_path, monkeypatch, made):
+    def refused(*_):
+        raise InputError("this network cannot be translated")
+
+    monkeypatch.setattr(sampling, "prepare", refused)
+    out = tmp_path / "out"
+    if made:
+        out.mkdir()
+    with pytest.raises(InputError, match="cannot be translated"):
+        next(generate(sampling, 3, out))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"] * made
+
+
 @pytest.mark.parametrize("store", ["png", "npz"])
 def test_a_write_that_fails_is_told_with_its_reason_and_done_once_it_can_be(store, make_model, tmp_path):
     resource = pytest.importorskip("resource", reason="this system has no limit on the size of files")

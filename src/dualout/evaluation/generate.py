@@ -12,7 +12,7 @@ from __future__ import annotations
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,9 +63,10 @@ def generate(
     if store not in STORES:
         raise unknown("format", store, STORES)
     destination = STORES[store](Path(out).expanduser(), sampling.model, images, batch_size, sampling.labels)
-    destination.begin(sampling, batch_size, part[1])
+    with _withdrawn(destination):
+        destination.begin(sampling, batch_size, part[1])
     # of processes that share the work, the first speaks for all
-    with nullcontext() if part[0] else alone(destination.directory, "making images"):
+    with nullcontext() if part[0] else alone(destination.directory, "making images"), _withdrawn(destination):
         yield from _made(destination, sampling, images, batch_size, part)
 
 
@@ -77,16 +78,22 @@ def _made(destination: Store, sampling: Sampling, images: int, batch_size: int, 
     left = sum(-(-len(missing) // batch_size) for missing in todo)
     if left:
         sampling.prepare(min(batch_size, images), left * sampling.sampler.evaluations)
+    for missing in todo:
+        made: list[Tensor] = []
+        for start in range(0, len(missing), batch_size):
+            made.append(sampling.images(missing[start : start + batch_size]))
+            if start + batch_size >= len(missing):
+                destination.write(missing, torch.cat(made))
+            done += len(made[-1])
+            yield done
+    destination.finish()
+
+
+@contextmanager
+def _withdrawn(destination: Store) -> Iterator[None]:
+    """Leave nothing behind where images cannot be made."""
     try:
-        for missing in todo:
-            made: list[Tensor] = []
-            for start in range(0, len(missing), batch_size):
-                made.append(sampling.images(missing[start : start + batch_size]))
-                if start + batch_size >= len(missing):
-                    destination.write(missing, torch.cat(made))
-                done += len(made[-1])
-                yield done
-        destination.finish()
+        yield
     except (InputError, MemoryError, RuntimeError):
         destination.withdraw()
         raise
