@@ -65,6 +65,18 @@ def test_half_precision_attention_comes_back_as_it_came():
                                rtol=1e-2, atol=1e-2)  # fmt: skip
 
 
+def test_a_mask_of_attention_may_be_half_or_of_bools():
+    query, key, value = torch.randn(3, 2, 1, 5, 4, dtype=torch.bfloat16)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    added = torch.zeros(5, 5, dtype=torch.bfloat16).masked_fill(hidden, float("-inf"))
+    expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True).bfloat16()
+    with Precision("bf16", CPU, "").autocast():
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value, added), expected)
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value, attn_mask=added), expected)
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value, ~hidden, 0.0), expected)
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value, None, 0.0, True), expected)
+
+
 def test_fp32_changes_nothing():
     with Precision("fp32", CPU, "").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

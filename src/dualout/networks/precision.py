@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -88,12 +89,16 @@ class _AttentionInFloat32(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        query, key, value, *rest = args if len(args) >= 3 else _named(args, kwargs or {})
-        named = {k: v for k, v in (kwargs or {}).items() if k not in ("query", "key", "value")}
+        given = dict(zip(_PLACES, args, strict=False)) | (kwargs or {})
         with torch.autocast("cpu", enabled=False):
-            out = func(query.float(), key.float(), value.float(), *rest, **named)
-        return out.to(query.dtype)
+            out = func(**{name: _single(value) for name, value in given.items()})
+        return out.to(given["query"].dtype)
 
 
-def _named(args: tuple, kwargs: dict) -> tuple:
-    return (*args, *(kwargs[k] for k in ("query", "key", "value")[len(args) :]))
+_PLACES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+"""What attention takes by position."""
+
+
+def _single(value: Any) -> Any:
+    """In float32 where it is a tensor of floats; a mask may be one of bools, or none."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
