@@ -224,6 +224,9 @@ def test_a_wrong_output_is_named(parameterization: Parameterization) -> None:
     raw = torch.zeros(1, parameterization.channels(2), 4, 4)
     with pytest.raises(ValueError, match="needs a network output of shape"):
         around(raw, parameterization, Cosine(T))(torch.zeros(2, 2, 4, 4), 3)
+    for raw in (torch.zeros(2), torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="needs a network output of shape"):
+            around(raw, parameterization, Cosine(T))(torch.zeros(2, 2, 4, 4), 3)
 
 
 @EVERY

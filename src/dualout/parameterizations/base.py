@@ -164,7 +164,7 @@ def check_channels(raw: Tensor, x_t: Tensor, allowed: tuple[int, ...], name: str
         InputError: unless `raw` is (B, one of `allowed`, H, W).
     """
     shape, images = raw.shape, x_t.shape
-    if shape[1] not in allowed or shape[0] != images[0] or shape[2:] != images[2:]:
+    if len(shape) < 2 or shape[1] not in allowed or shape[0] != images[0] or shape[2:] != images[2:]:
         need = " or ".join(f"({', '.join(map(str, (images[0], c, *images[2:])))})" for c in allowed)
         raise InputError(
             f"parameterization {name!r} of {images[1]}-channel images needs a network output of shape {need}, "
