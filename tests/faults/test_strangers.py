@@ -124,6 +124,11 @@ def test_a_model_of_diffusers_that_is_damaged_is_refused(file: str, changes: dic
     index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     foreign.load(tmp_path)
+    # what a download left out
+    (tmp_path / file).parent.rename(tmp_path / "aside")
+    with pytest.raises(InputError, match=r"is missing \(it holds nothing\)"):
+        foreign.load(tmp_path)
+    (tmp_path / "aside").rename((tmp_path / file).parent)
     (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | changes))
     with pytest.raises(InputError):
         foreign.load(tmp_path)

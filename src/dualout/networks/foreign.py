@@ -23,7 +23,7 @@ from dualout import bounded, checkpoint, hub
 from dualout.card import DECODER, LATENTS
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
-from dualout.files import read_json
+from dualout.files import held, read_json
 from dualout.networks.backbones import Backbone
 from dualout.networks.build import build
 from dualout.networks.outside import ScaledInput, StarterCNN, TimeUNet
@@ -105,7 +105,7 @@ def _untold(source: str | Path, **told: str | None) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        present = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) or "nothing"
+        present = ", ".join(held(path.parent)[:8]) or "nothing"
         raise InputError(
             f"{path.parent} is no checkpoint of dualout and no model or pipeline of diffusers: {path.name} is missing "
             f"(it holds {present})"
