@@ -90,8 +90,8 @@ class Denoiser(nn.Module):
             level, time = self.schedule.scalars(t), self._time(t, x_t)
         else:
             _check_times(t, x_t)
-            time = (t if t.shape == x_t.shape[:1] else t.expand(len(x_t))).long()
-            level = self.schedule.level_for(x_t, time)
+            t = t if t.shape == x_t.shape[:1] else t.expand(len(x_t))
+            level, time = self.schedule.level_for(x_t, t), t.long()
         return self.parameterization.read(self.raw(x_t, time, level, **conditions), x_t, level)
 
     def extra_repr(self) -> str:

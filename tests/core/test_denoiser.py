@@ -253,6 +253,11 @@ def test_one_time_step_may_be_told_in_any_way() -> None:
     for t in (7, np.int64(7), torch.tensor(7), torch.tensor([7]), *small):
         torch.testing.assert_close(listening(x, t).x0, expected)  # type: ignore[arg-type]
     assert set(told) == {torch.int64}
+    # a time from 0 to 1 would be t = 0
+    for t in (torch.tensor([0.2, 0.5, 0.9]), torch.tensor(0.5), torch.tensor([True, False, True])):
+        for look in (lambda t: denoiser(x, t), lambda t: denoiser.loss(x, t, x)):
+            with pytest.raises(InputError, match=r"a time step is an integer from 0 to \d+, got a tensor of torch\."):
+                look(t)
     with pytest.raises(InputError, match="a network is a module or function"):
         Denoiser(None, Dual(), Cosine(T))  # type: ignore[arg-type]
 
