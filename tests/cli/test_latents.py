@@ -14,7 +14,7 @@ from dualout.cli.main import main
 from dualout.data import load, to_uint8
 from dualout.errors import InputError
 from dualout.evaluation import Autoencoder, output
-from dualout.evaluation.generate import Npz, stored
+from dualout.evaluation.stores import Npz, stored
 from dualout.networks import foreign
 from dualout.networks.build import build
 

@@ -7,7 +7,7 @@ from PIL import Image
 import dualout
 from dualout.cli.main import main
 from dualout.data.pixels import to_uint8
-from dualout.evaluation.generate import Npz
+from dualout.evaluation.stores import Npz
 from dualout.files import holding
 from dualout.networks.build import build
 

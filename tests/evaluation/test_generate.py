@@ -13,9 +13,10 @@ from PIL import Image
 import dualout
 from dualout.data.pixels import to_uint8
 from dualout.errors import InputError
-from dualout.evaluation.generate import Npz, generate, stored
+from dualout.evaluation.generate import generate
 from dualout.evaluation.output import Latents, Pixels
 from dualout.evaluation.sampling import Sampling, build_sampler
+from dualout.evaluation.stores import Npz, stored
 
 
 @pytest.fixture

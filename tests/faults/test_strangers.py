@@ -21,7 +21,7 @@ from dualout.cli._collect import collect
 from dualout.cli.main import main
 from dualout.data import idx, npfiles
 from dualout.errors import printable
-from dualout.evaluation.generate import stored
+from dualout.evaluation.stores import stored
 from dualout.export import DualOutputPipeline
 from dualout.files import ASIDE, read_json, sweep
 from dualout.networks import foreign

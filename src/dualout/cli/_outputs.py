@@ -14,7 +14,7 @@ from dualout.checkpoint import entry
 from dualout.cli import _study
 from dualout.cli._collect import RESULTS, TABLE, score_rows
 from dualout.errors import InputError
-from dualout.evaluation.generate import PROTOCOL, STORES
+from dualout.evaluation.stores import PROTOCOL, STORES
 from dualout.files import read_json
 from dualout.parameterizations import Parameterization
 from dualout.samplers import Sampler

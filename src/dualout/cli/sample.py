@@ -76,9 +76,10 @@ def run(arguments: list[str]) -> int | None:
     """Run the command."""
     options = parse(Options, "sample", arguments, __doc__ or "")
 
-    from dualout.evaluation.generate import PROTOCOL, generate
+    from dualout.evaluation.generate import generate
     from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_interval, parse_route
+    from dualout.evaluation.stores import PROTOCOL
     from dualout.networks.device import device
 
     part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -152,7 +153,7 @@ def _grid(out: Path, images: int, turn: int, processes: int, most: int = 64) -> 
         whether it drew.
     """
     from dualout.analysis.canvas import sheet
-    from dualout.evaluation.generate import stored
+    from dualout.evaluation.stores import stored
 
     made = stored(out, count := min(images, most))
     if len(made) < count or made.is_floating_point() or made.shape[1] not in (1, 3):
