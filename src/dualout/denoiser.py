@@ -251,7 +251,7 @@ class Denoiser(nn.Module):
         denoiser.card = checkpoint.read_card(config)
         return denoiser.eval()
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Denoiser:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
         super()._apply(fn, recurse)
         # to_empty leaves them without values, and no checkpoint has them
         with torch.inference_mode(False):

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 Scalar = Tensor | float
-Number = TypeVar("Number", bound=Tensor | float)
+Number = TypeVar("Number", bound=Tensor | float, default=Tensor | float, covariant=True)
 
 HALF = frozenset((torch.float16, torch.bfloat16))
 """Types that noise levels, and images on their way, are never computed in."""
@@ -77,7 +78,7 @@ class Level(_Scales[Number], Generic[Number]):
         """Of x0 in the posterior's mean."""
         return None if self.posterior is None else self.posterior.gain
 
-    def map(self, change: Callable[[Any], Any]) -> Level:
+    def map(self, change: Callable[[Any], Any]) -> Level[Any]:
         """The level with each of its numbers changed."""
         posterior = None if self.posterior is None else Posterior(*map(change, self.posterior))
         return Level(change(self.alpha), change(self.sigma), posterior)

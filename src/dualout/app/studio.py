@@ -29,7 +29,13 @@ from dualout.samplers import Sampler
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROUTES = {"as trained": "mix", "eps only": "eps", "x0 only": "x0", "velocity (r = σ²)": "velocity", "fixed r": None}
+ROUTES: dict[str, str | None] = {
+    "as trained": "mix",
+    "eps only": "eps",
+    "x0 only": "x0",
+    "velocity (r = σ²)": "velocity",
+    "fixed r": None,
+}
 """What the page calls them."""
 MOST_IMAGES = 64
 _SIDE = 128

@@ -132,14 +132,14 @@ def shown(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _is_directory(entry: os.DirEntry) -> bool:
+def _is_directory(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
 
 
-def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
     """(−1, 0) for a link that leads nowhere, and for what is no file (a pipe would wait for ever)."""
     try:
         return (entry.stat().st_size, entry.stat().st_mtime_ns) if entry.is_file() else (-1, 0)

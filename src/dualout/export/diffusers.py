@@ -83,12 +83,12 @@ class DualOutputPipeline(DiffusionPipeline):
         self,
         unet: ModelMixin,
         scheduler: Any,
-        parameterization: Parameterization | str | dict = "dual",
-        schedule: Schedule | str | dict | None = None,
+        parameterization: Parameterization | str | dict[str, Any] = "dual",
+        schedule: Schedule | str | dict[str, Any] | None = None,
         clip: Sequence[float] | None = (-1.0, 1.0),
-        head: dict | None = None,
-        calibration: dict | None = None,
-        card: dict | None = None,
+        head: dict[str, Any] | None = None,
+        calibration: dict[str, Any] | None = None,
+        card: dict[str, Any] | None = None,
         spacing: str | None = None,
     ) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class DualOutputPipeline(DiffusionPipeline):
         width: int | None = None,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple[Any]:
         """Make images.
 
         Args:
@@ -310,7 +310,7 @@ class DualOutputPipeline(DiffusionPipeline):
         return array if kind == "np" else self.numpy_to_pil(array)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options: Any) -> DualOutputPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> DualOutputPipeline:
         """Read a pipeline directory, or one of the Hugging Face Hub; options are those of diffusers.
 
         Weights are safetensors, unless ``use_safetensors`` says otherwise. Code that lies in a directory is not run,

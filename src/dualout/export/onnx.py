@@ -211,7 +211,7 @@ def _check(
     """The largest difference of each output between ONNX Runtime and torch, for a batch and for single images."""
     session = quiet.onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
-    level = graph.denoiser.schedule.level(inputs[1]).like(inputs[0])
+    level = graph.denoiser.schedule.level_for(inputs[0], inputs[1])
     units = dict.fromkeys(graph.outputs, torch.ones_like(level.alpha))
     units |= {"x0": 1 + level.sigma / level.alpha, "eps": 1 + level.alpha / level.sigma}
     worst = dict.fromkeys(graph.outputs, 0.0)

@@ -82,11 +82,11 @@ class StarterCNN(nn.Module):
         frequencies: int = 16,
     ) -> None:
         super().__init__()
-        self.config = {
+        self.config: dict[str, Any] = {
             "image_channels": image_channels, "size": list(size), "hidden": list(hidden), "kernel": kernel,
             "last_kernel": last_kernel, "frequencies": frequencies,
         }  # fmt: skip
-        self.image = {"channels": image_channels, "size": list(size)}
+        self.image: dict[str, Any] = {"channels": image_channels, "size": list(size)}
         self.blocks = nn.ModuleList()
         for before, channels in pairwise((image_channels, *hidden)):
             self.blocks.append(_Normed(before, channels, size, kernel))
@@ -156,8 +156,8 @@ class TimeUNet(nn.Module):
 
     def __init__(self, steps: int = 1000, width: int = 100) -> None:
         super().__init__()
-        self.config = {"steps": steps, "width": width}
-        self.image = {"channels": 1, "size": [28, 28]}
+        self.config: dict[str, Any] = {"steps": steps, "width": width}
+        self.image: dict[str, Any] = {"channels": 1, "size": [28, 28]}
         self.time_embed = nn.Embedding(steps, width).requires_grad_(False)
 
         def told(channels: int) -> nn.Module:

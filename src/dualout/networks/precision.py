@@ -86,7 +86,9 @@ def processor_units() -> str:
 class _AttentionInFloat32(TorchFunctionMode):
     """Attention in float32, whatever is around it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         given = dict(zip(_PLACES, args, strict=False)) | (kwargs or {})

@@ -41,7 +41,7 @@ from dualout.schedules import Schedule
 LEARNED = ("pixel", "channel", "image", "step")
 RATIOS = (*LEARNED, "velocity", "flow")
 GATES = ("posterior", "balanced")
-BLEND = {"gate": "balanced", "blend_weight": 1.0, "eps_weight": 0.3}
+BLEND: dict[str, Any] = {"gate": "balanced", "blend_weight": 1.0, "eps_weight": 0.3}
 """Dual output whose blend is trained too: the best in few steps in most of docs/results."""
 
 

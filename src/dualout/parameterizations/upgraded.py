@@ -141,7 +141,7 @@ class GateTable(nn.Module):
         super().__init__()
         self.register_buffer("logits", logits)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> GateTable:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GateTable:
         kept = self.logits
         super()._apply(fn, recurse)
         if self.logits.dtype in HALF:

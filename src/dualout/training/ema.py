@@ -49,5 +49,7 @@ class Ema(Generic[Module]):
             torch._foreach_copy_(self._copies, self._buffers)  # type: ignore[attr-defined]
 
 
-def _both(names: list[str], average: dict, weights: dict) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _both(
+    names: list[str], average: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [average[k] for k in names], [weights[k] for k in names]

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -138,13 +138,13 @@ class Part:
         self.learner, self.precision = learner, precision
         self.device = next(iter(learner.parameters.values())).device
         objective: nn.Module = Objective(learner.denoiser)
-        self.apart: Callable[[], AbstractContextManager] = nullcontext
+        self.apart: Callable[[], AbstractContextManager[Any]] = nullcontext
         # shards average their gradients themselves
         if together is not None and not learner.sharded:
             objective = together.prepare_model(objective, device_placement=False)
             self.apart = objective.no_sync  # type: ignore[assignment]
         self.objective = objective
-        self.compiled: Callable[[], AbstractContextManager] = nullcontext
+        self.compiled: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.layout = torch.channels_last if learner.config.channels_last else torch.contiguous_format
         if learner.config.compile:
             network: nn.Module = learner.denoiser.network  # type: ignore[assignment]

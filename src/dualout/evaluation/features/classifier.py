@@ -38,7 +38,7 @@ class SmallClassifier(nn.Module):
         self, channels: int, size: tuple[int, int], classes: int, width: int, features: int, stages: int
     ) -> None:
         super().__init__()
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "channels": channels, "size": list(size), "classes": classes,
             "width": width, "features": features, "stages": stages,
         }  # fmt: skip

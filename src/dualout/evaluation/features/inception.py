@@ -54,7 +54,8 @@ class _Block(nn.Module):
 
     def __init__(self, before: int, branches: Mapping[str, Sequence[_Layer]], pool: str) -> None:
         super().__init__()
-        self.pool, self.paths = pool, []
+        self.pool = pool
+        self.paths: list[tuple[str, list[list[str]]]] = []
         for branch, layers in branches.items():
             width, path = before, []
             for number, layer in enumerate(layers, 1):
