@@ -285,6 +285,21 @@ def test_a_network_of_latents_is_not_taught_pictures(unet, tmp_path, capsys) -> 
     assert upgraded(tmp_path / "p", "--data", latents, "--held_out", 32, out=tmp_path / "out") == 0
 
 
+def downloads(there: Path, here: Path):
+    """The Hub, which has one pipeline."""
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "some/pipeline"
+        for file in (f for f in there.rglob("*") if f.is_file()):
+            where = file.relative_to(there)
+            if any(fnmatch(str(where), pattern) for pattern in allow_patterns):
+                (here / where).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, here / where)
+        return str(here)
+
+    return download
+
+
 def test_of_a_pipeline_on_the_hub_the_network_alone_is_downloaded(unet, tmp_path, monkeypatch) -> None:
     from diffusers import LDMPipeline, VQModel
 
@@ -292,20 +307,54 @@ def test_of_a_pipeline_on_the_hub_the_network_alone_is_downloaded(unet, tmp_path
     coder = VQModel(latent_channels=1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
     LDMPipeline(coder, unet, scheduler()).save_pretrained(tmp_path / "there")
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        assert name == "some/pipeline"
-        for file in (f for f in (tmp_path / "there").rglob("*") if f.is_file()):
-            where = file.relative_to(tmp_path / "there")
-            if any(fnmatch(str(where), pattern) for pattern in allow_patterns):
-                (tmp_path / "here" / where).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, tmp_path / "here" / where)
-        return str(tmp_path / "here")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloads(tmp_path / "there", tmp_path / "here"))
     read = foreign.load("some/pipeline")
     assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
     assert read.card == {"latents of": "vqvae", "decoded by": "some/pipeline"}
     assert [file.parent.name for file in (tmp_path / "here").rglob("*.safetensors")] == ["unet"]
+
+
+def test_a_pipeline_with_all_of_it_in_one_directory(unet, tmp_path, monkeypatch) -> None:
+    # as google/ddpm-cifar10-32 has it, at first with a scheduler of the class that came before DDPMScheduler
+    there = tmp_path / "there"
+    there.mkdir()
+    unet.save_pretrained(there)
+    (there / "model_index.json").write_text(
+        '{"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", '
+        '"UNet2DModel"]}'
+    )
+    (there / "scheduler_config.json").write_text(
+        '{"_class_name": "GaussianDDPMScheduler", "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", '
+        '"timesteps": 1000, "variance_type": "fixed_large"}'
+    )
+    read = foreign.load(there)
+    assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
+    assert (read.parameterization.spec, read.schedule.spec) == ("eps", "linear")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloads(there, tmp_path / "here"))
+    read = foreign.load("some/pipeline")
+    assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
+    (there / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config.json is missing \(it holds diffusion"):
+        foreign.load(there)
+
+
+def test_a_pipeline_without_safetensors(unet, tmp_path, monkeypatch, caplog) -> None:
+    from diffusers import DDPMPipeline
+    from diffusers.utils import logging
+
+    DDPMPipeline(unet, scheduler()).save_pretrained(tmp_path / "there", safe_serialization=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloads(tmp_path / "there", tmp_path / "here"))
+    with pytest.raises(InputError, match=r"some/pipeline has no weights in safetensors.*hf download some/pipeline"):
+        foreign.load("some/pipeline")
+    monkeypatch.setattr(logging.get_logger("diffusers"), "propagate", True)
+    assert torch.equal(foreign.load(tmp_path / "there").network.conv_out.weight, unet.conv_out.weight)
+    assert not caplog.records
+
+
+def test_weights_of_another_name_are_told(unet, tmp_path) -> None:
+    unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    with pytest.raises(InputError, match=r"it holds diffusion_pytorch_model.fp16.safetensors\)"):
+        foreign.load(tmp_path / "unet", parameterization="eps", schedule="linear")
 
 
 def dit():

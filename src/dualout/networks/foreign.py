@@ -93,8 +93,15 @@ def own_pipeline(source: str | Path) -> bool:
 def _downloaded(source: str) -> Path:
     """A repository of the Hub; of a pipeline the network alone, not what encodes texts and images."""
     directory = hub.download(source, ["*.json"])
-    name = _parts(directory)[1] if (directory / checkpoint.INDEX).is_file() else None
-    return hub.download(source, ["*.json", "*.safetensors" if name is None else f"{name}/*.safetensors"])
+    pipeline = (directory / checkpoint.INDEX).is_file()
+    below = _place(directory, _parts(directory)[1]).relative_to(directory) if pipeline else Path()
+    directory = hub.download(source, ["*.json", (below / "*.safetensors").as_posix()])
+    if not any((directory / below).glob("*.safetensors")):
+        raise InputError(
+            f"{source} has no weights in safetensors, and others are not downloaded: get it by hf download {source} "
+            "--local-dir DIRECTORY, and name that directory; its .bin files are read as data"
+        )
+    return directory
 
 
 def _untold(source: str | Path, **told: str | None) -> None:
@@ -124,11 +131,16 @@ def _parts(directory: Path) -> tuple[list[str], str]:
     return parts, name
 
 
+def _place(directory: Path, part: str) -> Path:
+    """Where a part of a pipeline lies: those of diffusers' first versions have all of them in one directory."""
+    return directory / part if (directory / part).is_dir() else directory
+
+
 def _from_pipeline(directory: Path, named: str) -> Denoiser:
     """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
     parts, name = _parts(directory)
-    network = diffusers_model(directory / name)
-    parameterization, schedule = trained_by(_json(directory / "scheduler" / "scheduler_config.json"))
+    network = diffusers_model(_place(directory, name))
+    parameterization, schedule = trained_by(_json(_place(directory, "scheduler") / "scheduler_config.json"))
     denoiser = Denoiser(network, _with_variance(network, parameterization), schedule).eval()
     coder = next((k for k in CODERS if k in parts), None)
     if coder is not None:
@@ -156,6 +168,8 @@ def diffusers_model(directory: Path, **options: Any) -> Any:
     config = _json(directory / checkpoint.CONFIG)
     cls: Any = checkpoint.allowed(f"diffusers.{config.get('_class_name')}")
     weights = [p for p in directory.iterdir() if p.suffix in FILES]
+    # or else diffusers logs an error where it then reads a .bin
+    options = {"use_safetensors": any(directory.glob("diffusion_pytorch_model.safetensors*"))} | options
     try:
         # a number takes a byte or more
         with bounded.no_more_than(sum(p.stat().st_size for p in weights), str(directory)):
@@ -165,7 +179,8 @@ def diffusers_model(directory: Path, **options: Any) -> Any:
     except InputError:
         raise
     except Exception as error:  # constructors and parsers raise whatever damaged files lead them to
-        raise InputError(f"{directory} cannot be loaded as a {cls.__name__}: {str(error).strip()[:600]}") from error
+        said = f"{str(error).strip()[:600]} (it holds {', '.join(sorted(p.name for p in weights)[:8])})"
+        raise InputError(f"{directory} cannot be loaded as a {cls.__name__}: {said}") from error
     wrong = {k.replace("_", " "): v for k, v in told.items() if k.endswith("_keys") and v}
     if wrong:
         listed = "; ".join(f"{k}: {', '.join(map(str, list(v)[:6]))}" for k, v in wrong.items())
