@@ -15,7 +15,9 @@ import yaml
 from PIL import Image
 
 import dualout
+from dualout.cli.analyze import made_labels
 from dualout.cli.main import main
+from dualout.evaluation.model import Model
 from dualout.training import checkpoint as files
 
 SMALL = ["--network", "tiny:width=8", "--batch_size", "4", "--log_every", "2", "--precision", "fp32"]
@@ -162,6 +164,23 @@ def test_colour_classes_and_mirrors(tmp_path):
     assert written["conditions"] == {"class_labels": {"classes": ["0", "1"], "null": 2}}
     assert written["network"]["arguments"]["num_class_embeds"] == 3
     assert Image.open(out / "samples" / "step-000001.png").mode == "RGB"
+
+
+def test_classes_without_images_are_told_and_not_sampled_by_default(tmp_path, capsys):
+    # as EMNIST's letters are labelled, from 1
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(12) % 3 + 1)
+    data, out = f"arrays:{tmp_path / 'x.npz'}", tmp_path / "run"
+    assert train("--data", data, "--conditional", "--steps", 1, "--sample_every", 1, "--samples", 4, out=out) == 0
+    assert "no image is of class 0: that is not learned" in capsys.readouterr().err
+    model = Model.load(out)
+    assert (model.classes, model.empty, model.turn) == (4, (0,), (1, 2, 3))
+    for asked, labels in (([], [1, 2, 3, 1]), (["--class_label", "0"], [0, 0, 0, 0])):
+        made = tmp_path / f"out{len(asked)}"
+        command = ["sample", str(out), "--images", "4", "--steps", "1", "--format", "npz", *asked]
+        assert main([*command, "--out", str(made)]) == 0
+        assert np.load(made / "images.npz")["labels"].tolist() == labels
+    assert made_labels(model, 4) == [1, 2, 3, 1]
 
 
 @pytest.mark.parametrize(

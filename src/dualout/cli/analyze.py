@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +187,7 @@ def _labels(model: Model, dataset: Dataset, chosen: np.ndarray) -> Tensor | None
 
 def made_labels(model: Model, count: int) -> list[int] | None:
     """What the model is told of images to be made: all classes in turn."""
-    return None if model.classes is None else [i % model.classes for i in range(count)]
+    return None if model.classes is None else list(islice(cycle(model.turn), count))
 
 
 def _tell(study: Any) -> None:

@@ -44,7 +44,7 @@ class Options:
     no range"""
     class_label: str | None = None
     """For class-conditional models: a class, by number or name, or several, comma-separated, that images take in turn;
-    by default all in turn"""
+    by default all that training had images of, in turn"""
     guidance: float | None = None
     """For class-conditional models: scale of classifier-free guidance; 1 is none"""
     guidance_interval: str | None = None

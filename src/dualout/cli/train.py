@@ -98,6 +98,9 @@ def _announce(training: Run) -> None:
     console.say(repr(job.dataset))
     for note in job.dataset.notes:
         console.say(note)
+    if training.config.conditional and (empty := [job.dataset.classes[c] for c in job.dataset.empty]):
+        some = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
+        console.say(f"no image is of class {some}: that is not learned, and sampled only where it is asked for")
     console.say(
         f"{job.denoiser.parameterization.spec}, {type(job.denoiser.network).__name__} of {parameters:,} parameters, on "
         f"{job.device}{f' and {n - 1} more' if (n := _processes(job)) > 1 else ''}, "
@@ -136,8 +139,8 @@ def _sampling(training: Run) -> Sampling | None:
             f"the grids' --sampler {config.sampler} takes {sampler.steps} steps, and the schedule has "
             f"{levels} noise levels: give it {levels} or fewer, or --sample_every 0"
         )
-    classes = len(job.dataset.classes) if config.conditional else None
-    model = Model(str(training.path), training.denoiser, job.dataset.shape, classes, {}, output=output)
+    classes, empty = len(job.dataset.classes) if config.conditional else None, tuple(job.dataset.empty)
+    model = Model(str(training.path), training.denoiser, job.dataset.shape, classes, {}, empty=empty, output=output)
     return Sampling(model, sampler, precision=job.precision.name)
 
 

@@ -106,6 +106,12 @@ class Dataset:
         """Whether these are floats that are no grey levels: given as float32, never scaled, clipped or mirrored."""
         return self.stored.dtype != np.uint8 and self.scale is None
 
+    @property
+    def empty(self) -> list[int]:
+        """The classes, by number, of which there is no image: labels that count from 1 leave class 0 empty."""
+        there = set() if self.labels is None else set(self.labels.unique().tolist())
+        return [c for c in range(len(self.classes)) if c not in there]
+
     def batch(self, indices: np.ndarray | Tensor | Sequence[int]) -> Tensor:
         """The images with these numbers, uint8 (B, C, H, W); float32 for latents.
 

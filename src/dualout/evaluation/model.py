@@ -40,6 +40,7 @@ class Model:
         class_names: what the classes are called, where that is known.
         directory: where its files are, or were, as an absolute path; None where it was not read from any.
         output: what becomes of that which it makes.
+        empty: the classes, by number, that it was trained on no image of.
         prepared: its network as backends have made it ready, for all samplings of the model.
     """
 
@@ -51,6 +52,7 @@ class Model:
     class_names: tuple[str, ...] = ()
     directory: Path | None = None
     output: Output = field(default_factory=Pixels)
+    empty: tuple[int, ...] = ()
     prepared: dict[Any, Chosen] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -97,9 +99,11 @@ class Model:
             "schedule": config["schedule"],
             "network": config["network"].get("class"),
         }
-        names = entry(entry(config, "conditions"), "class_labels").get("classes") or []
-        classes = len(names) or class_count(config["network"])
-        model = cls(str(run), denoiser, shape, classes, details, tuple(map(str, names)), directory.absolute(), output)
+        told = entry(entry(config, "conditions"), "class_labels")
+        names, empty = told.get("classes") or [], told.get("empty")
+        classes, empty = len(names) or class_count(config["network"]), tuple(empty) if isinstance(empty, list) else ()
+        names = tuple(map(str, names))
+        model = cls(str(run), denoiser, shape, classes, details, names, directory.absolute(), output, empty)
         model._check_network()
         return model
 
@@ -126,6 +130,11 @@ class Model:
     def device(self) -> torch.device:
         """Where the denoiser is."""
         return next(self.denoiser.buffers()).device
+
+    @property
+    def turn(self) -> tuple[int, ...]:
+        """The classes that images take in turn where none is asked for."""
+        return tuple(c for c in range(self.classes or 0) if c not in self.empty)
 
     @property
     def latents(self) -> bool:

@@ -84,8 +84,7 @@ class Sampling:
         sampler: how it goes from noise to images.
         route: which of the network's outputs is used.
         seed: of image 0; image i is made from seed + i, whatever batch it is in.
-        labels: the class of image i is labels[i mod their number]; None is all classes in turn where the model takes
-            classes.
+        labels: the class of image i is labels[i mod their number]; None is all classes that it was trained on, in turn.
         guidance: scale of classifier-free guidance; None is none, and so is 1.
         guidance_interval: the noise levels that are guided, sigma / alpha from above the first number to the second;
             None is all.
@@ -167,7 +166,7 @@ class Sampling:
             if self.labels is not None or self.guidance is not None:
                 raise InputError(f"{run} was trained without classes: leave out --class_label and --guidance")
             return None
-        labels = tuple(range(classes) if self.labels is None else self.labels)
+        labels = tuple(self.model.turn if self.labels is None else self.labels)
         wrong = [label for label in labels if not 0 <= label <= classes]
         if wrong or not labels:
             raise InputError(f"class labels of {run} are 0 to {classes - 1}, and {classes} for none; got {wrong}")

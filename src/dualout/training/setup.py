@@ -206,6 +206,7 @@ def described_now(described: dict[str, Any]) -> dict[str, Any]:
 def about_data(dataset: Dataset, *, conditional: bool) -> dict[str, Any]:
     """What a checkpoint's configuration says of the images that its model was trained on."""
     classes = {"classes": list(dataset.classes), "null": len(dataset.classes)}
+    classes |= {"empty": dataset.empty} if dataset.empty else {}
     return {
         "image": {"channels": dataset.channels, "size": list(dataset.size), "latents": dataset.latents},
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
