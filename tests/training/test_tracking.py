@@ -75,6 +75,26 @@ def test_a_tracker_that_does_not_start_is_told(wandb: Wandb, tmp_path, monkeypat
     monkeypatch.setattr(wandb, "init", refuse)
     assert main([*TRAIN, "--track", "wandb", "--out", str(tmp_path / "run")]) == 2
     assert "--track wandb did not start: api_key not configured\n" in capsys.readouterr().err
+    # set up now, it is not in the way of itself
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    assert main([*TRAIN, "--track", "wandb", "--out", str(tmp_path / "run")]) == 0
+
+
+def test_a_run_that_goes_on_is_one_run_there(wandb: Wandb, tmp_path) -> None:
+    ids = []
+    # the second goes on; the others are runs of their own, of whatever name
+    for out, steps in (("a/run", 4), ("a/run", 6), ("b/run", 4)):
+        assert main([*TRAIN, "--steps", str(steps), "--track", "wandb", "--out", str(tmp_path / out)]) == 0
+        assert (wandb.begun["name"], wandb.begun["resume"]) == ("run", "allow")
+        ids.append(wandb.begun["id"])
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_run_may_be_named_by_wandb_s_own_variable(wandb: Wandb, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert main([*TRAIN, "--track", "wandb", "--out", str(tmp_path / "run")]) == 0
+    assert wandb.begun["id"] == "mine"
 
 
 def test_a_tracker_that_is_not_installed_is_told(monkeypatch) -> None:

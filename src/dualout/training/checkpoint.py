@@ -162,8 +162,9 @@ class RunDirectory:
             except PermissionError:  # Windows removes nothing that is open, as the lock is
                 self.close()
                 file.unlink(missing_ok=True)
-        for empty in [self.path / STATE, *([self.path] if self._new else [])]:
-            if empty.is_dir() and not any(empty.iterdir()):
+        within = sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True)
+        for empty in [*within, *([self.path] if self._new else [])]:
+            if not any(empty.iterdir()):
                 empty.rmdir()
 
     def describe(self, run: dict[str, Any], yaml: str) -> None:

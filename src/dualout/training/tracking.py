@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
 from dualout.errors import InputError, first_line, unknown
+from dualout.files import write_text
 from dualout.training.config import TRACKERS
 
 
@@ -67,16 +70,21 @@ def start(name: str | None, directory: Path, config: dict[str, Any], step: int =
     PartialState()
     place = directory / "tracking"
     place.mkdir(exist_ok=True)
+    known = place / "id"
+    # by which wandb and trackio tell that it goes on; one that begins anew is another
+    identity = known.read_text(encoding="utf-8") if step and known.is_file() else uuid.uuid4().hex[:8]
     if name == "tensorboard":
         tracker = tracking.TensorBoardTracker(directory.name, logging_dir=place, purge_step=step + 1)
     elif name == "wandb":
-        tracker = tracking.WandBTracker("dualout", name=directory.name, dir=str(place), resume="allow")
+        own = os.environ.get("WANDB_RUN_ID") or identity
+        tracker = tracking.WandBTracker("dualout", name=directory.name, id=own, dir=str(place), resume="allow")
     else:
-        tracker = tracking.TrackioTracker("dualout", name=directory.name)
+        tracker = tracking.TrackioTracker("dualout", name=f"{directory.name}-{identity}", resume="allow")
     try:
         tracker.start()
     except Exception as error:
         # whatever another program says: it is not set up
         raise InputError(f"--track {name} did not start: {first_line(error)}") from error
+    write_text(known, identity)
     tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
     return tracker
