@@ -166,6 +166,19 @@ def test_colour_classes_and_mirrors(tmp_path):
     assert Image.open(out / "samples" / "step-000001.png").mode == "RGB"
 
 
+def test_as_many_files_may_be_unreadable_later_as_in_training(tmp_path):
+    (tmp_path / "x").mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((8, 8), i * 30, np.uint8)).save(tmp_path / "x" / f"{i}.png")
+    (tmp_path / "x" / "8.png").write_bytes(b"no image")
+    out = tmp_path / "run"
+    assert train("--data", f"folder:{tmp_path / 'x'}", "--strict", 0.2, "--steps", 1, "--sample_every", 0, out=out) == 0
+    scores = ["--split", "all", "--images", "8", "--steps", "1", "--features", "pixels"]
+    assert main(["evaluate", str(out), *scores]) == 0
+    # run.json knows the share as an option of its own, which may change
+    assert train("--data", f"folder:{tmp_path / 'x'}", "--strict", 0.5, "--steps", 2, "--sample_every", 0, out=out) == 0
+
+
 def test_classes_without_images_are_told_and_not_sampled_by_default(tmp_path, capsys):
     # as EMNIST's letters are labelled, from 1
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)

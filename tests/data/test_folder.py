@@ -177,6 +177,7 @@ def test_unreadable_files_are_named_and_refused(tmp_path):
         load(f"folder:{tmp_path}")
     assert "0.01" in str(error.value)
     assert len(load(f"folder:{tmp_path}", strict=0.02)) == 98
+    assert len(load(f"folder:{tmp_path}:strict=0.02")) == 98
     with pytest.raises(InputError, match="2 of 100"):
         load(f"folder:{tmp_path}", strict=0, size=8, grey=False)
 

@@ -81,6 +81,7 @@ class Source(Registered, ABC):
             leaves them as they are.
         grey: True makes them grey (C = 1), False colour (C = 3); None leaves them as they are.
         split: "train", "test" or "all".
+        strict: the share of image files that may be unreadable; they are left out.
     """
 
     kind: ClassVar[str] = "data source"
@@ -90,9 +91,12 @@ class Source(Registered, ABC):
     size: int | tuple[int, int] | None = None
     grey: bool | None = None
     split: str = "train"
+    strict: float = 0.01
 
     def __post_init__(self) -> None:
         self.check_types()
+        if not 0 <= self.strict <= 1:
+            raise InputError(f"strict is the share of images that may be unreadable, from 0 to 1, got {self.strict!r}")
         if self.split not in SPLITS:
             raise unknown("split", self.split, SPLITS)
         object.__setattr__(self, "size", _size(self.size))

@@ -234,7 +234,7 @@ def _check(job: Job, state: State) -> None:
     raise InputError(
         f"{job.whole}: {len(state.bad)} of {seen} images cannot be read ({listed_bad(job.names, state.bad)}). "
         + (
-            f"Up to {job.strict:.4g} of them may be; mend or remove them, or allow more with strict=0.1, say."
+            f"Up to {job.strict:.4g} of them may be; mend or remove them, or allow more by :strict=0.1 after the data."
             if state.rows
             else "None can be used."
         )

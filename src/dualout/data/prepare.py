@@ -28,20 +28,21 @@ def load(
     grey: bool | None = None,
     split: str | None = None,
     cache: str | Path | None = None,
-    strict: float = 0.01,
+    strict: float | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """The images of a data source.
 
     Args:
         spec: such as ``digits`` or ``folder:/my/images:size=64``; see `open_source`. What it names wins over `size`,
-            `grey` and `split` here.
+            `grey`, `split` and `strict` here.
         size: what images are made to be: a number for squares, or (H, W).
         grey: True for C = 1, False for C = 3.
         split: "train" (where nothing is said), "test" or "all".
         cache: a directory where decoded images are kept and mapped from. Without one they are decoded into memory, up
             to 2 GiB of them.
-        strict: the share of image files that may be unreadable; they are left out and named in the result's `notes`.
+        strict: the share of image files that may be unreadable (0.01 where nothing is said); they are left out and
+            named in the result's `notes`.
         progress: called as (what, done, total) while files are found and decoded.
 
     Returns:
@@ -50,13 +51,11 @@ def load(
     Raises:
         InputError: for whatever cannot be used, before any long work where it can be known.
     """
-    if isinstance(strict, bool) or not 0 <= strict <= 1:
-        raise InputError(f"strict is the share of images that may be unreadable, from 0 to 1, got {strict!r}")
-    source = open_source(spec, size=size, grey=grey, split=split)
+    source = open_source(spec, size=size, grey=grey, split=split, strict=strict)
     reading = Reading(None if cache is None else Path(cache).expanduser(), progress)
     found = source.read(reading)
     if isinstance(found, Pictures):
-        return _decoded(source, found, reading, strict)
+        return _decoded(source, found, reading)
     return _fitted(source, dataclasses.replace(found, name=source.spec), reading)
 
 
@@ -99,7 +98,7 @@ def _state_of(found: Dataset) -> str:
     return state.hexdigest()
 
 
-def _decoded(source: Source, found: Pictures, reading: Reading, strict: float) -> Dataset:
+def _decoded(source: Source, found: Pictures, reading: Reading) -> Dataset:
     """Picture files, decoded."""
     channels, size = _settled(source, found)
 
@@ -113,7 +112,7 @@ def _decoded(source: Source, found: Pictures, reading: Reading, strict: float) -
                 raise _sizes(found, {own_size: [i], size: []})
         return decode.decoded(picture, channels, size)
 
-    job = Job(found.names, (channels, *size), image, found.identity, found.whole, strict, reading.progress)
+    job = Job(found.names, (channels, *size), image, found.identity, found.whole, source.strict, reading.progress)
     stored, bad = materialize(job, reading.cache)
     kept = np.delete(np.arange(len(found.names)), [i for i, _ in bad])
     labels = None if found.labels is None else torch.from_numpy(found.labels[kept])
