@@ -196,6 +196,15 @@ def test_classes_without_images_are_told_and_not_sampled_by_default(tmp_path, ca
     assert made_labels(model, 4) == [1, 2, 3, 1]
 
 
+def test_guidance_is_refused_where_no_class_was_ever_withheld(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train("--conditional", "--label_dropout", 0, "--steps", 1, "--sample_every", 0, out=out) == 0
+    command = ["sample", str(out), "--images", "2", "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main([*command, "--guidance", "2"]) == 2
+    assert "was trained with --label_dropout 0, never without a class" in capsys.readouterr().err
+    assert main([*command, "--guidance", "1"]) == 0
+
+
 @pytest.mark.parametrize(
     "parameterization", ["eps", "x0", "velocity", "karras", "dual:ratio=step", "dual:gate=balanced"]
 )

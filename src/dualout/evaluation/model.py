@@ -40,7 +40,7 @@ class Model:
         class_names: what the classes are called, where that is known.
         directory: where its files are, or were, as an absolute path; None where it was not read from any.
         output: what becomes of that which it makes.
-        empty: the classes, by number, that it was trained on no image of.
+        empty: the classes, by number, that it was trained on no image of; no class among them, where none was withheld.
         prepared: its network as backends have made it ready, for all samplings of the model.
     """
 
@@ -100,9 +100,9 @@ class Model:
             "network": config["network"].get("class"),
         }
         told = entry(entry(config, "conditions"), "class_labels")
-        names, empty = told.get("classes") or [], told.get("empty")
-        classes, empty = len(names) or class_count(config["network"]), tuple(empty) if isinstance(empty, list) else ()
-        names = tuple(map(str, names))
+        names = tuple(map(str, told.get("classes") or []))
+        classes = len(names) or class_count(config["network"])
+        empty = _empty(config, told.get("empty"), classes)
         model = cls(str(run), denoiser, shape, classes, details, names, directory.absolute(), output, empty)
         model._check_network()
         return model
@@ -164,6 +164,13 @@ class Model:
         """Which model made the images."""
         name = self.run.rstrip("/").rsplit("/", 1)[-1]
         return {"name": name, "image": list(self.shape), "classes": self.classes} | self.details
+
+
+def _empty(config: dict[str, Any], told: Any, classes: int | None) -> tuple[int, ...]:
+    """The classes, by number, that a model was trained on no image of; `classes` is the number of no class."""
+    training = entry(config, "training")
+    withheld = training.get("label_dropout") != 0 or training.get("init") is not None
+    return (*(told if isinstance(told, list) else ()), *(() if withheld or classes is None else (classes,)))
 
 
 def _remembered(run: str | Path, config: dict[str, Any], device: torch.device | str) -> Autoencoder | None:

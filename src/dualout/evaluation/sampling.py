@@ -133,6 +133,11 @@ class Sampling:
         if self.guidance is None and self.guidance_interval is not None:
             raise InputError("an interval of guidance needs a scale: say --guidance too, such as --guidance 2")
         if self.guidance not in (None, 1) and self.model.classes is not None:
+            if self.model.classes in self.model.empty:
+                raise InputError(
+                    f"{self.model.run} was trained with --label_dropout 0, never without a class, which is what "
+                    "guidance leads away from: leave out --guidance, or train with --label_dropout 0.1"
+                )
             view = ClassifierFree(view, self.guidance, interval=self.guidance_interval, class_labels=self.model.classes)
             self._check_guided(view)
         self.view = view
