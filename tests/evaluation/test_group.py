@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import dualout
@@ -29,6 +31,18 @@ def test_one_process_is_a_group_of_its_own(monkeypatch):
         assert group == Group(0, 1)
         assert group.merged(statistics) is statistics
         assert group.in_turn(lambda: 3) == group.agreed(3) == 3
+
+
+def test_processes_wait_for_the_first_as_long_as_it_takes(monkeypatch):
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with Group.here() as group:
+        assert group == Group(1, 2)
+    # 50,000 real images in Inception's features take hours on a processor
+    assert given["timeout"] > timedelta(hours=12)
 
 
 @pytest.mark.slow

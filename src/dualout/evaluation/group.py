@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from dualout.errors import InputError
 from dualout.evaluation.statistics import Statistics
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=1)
+"""How long processes wait for the first, which looks at all real images before they do; torch waits for half an hour.
+That another has ended is told by its connection."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Group:
         if size == 1:
             yield cls()
             return
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=_PATIENCE)
         try:
             yield cls(dist.get_rank(), size)
         finally:
