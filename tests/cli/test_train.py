@@ -37,6 +37,8 @@ def test_leaves_a_checkpoint_metrics_and_grids(tmp_path, capsys):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert {"loss", "loss/eps", "loss/x0", "loss/mu", "lr", "grad_norm", "images_per_s", "seconds"} <= rows[0].keys()
+    assert train("--steps", 3, out=out) == 0
+    assert f"{out} has its 5 steps; a higher --steps goes on" in capsys.readouterr().err
     # five images of 8×8 in three columns, each pixel eight wide, and gaps
     for step in (4, 5):
         assert Image.open(out / "samples" / f"step-{step:06d}.png").size == (26 * 8, 17 * 8)

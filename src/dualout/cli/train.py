@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int | None:
         _announce(training)
         if training.finished:
             if training.main:
-                console.say(f"{training.path} has its {options.steps} steps; a higher --steps goes on")
+                console.say(f"{training.path} has its {training.learner.step} steps; a higher --steps goes on")
             return 0
         with interruptible(training.stop) as asked:
             _train(training)

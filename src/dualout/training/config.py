@@ -32,7 +32,8 @@ class TrainConfig:
     data: str = "digits"
     """Images to learn from: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER or hub:NAME"""
     size: int | None = None
-    """Height and width to crop and resize the images to; by default they are taken as they are"""
+    """Height and width to crop and resize the images to; by default they are taken as they are. A rectangle is an
+    option of the data, as in folder:PATH:size=48x64"""
     grey: bool | None = None
     """Convert images to greyscale (true) or colour (false); by default they are taken as they are"""
     cache: str | None = None

@@ -131,6 +131,8 @@ class Run:
         Raises:
             InputError: when the loss is no number, or a checkpoint cannot be written.
         """
+        if not hasattr(self, "job"):
+            raise InputError("a run is entered before it trains: with Run(config) as run, and in it: for step in run")
         every, job = self.config.checkpoint_every, self.job
         try:
             for step in train(
@@ -302,7 +304,8 @@ class Run:
     def _last_good(self) -> str:
         found = states(self.path)
         if not found:
-            return "There is no checkpoint yet. Lower --lr or --grad_clip, or look at these images"
+            clip = "--grad_clip" if self.config.grad_clip else "clip gradients (--grad_clip 1)"
+            return f"There is no checkpoint yet. Lower --lr or {clip}, or look at these images"
         step, _ = found[-1]
         return (
             f"Nothing of it was saved: the last good checkpoint is that of step {step}, in {self.path}. To go on from "

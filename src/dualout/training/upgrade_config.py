@@ -29,7 +29,8 @@ class UpgradeConfig:
     """Images to learn the second output from: digits, photos, folder:PATH, arrays:FILE, idx:FOLDER or hub:NAME; by
     default what a checkpoint of dualout was trained on"""
     size: int | None = None
-    """Height and width to crop and resize the images to; by default they are taken as they are"""
+    """Height and width to crop and resize the images to; by default they are taken as they are. A rectangle is an
+    option of the data, as in folder:PATH:size=48x64"""
     grey: bool | None = None
     """Convert images to greyscale (true) or colour (false); by default they are taken as they are"""
     cache: str | None = None
