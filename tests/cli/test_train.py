@@ -198,6 +198,14 @@ def test_classes_without_images_are_told_and_not_sampled_by_default(tmp_path, ca
     assert made_labels(model, 4) == [1, 2, 3, 1]
 
 
+@pytest.mark.parametrize(("schedule", "told"), [("linear:steps=100", "0.6"), ("cosine:steps=100", ""), ("linear", "")])
+def test_a_schedule_that_ends_with_much_of_the_image_is_told(tmp_path, capsys, schedule, told):
+    out = tmp_path / "run"
+    assert train("--schedule", schedule, "--steps", 1, "--sample_every", 0, out=out) == 0
+    said = f"--schedule {schedule} leaves {told} of the image at its last step, and samples begin with noise alone"
+    assert (said in capsys.readouterr().err) == bool(told)
+
+
 def test_guidance_is_refused_where_no_class_was_ever_withheld(tmp_path, capsys):
     out = tmp_path / "run"
     assert train("--conditional", "--label_dropout", 0, "--steps", 1, "--sample_every", 0, out=out) == 0
