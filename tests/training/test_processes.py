@@ -31,7 +31,10 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    # as accelerate launch sets them, where it is configured so
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert main([*ARGUMENTS, "--out", str(tmp_path / "one")]) == 0
     # two go on with what one began, with the batch in parts
     command = [*ARGUMENTS, "--out", str(tmp_path / "two")]

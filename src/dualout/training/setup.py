@@ -115,8 +115,9 @@ def several_processes(config: TrainConfig) -> Accelerator | None:
         return None
     from accelerate import Accelerator
 
-    # precision is the run's own affair, and the same for all
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available(), mixed_precision="no")
+    # precision and compiling are the run's own affair, and the same for all, whatever accelerate is configured to do
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no")
     if config.batch_size % (config.accumulate * accelerator.num_processes):
         raise InputError(
             f"--batch_size {config.batch_size} cannot be shared equally by {accelerator.num_processes} processes with "
