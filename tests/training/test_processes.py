@@ -119,3 +119,13 @@ def test_sharding_is_refused_where_it_cannot_be(tmp_path):
     for wrong in ({"compile": True}, {"precision": "fp16"}):
         with pytest.raises(InputError, match="neither --compile nor"):
             TrainConfig(fsdp=True, **wrong)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_that_accelerate_is_configured_for_are_refused(tmp_path, monkeypatch, engine):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    # as accelerate launch sets it
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(InputError, match=rf"configured for {engine}.*--multi_gpu, or torchrun; --fsdp"):
+        Run(TrainConfig(out=str(tmp_path / "run"))).__enter__()
+    assert not (tmp_path / "run").exists()
