@@ -8,6 +8,8 @@ LATENTS = "latents of"
 """The entry of a card that says what makes its model's images of pictures: a part of the pipeline that it is of."""
 DECODER = "decoded by"
 """The entry of a card that names the autoencoder which makes pictures of its model's latents."""
+AS_THEY_ARE = "none"
+"""Said in place of an autoencoder: latents are not decoded."""
 _USES = {
     "dualout": """```python
 import dualout

@@ -472,6 +472,52 @@ def test_what_decodes_is_told_in_training_and_remembered(real, vae, tmp_path, mo
     assert sample("run", "as-they-are", "--decode", "none", "--format", "npz") == 0
 
 
+def test_a_run_from_the_weights_of_another_is_decoded_as_that_is(real, vae, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "--data", real, "--steps", "1", "--batch_size", "8", "--sample_every", "1", "--samples", "3"]
+    train += ["--sampler", "ddim:steps=2", "--device", "cpu", "--precision", "fp32"]
+    assert main([*train, "--network", "tiny:width=8", "--decode", str(vae), "--out", "run"]) == 0
+
+    def decoder(path):
+        return json.loads((tmp_path / path / "config.json").read_text())["card"].get("decoded by")
+
+    def grids(path):
+        return sorted(grid.name for grid in (tmp_path / path / "samples").glob("*"))
+
+    init = [*train, "--init", "run"]
+    capsys.readouterr()
+    assert main([*init, "--out", "on", "--dry_run"]) == 0
+    assert f"decode: {vae}" in capsys.readouterr().out
+    assert main([*init, "--out", "on"]) == 0
+    assert decoder("on") == str(vae)
+    assert grids("on") == ["step-000001.png"]
+    # where the first run is gone, it goes on as it began
+    (tmp_path / "run").rename("elsewhere")
+    (tmp_path / "on" / "config.json").unlink()
+    assert main([*init, "--out", "on", "--steps", "2"]) == 0
+    assert decoder("on") == str(vae)
+    assert grids("on") == ["step-000001.png", "step-000002.png"]
+    # another is said, or none
+    init = [*train, "--init", "elsewhere"]
+    other = shutil.copytree(vae, tmp_path / "other")
+    assert main([*init, "--decode", str(other), "--out", "another"]) == 0
+    assert decoder("another") == str(other)
+    assert main([*init, "--decode", "none", "--out", "none"]) == 0
+    assert main([*init, "--steps", "2", "--out", "none"]) == 0
+    assert decoder("none") is None
+    assert grids("none") == []
+    # and one that is gone is told
+    config = json.loads((tmp_path / "elsewhere" / "config.json").read_text())
+    config["card"]["decoded by"] = "gone"
+    (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main([*init, "--out", "refused"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no autoencoder at 'gone'" in told
+    assert "elsewhere names it as what decodes its latents: say by --decode where it is, or --decode none" in told
+    assert not (tmp_path / "refused").exists()
+
+
 def test_the_page_shows_decoded_pictures(run, vae, tmp_path):
     from dualout.app.studio import Request, Setting, Studio
     from dualout.errors import InputError

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dualout.card import AS_THEY_ARE
 from dualout.cli import console
 from dualout.cli._images import real_images
 from dualout.cli.options import listed, parse
@@ -77,7 +78,7 @@ def run(arguments: list[str]) -> int | None:
     options = parse(Options, "calibrate", arguments, __doc__ or "")
 
     from dualout.calibrated import DIRECTORY
-    from dualout.evaluation.model import AS_THEY_ARE, Model
+    from dualout.evaluation.model import Model
     from dualout.networks.device import device
     from dualout.networks.precision import choose
 

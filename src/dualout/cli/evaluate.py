@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dualout.card import AS_THEY_ARE
 from dualout.cli import console
 from dualout.cli._images import Shape, real_images
 from dualout.cli._processes import first
@@ -210,7 +211,7 @@ def _scorings(options: Options, group: Group) -> list[Scoring]:
 def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     """Every combination, with the seed that it is called by."""
     from dualout.evaluation.autoencoder import Autoencoder
-    from dualout.evaluation.model import AS_THEY_ARE, Model
+    from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_interval, parse_route
     from dualout.evaluation.scoring import check_count, first_seed
     from dualout.networks.device import device

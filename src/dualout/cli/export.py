@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dualout.card import AS_THEY_ARE
 from dualout.cli import console
 from dualout.cli.options import out_directory, parse
 from dualout.errors import InputError, unknown
@@ -125,7 +126,7 @@ def _check_told(options: Options) -> None:
 def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
     """What somebody trained, as a checkpoint."""
     from dualout.checkpoint import CONFIG
-    from dualout.evaluation.model import AS_THEY_ARE, Model
+    from dualout.evaluation.model import Model
     from dualout.export.directory import whole
     from dualout.networks import foreign
 
@@ -148,7 +149,7 @@ def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
 
 def _program(options: Options, out: Path) -> dict[str, Any]:
     """A model for another program, of the formats that sample."""
-    from dualout.evaluation.model import AS_THEY_ARE, Model
+    from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
 
     model = Model.load(options.run, decode=AS_THEY_ARE, latents=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dualout.card import AS_THEY_ARE
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.errors import InputError
@@ -134,9 +135,17 @@ def _sampling(training: Run) -> Sampling | None:
     job, config = training.job, training.config
     output: Output = Pixels()
     if job.dataset.latents:
-        if config.decode is None:
+        if job.config.decode in (None, AS_THEY_ARE):
             return None
-        output = Decoded(Autoencoder(config.decode, job.device), job.dataset.shape)
+        try:
+            output = Decoded(Autoencoder(job.config.decode, job.device), job.dataset.shape)
+        except InputError as error:
+            if config.decode is not None:
+                raise
+            named = config.init or training.path
+            raise InputError(
+                f"{error}. {named} names it as what decodes its latents: say by --decode where it is, or --decode none"
+            ) from error
     if output.shape(job.dataset.shape)[0] not in (1, 3):
         return None
     clip = {} if output.bounded else {"clip": None}
@@ -185,7 +194,7 @@ def _dry_run(options: Options) -> None:
     denoiser = job.denoiser
     resolved = options.asdict() | {
         "parameterization": denoiser.parameterization.spec, "schedule": denoiser.schedule.spec, "out": str(path),
-        "network": options.network or ("tiny" if options.init is None else None),
+        "network": options.network or ("tiny" if options.init is None else None), "decode": job.config.decode,
     }  # fmt: skip
     trained = "" if cost.trained == cost.parameters else f", of which {cost.trained:,} are trained"
     rows = {

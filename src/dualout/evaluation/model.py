@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dualout import checkpoint
-from dualout.card import LATENTS, arguments_of, class_count, decoder_of, makes_latents
+from dualout.card import AS_THEY_ARE, LATENTS, arguments_of, class_count, decoder_of, makes_latents
 from dualout.checkpoint import entry
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
@@ -18,8 +18,6 @@ from dualout.evaluation.output import Decoded, Latents, Output, Pixels
 from dualout.files import file_hash
 from dualout.networks.backends import Chosen
 
-AS_THEY_ARE = "none"
-"""Said in place of an autoencoder: latents are not decoded."""
 _LARGEST = 16384
 """Channels, and pixels a side."""
 _CHECKED_PIXELS = 2**20

@@ -106,7 +106,8 @@ class TrainConfig:
     """How the grid is sampled"""
     decode: str | None = None
     """For latents: the autoencoder of diffusers that decodes the grids, a directory or the name of a Hugging Face Hub
-    repository, its own or a pipeline's; what is sampled from the checkpoint later is decoded by it too"""
+    repository, its own or a pipeline's; what is sampled from the checkpoint later is decoded by it too. By default that
+    of --init; none decodes nothing"""
     log_every: int = 50
     """Steps between lines of metrics.jsonl, which are means over these steps"""
     workers: int = 1

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 import yaml
 
-from dualout.card import DECODER, heading
+from dualout.card import AS_THEY_ARE, DECODER, heading
 from dualout.checkpoint import read_config
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
@@ -211,6 +211,8 @@ class Run:
         config = self.config
         if known is not None and config.precision == "auto":
             config = replace(config, precision=known["precision"])
+        if known is not None and config.decode is None:
+            config = replace(config, decode=known["config"].get("decode"))
         # the first weights are in the state, whatever they were made from
         described = known["denoiser"] if known is not None and state is not None else None
         self.job = assemble(
@@ -253,7 +255,7 @@ class Run:
         self._tracker = tracking.start(self.config.track, self.path, self.config.asdict(), self.started)
 
     def _description(self) -> dict[str, Any]:
-        config, dataset = self.config.asdict(), self.job.dataset
+        config, dataset = self.config.asdict() | {"decode": self.job.config.decode}, self.job.dataset
         config.pop("out")
         return {
             "format": 1,
@@ -277,6 +279,7 @@ class Run:
 
     def _publish(self) -> None:
         config, dataset, ema = self.config, self.job.dataset, self.learner.ema
+        decoder = self.job.config.decode
         about = {
             "data": config.data, "images": len(dataset), "step": self.learner.step, "batch size": config.batch_size,
             "images seen": self.learner.step * config.batch_size, "lr": config.lr, "warm-up": config.warmup,
@@ -289,7 +292,7 @@ class Run:
             "title": f"{heading(ema.parameterization.name)} of {config.data}",
             "training": about | self._about,
             "data": data_on_card(dataset),
-        } | ({DECODER: config.decode} if config.decode else {})
+        } | ({DECODER: decoder} if decoder not in (None, AS_THEY_ARE) else {})
         training = {"step": self.learner.step, **self._run["config"], "precision": self.job.precision.name}
         ema.save_pretrained(self.path, training=training, **about_data(dataset, conditional=config.conditional))
 

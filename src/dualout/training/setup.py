@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dualout import checkpoint, data
-from dualout.card import LATENTS
+from dualout.card import AS_THEY_ARE, LATENTS, decoder_of
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset, check_dataset
 from dualout.denoiser import Denoiser
@@ -101,7 +101,10 @@ def assemble(
     if config.fsdp and precision.name == "fp16":
         raise InputError("--fsdp does not go with fp16, which is what --precision auto takes here; take fp32")
     graph = alone if config.graph is None else config.graph
-    return Job(replace(config, channels_last=last, graph=graph), dataset, denoiser, precision, accelerator)
+    # what --init names goes with its latents
+    decode = config.decode or (decoder_of({"card": denoiser.card}) if dataset.latents else None)
+    config = replace(config, channels_last=last, graph=graph, decode=decode)
+    return Job(config, dataset, denoiser, precision, accelerator)
 
 
 def several_processes(config: TrainConfig) -> Accelerator | None:
@@ -230,7 +233,7 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse data that cannot be learnt from in this way."""
     if config.conditional and (dataset.labels is None or not dataset.classes):
         raise InputError(f"--conditional needs classes, and the data {dataset.name!r} have none")
-    if config.decode is not None and not dataset.latents:
+    if config.decode not in (None, AS_THEY_ARE) and not dataset.latents:
         raise InputError(f"the data {dataset.name!r} are pictures, not latents: leave out --decode {config.decode}")
     if config.flip and dataset.latents:
         raise InputError(
