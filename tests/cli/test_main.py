@@ -147,6 +147,23 @@ def test_sigterm_leaves_as_ctrl_c_does(command: Callable[..., None], capsys: pyt
     assert capsys.readouterr().err == "\ndualout trial: stopped\n"
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_amid_the_first_imports_ends_quietly(number: int, code: int) -> None:
+    program = (
+        "import os, sys, time\n"
+        "class Stops:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'dualout.cli.main':\n"
+        f"            os.kill(os.getpid(), {int(number)})\n"
+        "            time.sleep(60)\n"
+        "sys.meta_path.insert(0, Stops())\n"
+        "from dualout.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["info"]])
 def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
     # the pipe is closed before anything is written
