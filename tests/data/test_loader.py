@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from itertools import islice
 
@@ -97,6 +99,20 @@ def test_stopping_early_ends_the_thread(colours):
     assert threading.active_count() > before
     loader.close()
     assert threading.active_count() == before
+
+
+def test_left_open_to_the_interpreters_end_it_says_nothing():
+    # a logging handler may hold it, and that module is emptied after those that the generators rest on
+    program = (
+        "import logging\n"
+        "from dualout.data import load\n"
+        "from dualout.training import TrainConfig\n"
+        "from dualout.training.batches import Batches\n"
+        "logging.held = Batches(load('digits'), TrainConfig(workers=2), 1000).after(0)\n"
+        "next(logging.held)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_error_in_the_background_is_raised_here(colours):

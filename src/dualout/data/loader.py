@@ -6,6 +6,7 @@ number of processes does not change what a step sees, and any step can be starte
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,8 @@ def _ahead(maker: _Maker, start: int, stop: int | None, prefetch: int, workers: 
             yield maker(step)
             step += 1
         return
+    # at the interpreter's end threads have ended already, and globals may be gone
+    ending = sys.is_finalizing
     pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
     coming = deque()
     try:
@@ -104,7 +107,8 @@ def _ahead(maker: _Maker, start: int, stop: int | None, prefetch: int, workers: 
                 return
             yield coming.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        if not ending():
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass

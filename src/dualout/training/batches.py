@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,8 @@ class Batches:
             floats=not self.cuda,
             workers=config.workers,
         )
+        # as in the loader: then threads have ended already, and globals may be gone
+        ending = sys.is_finalizing
         pool = ThreadPoolExecutor(1, thread_name_prefix="noise")
         coming = deque(pool.submit(lambda: self._prepared(next(loaded, None))) for _ in range(AHEAD))
         try:
@@ -104,7 +107,8 @@ class Batches:
                 coming.append(pool.submit(lambda: self._prepared(next(loaded, None))))
                 yield parts
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            if not ending():
+                pool.shutdown(wait=True, cancel_futures=True)
             loaded.close()
 
     def _prepared(self, batch: loader.Batch | None) -> list[Batch] | None:
