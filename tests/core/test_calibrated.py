@@ -381,6 +381,18 @@ def test_every_sampler_can_be_calibrated(sampler):
     assert last.calibration.protocol["held_out_after"] < last.calibration.protocol["held_out_before"]
 
 
+def test_with_unipc_numbers_of_eps_count_in_the_first_step_alone():
+    denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
+    data = MEAN + SPREAD * noise(range(64), (1, 4, 4))
+    how = Fit(iterations=4, batch=16, check_every=1, move_times=0, held_out=16)
+    *_, last = fit(denoiser, samplers.UniPC(steps=4), data, how)
+    for name in ("eps_scale", "eps_fine"):
+        first, *others = last.calibration.values[name]
+        assert first != 1
+        assert others == [1.0] * 3
+    assert 1 not in last.calibration.values["x0_scale"]
+
+
 def test_the_network_is_left_alone():
     torch.manual_seed(0)
     network = torch.nn.Conv2d(1, 3, 3, padding=1)

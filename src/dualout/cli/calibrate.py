@@ -50,7 +50,7 @@ class Options:
     """How many real images at most"""
     numbers: str | None = None
     """Which numbers to fit, of x0_scale, eps_scale, x0_fine, eps_fine, x0_trend, ratio_gain, ratio_shift; by default
-    all that the model has"""
+    all that the model has. With unipc those of eps count in the first step alone"""
     iterations: int = 300
     """Number of updates"""
     batch_size: int = 192
