@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+import dualout.training.estimate as module
+from dualout.cli.main import main
+from dualout.denoiser import Loss
 from dualout.networks.backends import graph
+from dualout.training.batches import Batch
 from dualout.training.config import TrainConfig
 from dualout.training.estimate import estimate
+from dualout.training.loop import Part
 from dualout.training.setup import assemble
 
 
@@ -56,3 +63,53 @@ def test_no_graph_is_recorded(monkeypatch):
 
     monkeypatch.setattr(graph, "Recording", refuse)
     assert estimate(job._replace(config=replace(job.config, graph=True))).step > 0
+
+
+def test_weights_that_are_cast_are_kept_once_however_many_images_there_are():
+    def memory(precision: str, images: int) -> int:
+        told = TrainConfig(data="digits", network="small", batch_size=images, device="cpu", precision=precision)
+        return estimate(assemble(told)).memory
+
+    (one, all32), (one16, all16) = ([memory(precision, n) for n in (1, 64)] for precision in ("fp32", "bf16"))
+    assert all16 - one16 < all32 - one
+
+
+def test_processes_share_what_a_batch_keeps():
+    job = assemble(TrainConfig(data="digits", network="tiny:width=8", batch_size=64, device="cpu", precision="fp32"))
+    half = assemble(TrainConfig(data="digits", network="tiny:width=8", batch_size=32, device="cpu", precision="fp32"))
+    two = job._replace(accelerator=SimpleNamespace(num_processes=2))
+    assert estimate(two).memory == pytest.approx(estimate(half).memory, rel=0.05)
+    assert estimate(two).memory < 0.7 * estimate(job).memory
+
+
+def test_a_pass_that_takes_long_is_not_repeated(monkeypatch):
+    passes, made = [], Part.__call__
+
+    def watched(part: Part, batch: Batch, last: bool) -> Loss:
+        passes.append(len(batch.samples))
+        return made(part, batch, last)
+
+    monkeypatch.setattr(Part, "__call__", watched)
+    job = assemble(TrainConfig(data="digits", network="tiny:width=8", batch_size=16, device="cpu", precision="fp32"))
+    assert estimate(job).timed == 16
+    assert passes == [1, 1, 16, 16, 16, 16]
+    passes.clear()
+    monkeypatch.setattr(module, "_LONG", 0.0)
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    assert estimate(job).timed == 2
+    assert passes == [1, 2]
+    passes.clear()
+    assert estimate(job._replace(config=replace(job.config, batch_size=1))).timed == 1
+    assert passes == [1]
+
+
+def test_a_processor_is_not_waited_for_until_it_has_compiled(monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(nn.Module, "compile", refuse)
+    command = ["train", "--data", "digits", "--network", "tiny:width=8", "--batch_size", "4", "--device", "cpu"]
+    assert main([*command, "--compile", "true", "--dry_run"]) == 0
+    assert "measured   by passes of 4 images, not compiled" in capsys.readouterr().out
+    assert main([*command, "--dry_run"]) == 0
+    assert "not compiled" not in capsys.readouterr().out

@@ -197,6 +197,8 @@ def _dry_run(options: Options) -> None:
         "network": options.network or ("tiny" if options.init is None else None), "decode": job.config.decode,
     }  # fmt: skip
     trained = "" if cost.trained == cost.parameters else f", of which {cost.trained:,} are trained"
+    uncompiled = ", not compiled, which takes minutes; compiled, a step is up to 1.2 times faster on a processor"
+    uncompiled = uncompiled if options.compile and not cost.compiled else ""
     rows = {
         "images": repr(job.dataset),
         "network": f"{type(denoiser.network).__name__}, {cost.parameters:,} parameters{trained}",
@@ -206,6 +208,7 @@ def _dry_run(options: Options) -> None:
         f"{3.0 * cost.flops * options.batch_size * options.steps:.2g} in all",
         "time": f"about {console.duration(seconds)}: {cost.step:.3g} s a step, "
         f"{console.rate(options.batch_size / cost.step)}",
+        "measured": f"by passes of {console.count(cost.timed, 'image')}{uncompiled}",
         "run": f"goes on from step {done}" if done else "is new",
     }
     console.dry_run(resolved, rows)

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualout.data import pixels
+from dualout.denoiser import Denoiser
 from dualout.networks.device import seconds
 from dualout.training.batches import Batch, Batches
 from dualout.training.learner import Learner
@@ -20,6 +22,8 @@ from dualout.training.setup import Job
 
 _IMAGES, _REPEATS, _SECONDS = 32, 3, 2.0
 """At most so many images, so often, and fewer where a pass of them would take longer."""
+_LONG = 5.0
+"""Seconds of a pass after which it is not made again."""
 
 
 class Estimate(NamedTuple):
@@ -38,42 +42,76 @@ class Estimate(NamedTuple):
     flops: int
     """Floating-point operations of the network's forward pass, for one image; a multiplication and an addition are two.
     A step of training makes about three times as many for each image of the batch."""
+    timed: int
+    """Images of the pass that the times are of."""
+    compiled: bool
+    """Whether the network was compiled for it."""
 
 
 def estimate(job: Job) -> Estimate:
-    """Measure forward and backward passes of a few images; the job's weights are not changed."""
+    """Measure forward and backward passes of a few images; the job's weights are not changed.
+
+    On a processor the network is not compiled: that takes minutes, and makes a step at most 1.2 times faster.
+    """
+    compiled = job.config.compile and job.device.type != "cpu"
     # a recording is of one size of batch, and here there are several
-    config, denoiser = replace(job.config, graph=False), job.denoiser
+    config, denoiser = replace(job.config, graph=False, compile=compiled), job.denoiser
+    processes = job.accelerator.num_processes if job.accelerator else 1
     learner = Learner(denoiser, config)
-    images = config.batch_size // config.accumulate
+    images = config.batch_size // config.accumulate // processes
     with closing(Batches(job.dataset, config, denoiser.schedule.steps).after(0)) as coming:
         few = next(coming)[0].cut(0, min(images, _IMAGES))
-    one = few.cut(0, min(len(few.samples), 2))
+    one = few.cut(0, 1)
     # before it may be compiled
     flops = _flops(job, one)
     part = Part(learner, job.precision)
-    kept: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def timed(some: Batch) -> float:
+        return seconds(lambda: part(some, last=True), job.device)
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        part(one, last=True)
-    each = seconds(lambda: part(one, last=True), job.device) / len(one.samples)
-    few = few.cut(0, max(1, min(len(few.samples), int(_SECONDS / each))))
-    # the quickest: what else the machine does is not of this training
-    each = min(seconds(lambda: part(few, last=True), job.device) for _ in range(_REPEATS)) / len(few.samples)
+    with (kept := _Kept(denoiser)):
+        took = timed(one)
+    activations = kept.bytes
+    if images > 1:
+        # not the first of all, which takes longer
+        quick = took if took > _LONG and not compiled else timed(one)
+        few = few.cut(0, max(2, min(len(few.samples), int(_SECONDS / quick))))
+        with (kept := _Kept(denoiser)):
+            took = timed(few)
+        # some is kept once, however many images there are: weights in half precision
+        activations += (kept.bytes - activations) * (images - 1) // (len(few.samples) - 1)
+    if took <= _LONG or compiled:
+        # the quickest: what else the machine does is not of this training
+        took = min(timed(few) for _ in range(_REPEATS))
+    each = took / len(few.samples)
     learner.optimizer.zero_grad(set_to_none=True)
-    weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
-    activations = sum(size for place, size in kept.items() if place not in weights) * images / len(one.samples)
     parameters = sum(p.numel() for p in denoiser.parameters())
     trained = sum(p.numel() for p in learner.parameters.values())
-    processes = job.accelerator.num_processes if job.accelerator else 1
     held = 2 * parameters + 3 * trained
     # of shards, the first process also holds the averaged weights whole
-    memory = 4 * (held // processes + parameters if config.fsdp else held) + int(activations)
-    return Estimate(parameters, trained, memory, each * config.batch_size / processes, each / 3, flops)
+    memory = 4 * (held // processes + parameters if config.fsdp else held) + activations
+    step = each * config.batch_size / processes
+    return Estimate(parameters, trained, memory, step, each / 3, flops, len(few.samples), compiled)
+
+
+class _Kept(saved_tensors_hooks):
+    """Counts what passes within it keep for their backward halves, the weights themselves aside."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        self._weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
+        self._found: dict[int, int] = {}
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self._found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """How many."""
+        return sum(self._found.values())
 
 
 def _flops(job: Job, batch: Batch) -> int:
