@@ -240,3 +240,11 @@ def test_what_an_encoding_has_not_is_written_otherwise(
     command(lambda _: print("1×8×8 → r"))
     assert main(["trial"]) == 0
     assert written.getvalue().decode("cp1252").strip() == "1×8×8 \\u2192 r"
+
+
+def test_a_commands_help_is_in_words_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Print what results as YAML, and stop" in told
+    assert "flags customizes" not in told

@@ -52,9 +52,10 @@ class Grid:
     also: list[dict[str, Any]] = field(default_factory=list)
     """Further parts of the grid: mappings of samplers, spacings, steps and calibrated, where these differ"""
     calibration: dict[str, Any] = field(default_factory=dict)
-    """Options of the fit: iterations, batch, lr, distance"""
+    """Options of the fit: iterations, batch (images for each), lr, distance, move_times, held_out …"""
     features: list[str] = field(default_factory=lambda: ["digits"])
-    """Feature networks that images are compared in; spacings are chosen by the first"""
+    """Feature networks that images are compared in; spacings are chosen by the first. digits is for grey 8×8 alone; for
+    others pixels, random, lite0, inception or classifier:path=FILE"""
     images: int = 2000
     """Number of images for each score"""
     split: str = "test"

@@ -41,7 +41,10 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
     """
     text = description and _unmarked(description)
     parser = _Parser(prog=f"dualout {command}", description=text, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    parser.add_argument("--config", action="config", help="A YAML file with any of these options; flags override it")
+    # which comes with --config
+    printing = next(a for a in parser._actions if "--print_config" in a.option_strings)
+    printing.help = "Print what results as YAML, and stop; =skip_default leaves out what is as by default"
     # not add_class_arguments: jsonargparse would import all that is imported for type checkers alone, torch with it
     flags = parser.add_argument_group(_unmarked(options.__doc__ or "").rstrip("."))
     helps, kinds = attribute_help(options), types(options)
