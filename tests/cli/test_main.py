@@ -242,6 +242,24 @@ def test_what_an_encoding_has_not_is_written_otherwise(
     assert written.getvalue().decode("cp1252").strip() == "1×8×8 \\u2192 r"
 
 
+def test_what_is_missing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, says in (
+        ("sample", "run is missing: a run's directory, a checkpoint's, or the name of a Hugging Face Hub repository"),
+        ("upgrade", "source is missing: what to upgrade: a checkpoint"),
+        ("report", "runs is missing: directories of runs"),
+        ("completion", "shell is missing: bash, zsh or fish"),
+    ):
+        assert main([name]) == 2
+        assert capsys.readouterr().err.startswith(f"dualout {name}: {says}")
+
+
+def test_a_value_without_its_option_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["train", "digits"], ["train", "--flip", "digits"], ["sample", "run", "digits"]):
+        assert main(arguments) == 2
+        told = f"unrecognized arguments: digits; options are written --name value: see dualout {arguments[0]} --help"
+        assert told in capsys.readouterr().err
+
+
 def test_a_commands_help_is_in_words_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["info", "--help"])

@@ -179,9 +179,14 @@ def _told(message: str, options: type, command: str) -> InputError:
         )
     if name := re.match(r"Option '(.*)' is not accepted", message):
         return unknown(f"option of dualout {command}:", name[1], types(options))
+    if missing := re.match(r"the following arguments are required: (\w+)", message):
+        what = attribute_help(options)[missing[1]]
+        return InputError(f"{missing[1]} is missing: {what[0].lower()}{what[1:]}")
     commas = [f.name for f in dataclasses.fields(options) if f.metadata.get("commas")]
     if commas and re.match(r"unrecognized arguments: [^-]", message):
         return InputError(f"{_first(message)}; several {commas[0]} are written with commas between, and no space")
+    if message.startswith("unrecognized arguments: "):
+        return InputError(f"{_first(message)}; options are written --name value: see dualout {command} --help")
     return InputError(_first(message))
 
 

@@ -73,8 +73,8 @@ class TrainConfig:
     ema: float = 0.999
     """Decay per step of the exponential moving average of the weights; sampling uses the averaged weights"""
     ema_warmup: bool = True
-    """Let --ema rise to its value as (1 + n) / (10 + n) at step n, so that the initial weights are forgotten early; false
-    for a short training from good weights (--init), to average over as many steps as --ema says"""
+    """Let --ema rise to its value as (1 + n) / (10 + n) at step n, so that the initial weights are forgotten early;
+    false for a short training from good weights (--init), to average over as many steps as --ema says"""
     precision: str = "auto"
     """Number format of the network: fp32, bf16 or fp16; auto takes the fastest on this machine (see dualout info). The
     loss, the weights and their averages are always fp32"""
