@@ -150,7 +150,9 @@ def test_sigterm_leaves_as_ctrl_c_does(command: Callable[..., None], capsys: pyt
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_amid_the_first_imports_ends_quietly(number: int, code: int) -> None:
     program = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        # what was started in the background has it ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Stops:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'dualout.cli.main':\n"
