@@ -145,3 +145,8 @@ def _metrics(rows: list[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     """What stands in a table: one line, in one column."""
     return " ".join(str(value).replace("|", "/").split())
+
+
+def autoencoder_in(decode: str | None) -> str | None:
+    """The autoencoder that `--decode` names; None where it says nothing, or that latents are not decoded."""
+    return None if decode == AS_THEY_ARE else decode

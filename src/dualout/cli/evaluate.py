@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualout.card import AS_THEY_ARE
+from dualout.card import autoencoder_in
 from dualout.cli import console
 from dualout.cli._images import Shape, real_images
 from dualout.cli._processes import first
@@ -222,9 +222,9 @@ def _samplings(options: Options) -> list[tuple[int, Sampling]]:
     steps, seeds = _numbers(options.steps, "steps"), _numbers(options.seeds, "seeds")
     scales = [None] if options.guidance is None else _numbers(options.guidance, "guidance", float)
     place = device(options.device)
-    decode = options.decode
+    named = autoencoder_in(options.decode)
     # read once, for all models
-    decoder = Autoencoder(decode, place) if decode not in (None, AS_THEY_ARE) else decode
+    decoder = options.decode if named is None else Autoencoder(named, place)
     models = [Model.load(name, place, decode=decoder) for name in _some(options.runs, "runs")]
     readable = _routes(models, routes)
     return [

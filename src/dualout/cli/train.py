@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualout.card import AS_THEY_ARE
+from dualout.card import autoencoder_in
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.errors import InputError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _LOG_SECONDS = 10.0
 """Where there is no progress bar, a line is logged about as often."""
-_HELD = 0.2
+_MUCH_LEFT = 0.2
 """Alpha over sigma at the last level, above which samples, which begin with noise alone, begin with something else than
 what was trained: 0.07 is Stable Diffusion's, 0.3 that of DDPM's betas in 250 steps."""
 
@@ -103,7 +103,7 @@ def _announce(training: Run) -> None:
     console.say(repr(job.dataset))
     for note in job.dataset.notes:
         console.say(note)
-    if training.config.conditional and (empty := [job.dataset.classes[c] for c in job.dataset.empty]):
+    if training.config.conditional and (empty := [job.dataset.classes[c] for c in job.dataset.empty_classes]):
         some = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
         console.say(f"no image is of class {some}: that is not learned, and sampled only where it is asked for")
     console.say(
@@ -111,7 +111,7 @@ def _announce(training: Run) -> None:
         f"{job.device}{f' and {n - 1} more' if (n := _processes(job)) > 1 else ''}, "
         f"{job.precision.name} ({job.precision.why})"
     )
-    if last.alpha > _HELD * last.sigma:
+    if last.alpha > _MUCH_LEFT * last.sigma:
         console.say(
             f"--schedule {schedule.spec} leaves {last.alpha:.2g} of the image at its last step, and samples begin with "
             "noise alone: fewer steps need a larger beta_end in proportion, or --schedule cosine"
@@ -135,10 +135,11 @@ def _sampling(training: Run) -> Sampling | None:
     job, config = training.job, training.config
     output: Output = Pixels()
     if job.dataset.latents:
-        if job.config.decode in (None, AS_THEY_ARE):
+        decoder = autoencoder_in(job.config.decode)
+        if decoder is None:
             return None
         try:
-            output = Decoded(Autoencoder(job.config.decode, job.device), job.dataset.shape)
+            output = Decoded(Autoencoder(decoder, job.device), job.dataset.shape)
         except InputError as error:
             if config.decode is not None:
                 raise
@@ -157,8 +158,8 @@ def _sampling(training: Run) -> Sampling | None:
             f"the grids' --sampler {config.sampler} takes {sampler.steps} steps, and the schedule has "
             f"{levels} noise levels: give it {levels} or fewer, or --sample_every 0"
         )
-    classes, empty = len(job.dataset.classes) if config.conditional else None, tuple(job.dataset.empty)
-    model = Model(str(training.path), training.denoiser, job.dataset.shape, classes, {}, empty=empty, output=output)
+    classes, unseen = len(job.dataset.classes) if config.conditional else None, tuple(job.dataset.empty_classes)
+    model = Model(str(training.path), training.denoiser, job.dataset.shape, classes, {}, unseen=unseen, output=output)
     return Sampling(model, sampler, precision=job.precision.name)
 
 
@@ -197,8 +198,9 @@ def _dry_run(options: Options) -> None:
         "network": options.network or ("tiny" if options.init is None else None), "decode": job.config.decode,
     }  # fmt: skip
     trained = "" if cost.trained == cost.parameters else f", of which {cost.trained:,} are trained"
-    uncompiled = ", not compiled, which takes minutes; compiled, a step is up to 1.2 times faster on a processor"
-    uncompiled = uncompiled if options.compile and not cost.compiled else ""
+    uncompiled = ""
+    if options.compile and not cost.compiled:
+        uncompiled = ", not compiled, which takes minutes; compiled, a step is up to 1.2 times faster on a processor"
     rows = {
         "images": repr(job.dataset),
         "network": f"{type(denoiser.network).__name__}, {cost.parameters:,} parameters{trained}",

@@ -107,7 +107,7 @@ class Dataset:
         return self.stored.dtype != np.uint8 and self.scale is None
 
     @property
-    def empty(self) -> list[int]:
+    def empty_classes(self) -> list[int]:
         """The classes, by number, of which there is no image: labels that count from 1 leave class 0 empty."""
         there = set() if self.labels is None else set(self.labels.unique().tolist())
         return [c for c in range(len(self.classes)) if c not in there]

@@ -57,7 +57,7 @@ def generate(
     destination = STORES[store](Path(out).expanduser(), sampling.model, images, batch_size, sampling.labels)
     with _withdrawn(destination):
         destination.begin(sampling, batch_size, part[1])
-    # of processes that share the work, the first speaks for all
+    # of processes that share the work, the first speaks for all; where another makes images there, nothing is withdrawn
     with nullcontext() if part[0] else alone(destination.directory, "making images"), _withdrawn(destination):
         yield from _made(destination, sampling, images, batch_size, part)
 

@@ -38,7 +38,7 @@ class Model:
         class_names: what the classes are called, where that is known.
         directory: where its files are, or were, as an absolute path; None where it was not read from any.
         output: what becomes of that which it makes.
-        empty: the classes, by number, that it was trained on no image of; no class among them, where none was withheld.
+        unseen: the classes, by number, that training saw no image of; no class is among them where none was withheld.
         prepared: its network as backends have made it ready, for all samplings of the model.
     """
 
@@ -50,7 +50,7 @@ class Model:
     class_names: tuple[str, ...] = ()
     directory: Path | None = None
     output: Output = field(default_factory=Pixels)
-    empty: tuple[int, ...] = ()
+    unseen: tuple[int, ...] = ()
     prepared: dict[Any, Chosen] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -100,8 +100,8 @@ class Model:
         told = entry(entry(config, "conditions"), "class_labels")
         names = tuple(map(str, told.get("classes") or []))
         classes = len(names) or class_count(config["network"])
-        empty = _empty(config, told.get("empty"), classes)
-        model = cls(str(run), denoiser, shape, classes, details, names, directory.absolute(), output, empty)
+        unseen = _unseen(config, told.get("empty"), classes)
+        model = cls(str(run), denoiser, shape, classes, details, names, directory.absolute(), output, unseen)
         model._check_network()
         return model
 
@@ -132,7 +132,7 @@ class Model:
     @property
     def turn(self) -> tuple[int, ...]:
         """The classes that images take in turn where none is asked for."""
-        return tuple(c for c in range(self.classes or 0) if c not in self.empty)
+        return tuple(c for c in range(self.classes or 0) if c not in self.unseen)
 
     @property
     def latents(self) -> bool:
@@ -164,7 +164,7 @@ class Model:
         return {"name": name, "image": list(self.shape), "classes": self.classes} | self.details
 
 
-def _empty(config: dict[str, Any], told: Any, classes: int | None) -> tuple[int, ...]:
+def _unseen(config: dict[str, Any], told: Any, classes: int | None) -> tuple[int, ...]:
     """The classes, by number, that a model was trained on no image of; `classes` is the number of no class."""
     training = entry(config, "training")
     withheld = training.get("label_dropout") != 0 or training.get("init") is not None

@@ -133,7 +133,7 @@ class Sampling:
         if self.guidance is None and self.guidance_interval is not None:
             raise InputError("an interval of guidance needs a scale: say --guidance too, such as --guidance 2")
         if self.guidance not in (None, 1) and self.model.classes is not None:
-            if self.model.classes in self.model.empty:
+            if self.model.classes in self.model.unseen:
                 raise InputError(
                     f"{self.model.run} was trained with --label_dropout 0, never without a class, which is what "
                     "guidance leads away from: leave out --guidance, or train with --label_dropout 0.1"

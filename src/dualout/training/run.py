@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 import yaml
 
-from dualout.card import AS_THEY_ARE, DECODER, heading
+from dualout.card import DECODER, autoencoder_in, heading
 from dualout.checkpoint import read_config
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
@@ -279,7 +279,7 @@ class Run:
 
     def _publish(self) -> None:
         config, dataset, ema = self.config, self.job.dataset, self.learner.ema
-        decoder = self.job.config.decode
+        decoder = autoencoder_in(self.job.config.decode)
         about = {
             "data": config.data, "images": len(dataset), "step": self.learner.step, "batch size": config.batch_size,
             "images seen": self.learner.step * config.batch_size, "lr": config.lr, "warm-up": config.warmup,
@@ -292,7 +292,7 @@ class Run:
             "title": f"{heading(ema.parameterization.name)} of {config.data}",
             "training": about | self._about,
             "data": data_on_card(dataset),
-        } | ({DECODER: decoder} if decoder not in (None, AS_THEY_ARE) else {})
+        } | ({DECODER: decoder} if decoder else {})
         training = {"step": self.learner.step, **self._run["config"], "precision": self.job.precision.name}
         ema.save_pretrained(self.path, training=training, **about_data(dataset, conditional=config.conditional))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dualout import checkpoint, data
-from dualout.card import AS_THEY_ARE, LATENTS, decoder_of
+from dualout.card import LATENTS, autoencoder_in, decoder_of
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset, check_dataset
 from dualout.denoiser import Denoiser
@@ -216,7 +216,7 @@ def described_now(described: dict[str, Any]) -> dict[str, Any]:
 def about_data(dataset: Dataset, *, conditional: bool) -> dict[str, Any]:
     """What a checkpoint's configuration says of the images that its model was trained on."""
     classes = {"classes": list(dataset.classes), "null": len(dataset.classes)}
-    classes |= {"empty": dataset.empty} if dataset.empty else {}
+    classes |= {"empty": empty} if (empty := dataset.empty_classes) else {}
     return {
         "image": {"channels": dataset.channels, "size": list(dataset.size), "latents": dataset.latents},
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
@@ -233,7 +233,7 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse data that cannot be learnt from in this way."""
     if config.conditional and (dataset.labels is None or not dataset.classes):
         raise InputError(f"--conditional needs classes, and the data {dataset.name!r} have none")
-    if config.decode not in (None, AS_THEY_ARE) and not dataset.latents:
+    if autoencoder_in(config.decode) is not None and not dataset.latents:
         raise InputError(f"the data {dataset.name!r} are pictures, not latents: leave out --decode {config.decode}")
     if config.flip and dataset.latents:
         raise InputError(
