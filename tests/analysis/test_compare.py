@@ -231,6 +231,9 @@ def test_a_calibration_of_another_precision_or_an_earlier_way_is_fitted_again(gr
         (fitted,) = (tmp_path / "out").glob("models/*/calibration/*.json")
         protocol = json.loads(fitted.read_text())["protocol"]
         assert protocol["precision"] == precision
+        # as dualout calibrate writes it
+        data = protocol["data"]
+        assert (data["name"], data["split"], data["images"], len(data["fingerprint"])) == ("digits", "train", 1501, 32)
     content = json.loads(fitted.read_text())
     for kept in (True, False):
         if not kept:

@@ -21,7 +21,6 @@ from dualout import data
 from dualout.analysis.grid import Grid, Training
 from dualout.analysis.tables import Row, grouped, number, spread
 from dualout.calibrated import Calibration
-from dualout.data.pixels import to_model
 from dualout.errors import InputError
 from dualout.evaluation.autoencoder import Autoencoder
 from dualout.evaluation.features import Features
@@ -34,12 +33,11 @@ from dualout.files import cache_directory
 from dualout.networks.device import device as find_device
 from dualout.networks.precision import choose
 from dualout.samplers import Sampler
-from dualout.training.calibrate import WAY, Fit, evenly, fit, parameters_of
+from dualout.training.calibrate import WAY, Fit, fit_to, parameters_of
 from dualout.training.config import TrainConfig
 from dualout.training.estimate import estimate
 from dualout.training.run import Run
 from dualout.training.setup import assemble
-from dualout.training.told import Told
 
 
 class Doing(NamedTuple):
@@ -177,33 +175,34 @@ def _calibrate(grid: Grid, training: Training, model: Model, directory: Path, sa
             return
     except InputError:
         pass  # there is none yet: it is fitted
-    dataset = _learned_from(grid, "train", model.shape[1:])
-    rows = evenly(len(dataset), 20_000)
-    images, told = to_model(dataset.batch(rows)).to(model.device), Told.of(model.classes, dataset, rows, model.device)
-    last = None
-    for last in fit(model.denoiser, sampler, images, how, precision=precision, told=told):
-        yield Doing(
-            f"calibrating {training.method} seed {training.seed}: {sampler.spec}", last.iteration, how.iterations
-        )
+    dataset, split = _learned_from(grid, "train", model.shape[1:])
+    fitting = fit_to(
+        dataset, model.denoiser, sampler, how, device=model.device, classes=model.classes,
+        said={"name": training.config.data, "split": split}, weights=weights, precision=precision,
+    )  # fmt: skip
+    title, last = f"calibrating {training.method} seed {training.seed}: {sampler.spec}", None
+    for last in fitting:
+        yield Doing(title, last.iteration, how.iterations)
     if last is not None:
-        protocol = {**last.calibration.protocol, "weights": weights, "data": dataset.name}
-        Calibration(sampler.config(), last.calibration.times, last.calibration.values, protocol).save(directory)
+        last.calibration.save(directory)
 
 
-def _learned_from(grid: Grid, split: str, size: int | tuple[int, ...] | None) -> data.Dataset:
+def _learned_from(grid: Grid, split: str, size: int | tuple[int, ...] | None) -> tuple[data.Dataset, str]:
     config = grid.models()[0].config
     return _loaded(config.data, size=size, grey=config.grey, split=split)
 
 
-def _loaded(spec: str, **defaults: Any) -> data.Dataset:
-    return data.load(data.open_source(spec, **defaults), cache=cache_directory() / "data")
+def _loaded(spec: str, **defaults: Any) -> tuple[data.Dataset, str]:
+    """The images, and which split they are: the spec may say another."""
+    source = data.open_source(spec, **defaults)
+    return data.load(source, cache=cache_directory() / "data"), source.split
 
 
 def _compared_with(grid: Grid, size: int | tuple[int, ...] | None, channels: int) -> data.Dataset:
     """The real images: those that models learned from, or the pictures that their latents were encoded from."""
     if grid.pictures is None:
-        return _learned_from(grid, grid.split, size)
-    return _loaded(grid.pictures, size=size, grey=channels == 1, split=grid.split)
+        return _learned_from(grid, grid.split, size)[0]
+    return _loaded(grid.pictures, size=size, grey=channels == 1, split=grid.split)[0]
 
 
 def _decoder(grid: Grid, place: torch.device | str = "cpu") -> Autoencoder | None:
@@ -213,7 +212,7 @@ def _decoder(grid: Grid, place: torch.device | str = "cpu") -> Autoencoder | Non
 
 def _check_images(grid: Grid, decoder: Autoencoder | None) -> None:
     """See that there are images to compare with, and that the features take such."""
-    dataset = _learned_from(grid, grid.split if grid.pictures is None else "train", grid.models()[0].config.size)
+    dataset, _ = _learned_from(grid, grid.split if grid.pictures is None else "train", grid.models()[0].config.size)
     if decoder is not None:
         if not dataset.latents:
             raise InputError(f"the data {dataset.name!r} are pictures, not latents: leave out decode and pictures")

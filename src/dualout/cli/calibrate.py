@@ -150,26 +150,21 @@ def _dry_run(options: Options, model: Model) -> None:
 
 
 def _fitted(options: Options, model: Model, precision: Precision) -> Calibration:
-    from dualout.data.pixels import to_model
-    from dualout.training.calibrate import evenly, fit
-    from dualout.training.told import Told
+    from dualout.training.calibrate import fit_to
 
     assert options.data is not None
     how, sampler = _asked(options, model)
     dataset, split = real_images(options.data, model.shape, options.split, latents=model.latents)
-    rows = evenly(len(dataset), options.images)
-    images = to_model(dataset.batch(rows)).to(model.device)
-    numbers = None if options.numbers is None else listed(options.numbers)
-    told = Told.of(model.classes, dataset, rows, model.device)
+    fitting = fit_to(
+        dataset, model.denoiser, sampler, how, device=model.device, classes=model.classes,
+        said={"name": options.data, "split": split}, weights=model.details["sha256"], most=options.images,
+        numbers=None if options.numbers is None else listed(options.numbers), precision=precision,
+    )  # fmt: skip
     last = None
     with console.progress("distance") as bar:
         task = bar.add_task(f"calibrating {sampler.spec}", total=how.iterations, distance="")
-        for last in fit(model.denoiser, sampler, images, how, numbers, precision, told):
+        for last in fitting:
             bar.update(task, completed=last.iteration, distance=f"held-out {last.held_out:.4g} (best {last.best:.4g})")
     if last is None:
         raise InputError(f"--iterations {options.iterations} leaves nothing to fit")
-    last.calibration.protocol["data"] = {
-        "name": options.data, "split": split, "images": len(rows), "fingerprint": dataset.fingerprint,
-    }  # fmt: skip
-    last.calibration.protocol["weights"] = model.details["sha256"]
     return last.calibration

@@ -12,8 +12,8 @@ et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from dualout.calibrated import NEUTRAL, Calibrated, Calibration
+from dualout.data.dataset import Dataset
+from dualout.data.pixels import to_model
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.levels import Level
@@ -169,6 +171,46 @@ def fit(
     finally:
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
+
+
+def fit_to(
+    dataset: Dataset,
+    denoiser: Denoiser,
+    sampler: Sampler,
+    how: Fit,
+    *,
+    device: torch.device,
+    classes: int | None,
+    said: Mapping[str, Any],
+    weights: str,
+    most: int = 20_000,
+    numbers: Sequence[str] | None = None,
+    precision: Precision | None = None,
+) -> Iterator[Progress]:
+    """Calibrate to a data set, as `fit`, with a protocol that tells the images and the weights.
+
+    Args:
+        dataset: the real images.
+        denoiser: on `device`.
+        sampler: with its K and spacing.
+        how: the settings.
+        device: where images are made.
+        classes: how many the denoiser knows; None where it is told nothing.
+        said: what the images were asked for by, such as their name and split.
+        weights: the hash of the denoiser's.
+        most: images, at most, which are then spread evenly over the data set.
+        numbers: as for `fit`.
+        precision: as for `fit`.
+
+    Raises:
+        InputError: as `fit`.
+    """
+    rows = evenly(len(dataset), most)
+    images, told = to_model(dataset.batch(rows)).to(device), Told.of(classes, dataset, rows, device)
+    known = {"data": {**said, "images": len(rows), "fingerprint": dataset.fingerprint}, "weights": weights}
+    for progress in fit(denoiser, sampler, images, how, numbers, precision, told):
+        calibration = replace(progress.calibration, protocol=progress.calibration.protocol | known)
+        yield progress._replace(calibration=calibration)
 
 
 class _Found(NamedTuple):
