@@ -4,10 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LOWEST := $(VENV)-lowest
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lowest lint format bench bench-full docs clean
+.PHONY: demo test lowest newest lint format bench bench-full docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/dualout demo --out runs/demo
@@ -15,9 +14,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# the suite with the oldest versions that pyproject.toml allows; torch comes with CUDA then, which is some gigabytes
-lowest: $(LOWEST)/installed
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
+# the suite with the oldest and the newest versions that pyproject.toml allows; torch comes with CUDA then, which is some
+# gigabytes
+lowest newest: %: $(VENV)-%/installed
+	OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -51,10 +51,12 @@ $(VENV)/installed-dev: $(VENV)/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/installed
 
-$(LOWEST)/installed: pyproject.toml
-	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev]'
+$(VENV)-lowest/installed: RESOLUTION := lowest-direct
+$(VENV)-newest/installed: RESOLUTION := highest
+$(VENV)-%/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution $(RESOLUTION) --upgrade --editable '.[dev]'
 	@touch $@
 
 # strict: a warning is an error. The variable silences the theme's advertisement of its successor.
@@ -68,4 +70,4 @@ $(VENV)/installed-docs: $(VENV)/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build site dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build site dist src/*.egg-info .pytest_cache .ruff_cache

@@ -185,9 +185,9 @@ def test_every_command_is_run_or_there_is_a_reason() -> None:
     for text in texts:
         for inside in bare.findall(_FENCE.sub("", text)):
             assert not re.search(r"^ *(?:\$ )?(?:dualout|make|python3?) ", inside, re.M), inside
-    targets = re.findall(r"^([\w-]+):", (HOME / "Makefile").read_text(), re.M)
+    [targets] = re.findall(r"^\.PHONY: (.+)$", (HOME / "Makefile").read_text(), re.M)
     for target in {t for text in texts for t in re.findall(r"(?:^ +|`)make ([\w-]+)", text, re.M)}:
-        assert target in targets, target
+        assert target in targets.split(), target
 
 
 def reference(page: Path) -> list[tuple[str, dict[str, Any]]]:
