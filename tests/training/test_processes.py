@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from dualout.networks.build import build
 from dualout.training.config import TrainConfig
 from dualout.training.learner import Learner
 from dualout.training.run import Run
+from dualout.training.setup import several_processes
 from processes import two
 
 ARGUMENTS = [
@@ -129,3 +132,15 @@ def test_engines_that_accelerate_is_configured_for_are_refused(tmp_path, monkeyp
     with pytest.raises(InputError, match=rf"configured for {engine}.*--multi_gpu, or torchrun; --fsdp"):
         Run(TrainConfig(out=str(tmp_path / "run"))).__enter__()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("gpus", "hours"), [(False, 24), (True, 2)])
+def test_processes_wait_while_the_first_draws_a_grid(monkeypatch, gpus, hours):
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpus)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **how: given.update(how) or SimpleNamespace(num_processes=2))
+    several_processes(TrainConfig())
+    # NCCL ends all of them after ten minutes: a grid of ddpm:steps=1000 by a large network takes longer
+    (patience,) = given["kwargs_handlers"]
+    assert patience.to_kwargs() == {"timeout": timedelta(hours=hours)}

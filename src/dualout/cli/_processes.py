@@ -6,18 +6,15 @@ import hashlib
 import os
 from datetime import timedelta
 
+from dualout import processes
+
 _GONE = ("connection closed by peer", "connection reset by peer", "remote process exiting")
 """How gloo and NCCL say that another process has ended."""
 
 
-def several() -> bool:
-    """Whether this is one of several processes."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
 def first() -> bool:
     """Whether this is the first process, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return processes.rank() == 0
 
 
 def tells(message: str) -> bool:
@@ -26,7 +23,7 @@ def tells(message: str) -> bool:
     That need not be the first process, as a file may be missing on another machine. Without torchrun's store, which
     outlives its processes, each prints it.
     """
-    if not several() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if processes.count() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
         import torch.distributed as dist
@@ -44,4 +41,5 @@ def tells(message: str) -> bool:
 
 def deserted(error: BaseException) -> bool:
     """Whether an error of torch says that another process, which this one waits for, has ended."""
-    return several() and isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _GONE)
+    shared = processes.count() > 1
+    return shared and isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _GONE)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from dualout import processes
 from dualout.cli import _processes
 from dualout.errors import InputError, first_line, printable, unknown
 from dualout.version import __version__
@@ -149,9 +150,9 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in commands():
         raise unknown("command", name, commands())
-    if name in _ALONE and _processes.several():
+    if name in _ALONE and processes.count() > 1:
         raise InputError(
-            f"it runs as one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start it without torchrun or "
+            f"it runs as one process, and WORLD_SIZE is {processes.count()}: start it without torchrun or "
             "accelerate launch"
         )
     return int(importlib.import_module(f"dualout.cli.{name}").run(rest) or 0)

@@ -6,12 +6,12 @@ with torchrun, every process makes its share.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dualout import processes
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.errors import InputError, unknown
@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> int | None:
     from dualout.evaluation.stores import PROTOCOL
     from dualout.networks.device import device
 
-    part = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    part = processes.rank(), processes.count()
     place = device(options.device)
     model = Model.load(options.run, place, decode=options.decode, latents=True)
     clip = model.clips(options.clip)

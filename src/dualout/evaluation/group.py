@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from dualout import processes
 from dualout.errors import InputError
 from dualout.evaluation.statistics import Statistics
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=1)
-"""How long processes wait for the first, which looks at all real images before they do; torch waits for half an hour.
-That another has ended is told by its connection."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,11 @@ class Group:
 
         Only features' sums and a few numbers are exchanged, through the processors, wherever networks are computed.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = processes.count()
         if size == 1:
             yield cls()
             return
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=processes.PATIENCE)
         try:
             yield cls(dist.get_rank(), size)
         finally:

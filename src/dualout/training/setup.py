@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from dualout import checkpoint, data
+from dualout import checkpoint, data, processes
 from dualout.card import LATENTS, autoencoder_in, decoder_of
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset, check_dataset
@@ -109,7 +109,7 @@ def assemble(
 
 def several_processes(config: TrainConfig) -> Accelerator | None:
     """The group that this process belongs to, when torchrun or accelerate launch started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    if processes.count() <= 1:
         if config.fsdp:
             raise InputError(
                 "--fsdp shares out the weights among several processes, and this is one: start more, as in "
@@ -123,10 +123,12 @@ def several_processes(config: TrainConfig) -> Accelerator | None:
                 "launch with accelerate launch --multi_gpu, or torchrun; --fsdp true divides the weights (FSDP2)"
             )
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     # precision and compiling are the run's own affair, and the same for all, whatever accelerate is configured to do
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no")
+    patience = InitProcessGroupKwargs(timeout=processes.PATIENCE if cpu else processes.PATIENCE_OF_GPUS)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=[patience])
     if config.batch_size % (config.accumulate * accelerator.num_processes):
         raise InputError(
             f"--batch_size {config.batch_size} cannot be shared equally by {accelerator.num_processes} processes with "

@@ -8,7 +8,6 @@ training/                                      the run that fine-tunes, which go
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualout import checkpoint, data
+from dualout import checkpoint, data, processes
 from dualout.card import DECODER
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
@@ -141,7 +140,7 @@ class Upgrade:
     def __enter__(self) -> Self:
         data_of = self.config.data or foreign.trained_on(self.config.source)
         self.config = replace(self.config, data=data_of)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if processes.count() > 1:
             raise InputError("an upgrade is made by one process: start it without torchrun or accelerate launch")
         self._known = read_record(self.path)
         refuse_changes(self.path, self._known, self.config)
