@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from dualout import Denoiser
@@ -18,7 +19,7 @@ from dualout.checkpoint import read_tensors
 from dualout.errors import InputError
 from dualout.training import Run, TrainConfig
 from dualout.training import checkpoint as files
-from dualout.training.run import refuse_changes
+from dualout.training.changes import refuse_changes
 from dualout.training.setup import first_weights
 
 TIMES = ("images_per_s", "seconds")
@@ -151,6 +152,34 @@ def test_changed_images_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(1).integers(0, 255, (20, 8, 8), dtype=np.uint8))
     with pytest.raises(InputError, match="other images: fingerprint"):
         trained(tmp_path / "run", data=f"arrays:{tmp_path / 'x.npy'}", steps=4)
+
+
+def test_images_that_have_moved_are_known_again(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (20, 8, 8), dtype=np.uint8)
+    for name in ("here", "there", "copy"):
+        np.save(tmp_path / f"{name}.npy", images)
+    np.save(tmp_path / "other.npy", images[::-1])
+    here, there, copy, other = (f"arrays:{tmp_path / name}.npy" for name in ("here", "there", "copy", "other"))
+    trained(tmp_path / "stayed", data=here)
+    trained(tmp_path / "run", 5, data=here)
+    (tmp_path / "here.npy").unlink()
+    with pytest.raises(InputError, match=r"other images: data arrays.* → arrays.*other.npy, fingerprint"):
+        trained(tmp_path / "run", data=other)
+    # not first that its network would not take them
+    with pytest.raises(InputError, match=r"other images: data arrays.* → photos, images 20 → "):
+        trained(tmp_path / "run", data="photos")
+    trained(tmp_path / "run", data=there)
+    assert same(tmp_path / "stayed", tmp_path / "run")
+    # a finished one, too, is told where they are now, for those who read them there; its scores stay
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["data"]["name"], written["training"]["data"]) == (there.replace(":", ":path="), there)
+    written["card"]["metrics"] = [{"fd": 1.5}]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(written))
+    trained(tmp_path / "run", data=copy)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["data"]["name"] == copy.replace(":", ":path=")
+    assert written["card"]["metrics"] == [{"fd": 1.5}]
+    assert yaml.safe_load((tmp_path / "run" / "train.yaml").read_text())["data"] == copy
 
 
 @pytest.mark.parametrize("holds", ["notes.txt", "config.json", "state/photo.png"])

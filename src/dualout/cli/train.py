@@ -177,16 +177,16 @@ def _draw_samples(sampling: Sampling, path: Path, count: int) -> None:
 
 def _dry_run(options: Options) -> None:
     from dualout.cli._processes import first
+    from dualout.training.changes import refuse_changes
     from dualout.training.checkpoint import read_run, states
     from dualout.training.estimate import estimate
-    from dualout.training.run import refuse_changes
     from dualout.training.setup import assemble
 
     path = Path(options.out or options.default_out()).expanduser()
     if known := read_run(path) if states(path) else None:
         refuse_changes(path, known, options)
     with console.stages() as told:
-        job = assemble(options, progress=told)
+        job = assemble(options, known=known, progress=told)
     cost = estimate(job)
     if not first():
         return

@@ -18,7 +18,8 @@ FREE = frozenset(
     | {"accumulate", "device", "compile", "graph", "channels_last", "fsdp", "workers", "cache", "strict"}
 )
 """What may change when a run goes on: how long, how it is shown, where it runs. None of it changes what is drawn, but
-that `accumulate` and the number of processes change a network's own dropout, which is drawn a part at a time."""
+that `accumulate` and the number of processes change a network's own dropout, which is drawn a part at a time. Of `data`
+the place may change, not the images."""
 
 
 @dataclass(kw_only=True)

@@ -17,13 +17,14 @@ import torch
 import yaml
 
 from dualout.card import DECODER, autoencoder_in, heading
-from dualout.checkpoint import read_config
+from dualout.checkpoint import entry, read_card, read_config
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.training import tracking
 from dualout.training.batches import images_of
+from dualout.training.changes import refuse_changes, refuse_other_network
 from dualout.training.checkpoint import RunDirectory, damaged, read_run, read_state, states
 from dualout.training.config import TrainConfig
 from dualout.training.learner import Learner
@@ -37,6 +38,7 @@ from dualout.training.setup import (
     describe,
     described_now,
     several_processes,
+    which_images,
 )
 
 
@@ -213,11 +215,7 @@ class Run:
             config = replace(config, precision=known["precision"])
         if known is not None and config.decode is None:
             config = replace(config, decode=known["config"].get("decode"))
-        # the first weights are in the state, whatever they were made from
-        described = known["denoiser"] if known is not None and state is not None else None
-        self.job = assemble(
-            config, denoiser=self._given, dataset=self._dataset, described=described, progress=self._progress
-        )
+        self.job = assemble(config, denoiser=self._given, dataset=self._dataset, known=known, progress=self._progress)
         if config.precision != self.config.precision:
             self.job = self.job._replace(precision=self.job.precision._replace(why="as when the run began"))
         self.learner = Learner(self.job.denoiser, self.job.config, scaled=self.job.precision.name == "fp16")
@@ -242,15 +240,11 @@ class Run:
         run = self._run = self._description()
         if known is not None and known["denoiser"] != run["denoiser"]:
             known = known | {"denoiser": described_now(known["denoiser"])}
-        for key in _WORDS:
-            if known is not None and known[key] != run[key]:
-                raise InputError(
-                    f"--out {self.path} is a run with other {_WORDS[key]}: {_first_difference(known[key], run[key])}; "
-                    "take another --out"
-                )
+            refuse_other_network(self.path, known, run["denoiser"])
         self._directory.describe(run, yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True))
         self._directory.repair_log(self.started)
-        if self.started and self._published() != self.started:
+        # of data that have moved, others read there where they are now
+        if self.started and entry(self._published(), "data").get("name") != self.job.dataset.name:
             self._publish()
         self._tracker = tracking.start(self.config.track, self.path, self.config.asdict(), self.started)
 
@@ -262,20 +256,16 @@ class Run:
             "config": config,
             "precision": self.job.precision.name,
             "denoiser": describe(self.job.denoiser),
-            "data": {
-                "images": len(dataset),
-                "shape": list(dataset.shape),
-                "classes": len(dataset.classes),
-                "fingerprint": dataset.fingerprint,
-            },
+            "data": which_images(dataset),
         }
 
-    def _published(self) -> int | None:
-        """Of which step the averaged weights in the directory are."""
+    def _published(self) -> dict[str, Any]:
+        """The configuration of the averaged weights in the directory; empty where they are not those of this step."""
         try:
-            return read_config(self.path)["training"]["step"]
-        except (InputError, KeyError, TypeError):
-            return None
+            config = read_config(self.path)
+        except InputError:
+            return {}
+        return config if entry(config, "training").get("step") == self.learner.step else {}
 
     def _publish(self) -> None:
         config, dataset, ema = self.config, self.job.dataset, self.learner.ema
@@ -293,6 +283,8 @@ class Run:
             "training": about | self._about,
             "data": data_on_card(dataset),
         } | ({DECODER: decoder} if decoder else {})
+        if scores := read_card(self._published()).get("metrics"):
+            ema.card["metrics"] = scores
         training = {"step": self.learner.step, **self._run["config"], "precision": self.job.precision.name}
         ema.save_pretrained(self.path, training=training, **about_data(dataset, conditional=config.conditional))
 
@@ -317,33 +309,5 @@ class Run:
         )
 
 
-def refuse_changes(path: Path, known: dict[str, Any], config: TrainConfig) -> None:
-    """Refuse to go on with a run in another way than it began.
-
-    Args:
-        path: of the run.
-        known: what it is.
-        config: what is asked of it now.
-    """
-    differences = TrainConfig.fromdict(known["config"]).differences(config)
-    if differences:
-        listed = ", ".join(f"{k} {_short(old)} → {_short(new)}" for k, (old, new) in differences.items())
-        raise InputError(
-            f"--out {path} is a run with other settings: {listed}. Give it the old ones to go on, or another --out; "
-            f"--init {shlex.quote(str(path))} starts another run from its weights"
-        )
-
-
-_WORDS = {"data": "images", "denoiser": "network"}
 _ASKED_EVERY = 10
 """On GPUs, several processes agree on stopping every so many steps, since asking waits for the device."""
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
-    return f"{key} {_short(old.get(key))} → {_short(new.get(key))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from dualout.networks.trace import call
 from dualout.parameterizations import Parameterization
 from dualout.randomness import noise
 from dualout.schedules import Schedule
+from dualout.training.changes import refuse_other_images
 from dualout.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def assemble(
     *,
     denoiser: Denoiser | None = None,
     dataset: Dataset | None = None,
-    described: dict[str, Any] | None = None,
+    known: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Job:
     """Load the images, build the network and put it on its device.
@@ -69,7 +71,7 @@ def assemble(
         config: what to build.
         denoiser: already built; None builds it.
         dataset: already loaded; None loads it.
-        described: schedule, parameterization and network of a run that goes on.
+        known: what the run is that goes on; None for a new one.
         progress: told how far loading the images is.
 
     Raises:
@@ -81,9 +83,13 @@ def assemble(
             config.data, size=config.size, grey=config.grey, cache=config.cache, strict=config.strict, progress=progress
         )
     check_dataset(dataset)
+    if known is not None:
+        path = Path(config.out or config.default_out()).expanduser()
+        refuse_other_images(path, known, config, which_images(dataset))
     check_data(config, dataset)
     if denoiser is None:
-        denoiser = rebuild(described) if described else first_weights(config, dataset)
+        # the first weights are in a run's state, whatever they were made from
+        denoiser = rebuild(known["denoiser"]) if known is not None else first_weights(config, dataset)
     check_fit(config, denoiser, dataset)
     place = accelerator.device if accelerator else device(config.device)
     alone = place.type == "cuda" and accelerator is None
@@ -223,6 +229,16 @@ def about_data(dataset: Dataset, *, conditional: bool) -> dict[str, Any]:
         "image": {"channels": dataset.channels, "size": list(dataset.size), "latents": dataset.latents},
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
         "conditions": {"class_labels": classes} if conditional else {},
+    }
+
+
+def which_images(dataset: Dataset) -> dict[str, Any]:
+    """What the images of a run are known again by, wherever they lie."""
+    return {
+        "images": len(dataset),
+        "shape": list(dataset.shape),
+        "classes": len(dataset.classes),
+        "fingerprint": dataset.fingerprint,
     }
 
 

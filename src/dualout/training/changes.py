@@ -1,0 +1,59 @@
+"""What may not change when a run goes on: its settings, its images and its network."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dualout.errors import InputError
+from dualout.training.config import TrainConfig
+
+
+def refuse_changes(path: Path, known: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse to go on with a run in another way than it began.
+
+    Args:
+        path: of the run.
+        known: what it is.
+        config: what is asked of it now.
+    """
+    differences = TrainConfig.fromdict(known["config"]).differences(config)
+    # where the images lie may change: once they are loaded it shows whether they are the same
+    differences.pop("data", None)
+    if differences:
+        listed = ", ".join(f"{k} {_short(old)} → {_short(new)}" for k, (old, new) in differences.items())
+        raise InputError(
+            f"--out {path} is a run with other settings: {listed}. Give it the old ones to go on, or another --out; "
+            f"--init {shlex.quote(str(path))} starts another run from its weights"
+        )
+
+
+def refuse_other_images(path: Path, known: dict[str, Any], config: TrainConfig, images: dict[str, Any]) -> None:
+    """Refuse to go on with a run with other images, of which `images` says which they are."""
+    if known["data"] != images:
+        old, new = known["config"].get("data"), config.data
+        moved = "" if old == new else f"data {old} → {new}, "
+        raise InputError(
+            f"--out {path} is a run with other images: {moved}{_first_difference(known['data'], images)}; take another "
+            "--out"
+        )
+
+
+def refuse_other_network(path: Path, known: dict[str, Any], described: dict[str, Any]) -> None:
+    """Refuse to go on with a run with another network, as it is described now."""
+    if known["denoiser"] != described:
+        raise InputError(
+            f"--out {path} is a run with another network: {_first_difference(known['denoiser'], described)}; take "
+            "another --out"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+    return f"{key} {_short(old.get(key))} → {_short(new.get(key))}"
