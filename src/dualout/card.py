@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 LATENTS = "latents of"
@@ -10,6 +11,8 @@ DECODER = "decoded by"
 """The entry of a card that names the autoencoder which makes pictures of its model's latents."""
 AS_THEY_ARE = "none"
 """Said in place of an autoencoder: latents are not decoded."""
+_PLACE = re.compile(r"(?<![^\s:=])(?:~[^\s:/\\]*|[A-Za-z]:|\\)?[/\\](?=[^\s/\\])[^:]*[/\\](?=[^/\\])")
+"""What leads to the last name of an absolute path, alone or in a spec such as folder:/home/ann/my pictures:size=64."""
 _USES = {
     "dualout": """```python
 import dualout
@@ -50,6 +53,7 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
         config: schedule, parameterization, network, and what else there is.
         library: what the model is loaded with: dualout, diffusers or onnx.
     """
+    config = public(config)
     card = config.get("card", {})
     parameterization, schedule, network = config["parameterization"], config["schedule"], config["network"]
     image = config.get("image", {})
@@ -119,6 +123,15 @@ def arguments_of(network: Any) -> dict[str, Any]:
         return {}
     inner = arguments.get("network")
     return arguments_of(inner) if isinstance(inner, dict) else arguments
+
+
+def public(value: Any) -> Any:
+    """JSON values as others may see them: of a path on this machine they are told the last name."""
+    if isinstance(value, dict):
+        return {k: public(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(v) for v in value]
+    return _PLACE.sub("", value) if isinstance(value, str) else value
 
 
 def heading(parameterization: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout import bounded, checkpoint, hub
+from dualout.card import public
 from dualout.errors import InputError
 from dualout.levels import HALF, Level
 from dualout.parameterizations.base import Parameterization, Route, check_channels
@@ -204,6 +205,8 @@ class Denoiser(nn.Module):
     ) -> str:
         """Put the checkpoint into a repository of the Hugging Face Hub, which is made if it is missing.
 
+        Of paths on this machine that its card holds, such as those of the images, the last name is uploaded.
+
         Args:
             repo_id: "name/repository".
             private: whether a new repository is seen by its owner only; None is the account's default.
@@ -220,7 +223,7 @@ class Denoiser(nn.Module):
         """
         hub.check(repo_id)
         with tempfile.TemporaryDirectory() as directory:
-            self._write(directory, self.card | {"path": repo_id}, extra)
+            self._write(directory, public(self.card) | {"path": repo_id}, extra)
             return hub.upload(
                 directory, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
             )

@@ -31,10 +31,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     path = tmp_path_factory.mktemp("runs") / "digits"
     denoiser = Denoiser(network, Dual(), Linear()).eval()
-    denoiser.card = {"title": "Digits", "training": {"images": 1797}}
-    denoiser.save_pretrained(path, image={"channels": 1, "size": [8, 8]})
+    data = "folder:path=/home/ann/digits"
+    denoiser.card = {"title": "Digits", "training": {"data": data, "images": 1797}}
+    denoiser.save_pretrained(path, image={"channels": 1, "size": [8, 8]}, data={"name": data})
     values = {"x0_scale": [1.2, 1.1, 0.9, 1.0, 1.05], "eps_scale": [1.0, 1.1, 1.2, 0.9, 1.0]}
-    Calibration(samplers.DDIM(5).config(), [999, 799, 599, 399, 199], values).save(path)
+    Calibration(samplers.DDIM(5).config(), [999, 799, 599, 399, 199], values, {"data": {"name": data}}).save(path)
     return path
 
 
@@ -107,7 +108,8 @@ def test_onnx(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert 'OnnxDenoiser("digits-onnx")' in (out / "README.md").read_text()
 
 
-def test_it_can_be_uploaded_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["diffusers", "dualout"])
+def test_it_can_be_uploaded_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     sent: dict[str, Any] = {}
 
     def upload(directory: Path, repo_id: str, **options: Any) -> str:
@@ -116,11 +118,18 @@ def test_it_can_be_uploaded_at_once(run: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("dualout.hub.upload", upload)
     arguments = ["export", str(run), "--out", str(tmp_path), "--push_to_hub", "ann/digits", "--private", "true"]
-    assert main(arguments) == 0
+    more = ["--calibrated", "--steps", "5"] if form == "diffusers" else ["--format", "dualout"]
+    assert main([*arguments, *more]) == 0
     assert sent["repo_id"] == "ann/digits"
     assert sent["private"] is True
-    assert {"model_index.json", "unet", "scheduler", "README.md"} <= sent["files"]
-    assert 'from_pretrained("ann/digits")' in (tmp_path / "README.md").read_text()
+    own = {"model_index.json", "unet", "scheduler"} if form == "diffusers" else {"config.json", "model.safetensors"}
+    assert own | {"README.md"} <= sent["files"]
+    # where the images lie is nobody's business
+    words = [p.read_text(encoding="utf-8") for p in tmp_path.rglob("*") if p.suffix in (".json", ".md", ".py")]
+    assert not any("home" in text for text in words)
+    assert "folder:path=digits" in (tmp_path / "README.md").read_text()
+    if form == "diffusers":
+        assert 'from_pretrained("ann/digits")' in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

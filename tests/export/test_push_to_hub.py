@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 
 from dualout import Denoiser, Dual, InputError
 from dualout.calibrated import Calibration
+from dualout.card import DECODER, public
 from dualout.export import DualOutputPipeline
 from dualout.samplers import DDIM
 from dualout.schedules import Linear
@@ -82,6 +83,52 @@ def test_a_checkpoint_is_uploaded_in_one_commit(hub: Hub, denoiser: Denoiser, tm
     again = Denoiser.from_pretrained(tmp_path)
     assert again.card["training"] == {"images": 1797}
     assert json.loads(hub.files["config.json"])["image"] == {"channels": 1, "size": [8, 8]}
+
+
+def test_nobody_is_told_where_things_lie_on_this_machine(hub: Hub, denoiser: Denoiser, tmp_path: Path) -> None:
+    told = {
+        "title": "A dual diffusion model of folder:/home/ann/my pictures/cats:size=64",
+        "training": {"data": "folder:/home/ann/my pictures/cats:size=64", "started from": "/home/ann/runs/first"},
+        "data": {"name": "folder:path=/home/ann/my pictures/cats:size=64"},
+        DECODER: "/home/ann/vae",
+        "metrics": [{"reference": "64 of folder:/home/ann/my pictures/cats (train)", "fd": 1.5}],
+    }
+    known = Denoiser(denoiser.network, denoiser.parameterization, denoiser.schedule).eval()
+    known.card = told
+    protocol = {"data": {"name": "folder:/home/ann/my pictures/cats"}}
+    calibration = Calibration(DDIM(2).config(), [999, 499], {"x0_scale": [1.0, 1.1]}, protocol)
+    known.push_to_hub("ann/cats")
+    sent = dict(hub.files)
+    DualOutputPipeline.from_denoiser(known, calibration=calibration).push_to_hub("ann/cats")
+    sent |= {f"pipeline/{name}": content for name, content in hub.files.items()}
+    words = {name: content for name, content in sent.items() if not name.endswith(".safetensors")}
+    assert not [name for name, content in words.items() if b"home" in content]
+    assert "| data | folder:cats:size=64 |" in sent["README.md"].decode()
+    assert json.loads(sent["config.json"])["card"]["metrics"] == [{"reference": "64 of folder:cats (train)", "fd": 1.5}]
+    # what is written here knows it, but for the page that people read
+    known.save_pretrained(tmp_path)
+    assert Denoiser.from_pretrained(tmp_path).card == told
+    assert "home" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/ann/pictures", "pictures"),
+        ("/home/ann/pictures/", "pictures/"),
+        ("folder:/home/ann/my (old) pictures:size=48x64", "folder:my (old) pictures:size=48x64"),
+        ("arrays:path=~/x/latents.npz:latents=true", "arrays:path=latents.npz:latents=true"),
+        (r"folder:C:\Users\ann\pictures:grey=true", "folder:pictures:grey=true"),
+        (r"\\server\share\pictures", "pictures"),
+        # nobody's directory
+        ("google/ddpm-cifar10-32", "google/ddpm-cifar10-32"),
+        ("hub:ylecun/mnist", "hub:ylecun/mnist"),
+        ("https://huggingface.co/ann/cats", "https://huggingface.co/ann/cats"),
+        ("12 images / s", "12 images / s"),
+    ],
+)
+def test_of_a_path_the_last_name_is_told(path: str, name: str) -> None:
+    assert public(path) == name
 
 
 def test_a_branch_is_made_first(hub: Hub, denoiser: Denoiser) -> None:

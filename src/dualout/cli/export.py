@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualout.card import AS_THEY_ARE
+from dualout.card import AS_THEY_ARE, public
 from dualout.cli import console
 from dualout.cli.options import out_directory, parse
 from dualout.errors import InputError, unknown
@@ -93,7 +93,7 @@ def run(arguments: list[str]) -> int | None:
         record = _checkpoint(options, out)
     else:
         record = _program(options, out)
-    write_json(out / RESULTS, record)
+    write_json(out / RESULTS, public(record))
     console.wrote(out / RESULTS, "what was written, and how it was checked")
     if options.push_to_hub is not None:
         url = hub.upload(
@@ -139,6 +139,8 @@ def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
     source = Path(options.run).name
     if not denoiser.card:
         denoiser.card = {"title": source, "training": {"taken from": source}}
+    if options.push_to_hub is not None:
+        denoiser.card = public(denoiser.card)
     with whole(out, last=CONFIG) as aside:
         denoiser.save_pretrained(aside)
         # what cannot be read again is not left there

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dualout import checkpoint, hub
 from dualout.calibrated import Calibrated, Calibration
-from dualout.card import render
+from dualout.card import public, render
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.export.directory import whole
@@ -101,8 +101,9 @@ class DualOutputPipeline(DiffusionPipeline):
             schedule=self.schedule.config(),
             clip=None if clip is None else [float(c) for c in clip],
             head=head,
-            calibration=calibration,
-            card=card or {},
+            # a pipeline is for others, who need not know where anything lies on this machine
+            calibration=public(calibration),
+            card=public(card or {}),
             spacing=spacing,
         )
         self.calibration  # noqa: B018  read once, so that what is damaged is told at once

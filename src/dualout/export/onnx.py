@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dualout.calibrated import Calibration, corrected
-from dualout.card import render
+from dualout.card import public, render
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
 from dualout.export.directory import whole
@@ -102,7 +102,7 @@ def write_onnx(
         "parameterization": denoiser.parameterization.config(),
         "image": {"channels": shape[0], "size": list(shape[1:])},
         "classes": labels,
-        "calibration": None if calibration is None else calibration.record(),
+        "calibration": None if calibration is None else public(calibration.record()),
         "tolerance": tolerance,
     }
     _forget(program)
