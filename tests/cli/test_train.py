@@ -17,6 +17,7 @@ from PIL import Image
 import dualout
 from dualout.cli.analyze import made_labels
 from dualout.cli.main import main
+from dualout.data import cache, decode
 from dualout.evaluation.model import Model
 from dualout.training import checkpoint as files
 
@@ -123,6 +124,37 @@ def test_dry_run_writes_nothing_and_prints_a_configuration(tmp_path, capsys):
     (tmp_path / "again.yaml").write_text(said)
     assert main(["train", "--config", str(tmp_path / "again.yaml"), "--dry_run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == printed
+
+
+def test_a_dry_run_decodes_a_few_images(tmp_path, capsys, monkeypatch):
+    decoded, counted = decode.decoded, []
+    monkeypatch.setattr(decode, "decoded", lambda *given: counted.append(1) or decoded(*given))
+    for i in range(150):
+        (folder := tmp_path / "images" / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i}.png")
+    # one that is damaged is not in the way
+    first = tmp_path / "images" / "0" / "0.png"
+    first.write_bytes(first.read_bytes()[:-30])
+    arguments = ["train", "--data", f"folder:{tmp_path / 'images'}", "--device", "cpu", "--conditional", "true"]
+    arguments += ["--network", "tiny:width=8", "--steps", "1", "--batch_size", "100", "--sample_every", "0"]
+    command = [*arguments, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--dry_run"]) == 0
+    assert "150 images 1×8×8, 3 classes" in capsys.readouterr().out
+    assert 1 < len(counted) <= 64
+    assert [p.name[:6] for p in (tmp_path / "cache").iterdir()] == ["index-"]
+    # what goes on is seen to have the same images
+    assert main(command) == 0
+    assert main([*command, "--steps", "2", "--dry_run"]) == 0
+    assert "goes on from step 1" in capsys.readouterr().out
+    first.unlink()
+    assert main([*command, "--steps", "2", "--dry_run"]) == 0
+    (tmp_path / "images" / "1" / "1.png").unlink()
+    assert main([*command, "--steps", "2", "--dry_run"]) == 2
+    assert "a run with other images: images 149 → 148" in capsys.readouterr().err
+    # what the training would refuse is refused
+    monkeypatch.setattr(cache, "IN_MEMORY", 5000)
+    assert main([*arguments, "--out", str(tmp_path / "new"), "--dry_run"]) == 2
+    assert "too much to keep in memory" in capsys.readouterr().err
 
 
 def test_its_own_yaml_goes_on_with_a_run(tmp_path, capsys):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LOG_SECONDS = 10.0
 """Where there is no progress bar, a line is logged about as often."""
+_GLIMPSED = 64
+"""Images that a dry run decodes."""
 _MUCH_LEFT = 0.2
 """Alpha over sigma at the last level, above which samples, which begin with noise alone, begin with something else than
 what was trained: 0.07 is Stable Diffusion's, 0.3 that of DDPM's betas in 250 steps."""
@@ -186,7 +188,8 @@ def _dry_run(options: Options) -> None:
     if known := read_run(path) if states(path) else None:
         refuse_changes(path, known, options)
     with console.stages() as told:
-        job = assemble(options, known=known, progress=told)
+        # a run that goes on knows its images again, all of them
+        job = assemble(options, known=known, few=None if known else _GLIMPSED, progress=told)
     cost = estimate(job)
     if not first():
         return

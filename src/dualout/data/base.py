@@ -66,10 +66,12 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source may use while it is read: a directory to keep things in, or None, and whom to tell."""
+    """What a source may use while it is read: a directory to keep things in, or None, and whom to tell; and how many
+    pictures are decoded at most, None for all."""
 
     cache: Path | None = None
     progress: Progress | None = None
+    few: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

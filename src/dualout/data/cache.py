@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -28,6 +28,7 @@ from typing import IO
 import numpy as np
 
 from dualout.data.base import Progress
+from dualout.data.dataset import evenly
 from dualout.data.decode import Unreadable
 from dualout.errors import InputError
 from dualout.files import explained, take_place, write_text
@@ -119,18 +120,39 @@ def materialize(job: Job, cache: Path | None) -> tuple[np.ndarray, list[tuple[in
             memory and no cache directory is given; when the cache directory cannot be written.
     """
     if cache is None:
-        if len(job.names) * job.bytes_each > IN_MEMORY:
-            raise InputError(
-                f"{job.whole}: decoded, these are {len(job.names) * job.bytes_each / 2**30:.1f} GiB, too much to "
-                "keep in memory; give a directory for them with cache=DIRECTORY"
-            )
-        pixels, state = np.empty((len(job.names), *job.shape), np.uint8), State()
-        for rows, block in _blocks(job, state):
-            pixels[rows : rows + len(block)] = block
-        return pixels[: state.rows], state.bad
+        _check_memory(job)
+        return _in_memory(job)
     with explained(cache):
         cache.mkdir(parents=True, exist_ok=True)
         return _kept(job, cache)
+
+
+def glimpse(job: Job, cache: Path | None, few: int) -> np.ndarray:
+    """Decode some of the images, spread evenly: uint8 (M, C, H, W), of those that can be read. Nothing is kept.
+
+    Raises:
+        InputError: when none can be read; when all are too many for memory and no cache directory is given.
+    """
+    if cache is None:
+        _check_memory(job)
+    some = evenly(len(job.names), few).tolist()
+    names = [job.names[i] for i in some]
+    return _in_memory(replace(job, names=names, image=lambda i: job.image(some[i]), strict=1.0))[0]
+
+
+def _check_memory(job: Job) -> None:
+    if len(job.names) * job.bytes_each > IN_MEMORY:
+        raise InputError(
+            f"{job.whole}: decoded, these are {len(job.names) * job.bytes_each / 2**30:.1f} GiB, too much to "
+            "keep in memory; give a directory for them with cache=DIRECTORY"
+        )
+
+
+def _in_memory(job: Job) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    pixels, state = np.empty((len(job.names), *job.shape), np.uint8), State()
+    for rows, block in _blocks(job, state):
+        pixels[rows : rows + len(block)] = block
+    return pixels[: state.rows], state.bad
 
 
 def _kept(job: Job, cache: Path) -> tuple[np.ndarray, list[tuple[int, str]]]:

@@ -14,7 +14,7 @@ import torch
 
 from dualout.data import decode
 from dualout.data.base import Names, Pictures, Progress, Reading, Source, open_source
-from dualout.data.cache import Job, listed_bad, materialize, quiet, workers
+from dualout.data.cache import Job, glimpse, listed_bad, materialize, quiet, workers
 from dualout.data.dataset import Dataset, evenly
 from dualout.errors import InputError
 
@@ -29,6 +29,7 @@ def load(
     split: str | None = None,
     cache: str | Path | None = None,
     strict: float | None = None,
+    few: int | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """The images of a data source.
@@ -43,6 +44,8 @@ def load(
             to 2 GiB of them.
         strict: the share of image files that may be unreadable (0.01 where nothing is said); they are left out and
             named in the result's `notes`.
+        few: decode no more pictures than this, which then stand in turn for all: for a look at what there is, before
+            hours of decoding. None decodes all.
         progress: called as (what, done, total) while files are found and decoded.
 
     Returns:
@@ -52,7 +55,7 @@ def load(
         InputError: for whatever cannot be used, before any long work where it can be known.
     """
     source = open_source(spec, size=size, grey=grey, split=split, strict=strict)
-    reading = Reading(None if cache is None else Path(cache).expanduser(), progress)
+    reading = Reading(None if cache is None else Path(cache).expanduser(), progress, few)
     found = source.read(reading)
     if isinstance(found, Pictures):
         return _decoded(source, found, reading)
@@ -81,8 +84,8 @@ def _fitted(source: Source, found: Dataset, reading: Reading) -> Dataset:
         strict=0.0,
         progress=reading.progress,
     )
-    stored, _ = materialize(job, reading.cache)
-    return Dataset(source.spec, stored, labels=found.labels, classes=found.classes)
+    stored, rows, _ = _made(job, reading)
+    return Dataset(source.spec, stored, rows=rows, labels=found.labels, classes=found.classes)
 
 
 def _state_of(found: Dataset) -> str:
@@ -113,14 +116,23 @@ def _decoded(source: Source, found: Pictures, reading: Reading) -> Dataset:
         return decode.decoded(picture, channels, size)
 
     job = Job(found.names, (channels, *size), image, found.identity, found.whole, source.strict, reading.progress)
-    stored, bad = materialize(job, reading.cache)
+    stored, rows, bad = _made(job, reading)
     kept = np.delete(np.arange(len(found.names)), [i for i, _ in bad])
     labels = None if found.labels is None else torch.from_numpy(found.labels[kept])
     notes = found.notes
     if bad:
         text = f"{len(bad)} of {len(found.names)} images cannot be read and are left out"
         notes = (*notes, f"{text}: {listed_bad(found.names, bad)}")
-    return Dataset(source.spec, stored, labels=labels, classes=found.classes, notes=notes)
+    return Dataset(source.spec, stored, rows=rows, labels=labels, classes=found.classes, notes=notes)
+
+
+def _made(job: Job, reading: Reading) -> tuple[np.ndarray, np.ndarray | None, list[tuple[int, str]]]:
+    """Pixels, which of them each image has (None: its own), and which images could not be read."""
+    if reading.few is None or len(job.names) <= reading.few:
+        stored, bad = materialize(job, reading.cache)
+        return stored, None, bad
+    stored = glimpse(job, reading.cache, reading.few)
+    return stored, np.arange(len(job.names)) % len(stored), []
 
 
 def _settled(source: Source, found: Pictures) -> tuple[int, tuple[int, int]]:

@@ -63,6 +63,7 @@ def assemble(
     denoiser: Denoiser | None = None,
     dataset: Dataset | None = None,
     known: dict[str, Any] | None = None,
+    few: int | None = None,
     progress: Progress | None = None,
 ) -> Job:
     """Load the images, build the network and put it on its device.
@@ -72,6 +73,7 @@ def assemble(
         denoiser: already built; None builds it.
         dataset: already loaded; None loads it.
         known: what the run is that goes on; None for a new one.
+        few: how many images are decoded at most, to stand for the others; None for all.
         progress: told how far loading the images is.
 
     Raises:
@@ -80,8 +82,9 @@ def assemble(
     accelerator = several_processes(config)
     if dataset is None:
         dataset = data.load(
-            config.data, size=config.size, grey=config.grey, cache=config.cache, strict=config.strict, progress=progress
-        )
+            config.data, size=config.size, grey=config.grey, cache=config.cache, strict=config.strict, few=few,
+            progress=progress,
+        )  # fmt: skip
     check_dataset(dataset)
     if known is not None:
         path = Path(config.out or config.default_out()).expanduser()
