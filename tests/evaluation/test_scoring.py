@@ -235,6 +235,16 @@ def test_protocols_are_compared_but_for_versions_and_devices():
     assert listed({str(i): (0, 1) for i in range(9)}, most=2).endswith("and 7 more")
 
 
+def test_images_that_have_moved_are_the_same_in_protocols():
+    here = {"reference": {"data": "folder:/here", "split": "test", "fingerprint": "a"}, "model": {"name": "one"}}
+    there = {"reference": here["reference"] | {"data": "folder:/there"}, "model": {"name": "one"}}
+    assert differences(here, there) == {}
+    there["reference"]["fingerprint"] = "b"
+    assert differences(here, there).keys() == {"reference.data", "reference.fingerprint"}
+    unknown = {"reference": {"data": "folder:/there"}, "model": {"name": "two"}}
+    assert differences(here, unknown).keys() >= {"reference.data", "model.name"}
+
+
 def test_the_warning_is_for_few_images():
     assert warning(10_000, 10_000) is None
     assert "296 reference images are" in warning(50_000, 296)

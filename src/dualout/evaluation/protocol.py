@@ -11,6 +11,8 @@ from dualout.version import __version__
 ENOUGH = 10_000
 INCIDENTAL = ("software", "device", "computed_by")
 """Written down, but no reason to make the same images again."""
+_NAMES = ("name", "data")
+"""What images are called, beside their fingerprint."""
 
 
 def software(device: torch.device) -> dict[str, Any]:
@@ -44,8 +46,10 @@ def warning(images: int, reference: int, trained_on: bool = False) -> str | None
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """The entries in which two protocols differ, by dotted name, each with both values."""
     found: dict[str, tuple[Any, Any]] = {}
+    # the same images may lie elsewhere now
+    same = _NAMES if a.get("fingerprint") and a["fingerprint"] == b.get("fingerprint") else ()
     for key in [*a, *(k for k in b if k not in a)]:
-        if not prefix and key in INCIDENTAL:
+        if key in (same if prefix else INCIDENTAL):
             continue
         x, y = a.get(key), b.get(key)
         if isinstance(x, dict) and isinstance(y, dict):
