@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from dualout import Denoiser
+from dualout.card import decoder_of
 from dualout.checkpoint import read_tensors
 from dualout.errors import InputError
 from dualout.training import Run, TrainConfig
@@ -180,6 +181,15 @@ def test_images_that_have_moved_are_known_again(tmp_path):
     assert written["data"]["name"] == copy.replace(":", ":path=")
     assert written["card"]["metrics"] == [{"fd": 1.5}]
     assert yaml.safe_load((tmp_path / "run" / "train.yaml").read_text())["data"] == copy
+
+
+def test_a_finished_run_remembers_where_its_autoencoder_is_now(tmp_path):
+    latents = np.random.default_rng(0).standard_normal((20, 1, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", latents)
+    for decode in ("/here/vae", "/there/vae", None):
+        trained(tmp_path / "run", data=f"arrays:{tmp_path / 'x.npy'}:latents=true", steps=1, decode=decode)
+        written = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert decoder_of(written) == (decode or "/there/vae")
 
 
 @pytest.mark.parametrize("holds", ["notes.txt", "config.json", "state/photo.png"])

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 import yaml
 
-from dualout.card import DECODER, autoencoder_in, heading
+from dualout.card import DECODER, autoencoder_in, decoder_of, heading
 from dualout.checkpoint import entry, read_card, read_config
 from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
@@ -243,8 +243,10 @@ class Run:
             refuse_other_network(self.path, known, run["denoiser"])
         self._directory.describe(run, yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True))
         self._directory.repair_log(self.started)
-        # of data that have moved, others read there where they are now
-        if self.started and entry(self._published(), "data").get("name") != self.job.dataset.name:
+        # other commands read there where images and an autoencoder lie, and these may have moved
+        published = self._published()
+        told = entry(published, "data").get("name"), decoder_of(published)
+        if self.started and told != (self.job.dataset.name, autoencoder_in(self.job.config.decode)):
             self._publish()
         self._tracker = tracking.start(self.config.track, self.path, self.config.asdict(), self.started)
 
