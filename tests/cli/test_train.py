@@ -19,6 +19,7 @@ from dualout.cli.analyze import made_labels
 from dualout.cli.main import main
 from dualout.data import cache, decode
 from dualout.evaluation.model import Model
+from dualout.evaluation.sampling import Sampling
 from dualout.training import checkpoint as files
 
 SMALL = ["--network", "tiny:width=8", "--batch_size", "4", "--log_every", "2", "--precision", "fp32"]
@@ -155,6 +156,16 @@ def test_a_dry_run_decodes_a_few_images(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cache, "IN_MEMORY", 5000)
     assert main([*arguments, "--out", str(tmp_path / "new"), "--dry_run"]) == 2
     assert "too much to keep in memory" in capsys.readouterr().err
+
+
+def test_a_grid_takes_no_more_memory_than_training_does(tmp_path, monkeypatch):
+    images, sizes = Sampling.images, []
+    monkeypatch.setattr(Sampling, "images", lambda self, which: sizes.append(len(which)) or images(self, which))
+    out = tmp_path / "run"
+    assert train("--steps", 1, "--accumulate", 2, "--samples", 5, "--sampler", "ddim:steps=1", out=out) == 0
+    # of a batch of 4 in two parts
+    assert sizes == [2, 2, 1]
+    assert Image.open(out / "samples" / "step-000001.png").size[0] > 8
 
 
 def test_its_own_yaml_goes_on_with_a_run(tmp_path, capsys):

@@ -67,6 +67,8 @@ def run(arguments: list[str]) -> int | None:
 
 def _train(training: Run) -> None:
     every, steps = training.config.sample_every, training.config.steps
+    # there is memory to sample as many images as are trained on at a time
+    part = training.config.batch_size // training.config.accumulate // _processes(training.job)
     sampling = _sampling(training) if every and training.main else None
     with console.progress("loss", "speed") as bar:
         task = bar.add_task("training", total=steps, completed=training.started, loss="", speed="")
@@ -85,9 +87,8 @@ def _train(training: Run) -> None:
                 continue
             training.learner.gather()
             if sampling is not None:
-                _draw_samples(
-                    sampling, training.path / "samples" / f"step-{step.index:06d}.png", training.config.samples
-                )
+                picture = training.path / "samples" / f"step-{step.index:06d}.png"
+                _draw_samples(sampling, picture, training.config.samples, min(part, 64))
 
 
 def _losses(step: Step) -> str:
@@ -165,12 +166,12 @@ def _sampling(training: Run) -> Sampling | None:
     return Sampling(model, sampler, precision=job.precision.name)
 
 
-def _draw_samples(sampling: Sampling, path: Path, count: int) -> None:
+def _draw_samples(sampling: Sampling, path: Path, count: int, batch_size: int) -> None:
     import torch
 
     from dualout.analysis.canvas import sheet
 
-    images = torch.cat(list(sampling.batches(count, 64))).permute(0, 2, 3, 1).numpy()
+    images = torch.cat(list(sampling.batches(count, batch_size))).permute(0, 2, 3, 1).numpy()
     with explained(path):
         path.parent.mkdir(exist_ok=True)
     with atomically(path) as aside:
