@@ -217,6 +217,23 @@ def test_guidance_is_told_apart_in_the_table(make_model, digits, tmp_path):
     assert [method(row) for row in results.rows][1:] == ["dual, guidance 2", "dual, guidance 2 at 0.2,500"]
 
 
+def test_images_of_classes_in_turn_are_told_of_where_the_real_ones_are_uneven(make_model, digits):
+    pixels = digits.batch(np.arange(40)).numpy()
+    for counts in ([30, 8, 2], [14, 13, 13]):
+        labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+        reference = Reference.of(
+            Dataset("some", pixels, labels=labels, classes=("a", "b", "c")), Features.parse("pixels")
+        )
+        sampler = build_sampler("ddim", 2)
+        uneven = "3 classes in turn, 2 to 30 reference images"
+        for asked, told in ((None, counts[0] == 30), ((0,), False)):
+            [row] = Scoring(Sampling(make_model(classes=3), sampler, labels=asked), 10, [reference]).pending()
+            assert (uneven in row["protocol"]["warning"]) is told
+        for other in (make_model(), make_model(classes=4)):
+            [row] = Scoring(Sampling(other, sampler), 10, [reference]).pending()
+            assert "in turn" not in row["protocol"]["warning"]
+
+
 def test_other_files_are_not_taken_for_results(tmp_path):
     (tmp_path / "results.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match="something else than rows"):
@@ -250,6 +267,8 @@ def test_the_warning_is_for_few_images():
     assert "296 reference images are" in warning(50_000, 296)
     assert "9999 generated" in warning(9999, 50_000)
     assert warning(50_000, 50_000, trained_on=True).startswith("The reference images are those")
+    assert warning(50_000, 50_000, classes=[10_000, 20_000, 20_000]) is None
+    assert "the 2 classes in turn, 9000 to 41000 reference images" in warning(50_000, 50_000, classes=[9000, 41_000])
 
 
 def test_sets_of_images_have_no_seed_in_common():

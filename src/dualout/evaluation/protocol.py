@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from dualout.version import __version__
 
 ENOUGH = 10_000
+UNEVEN = 2
+"""How many times as many images as another a class may have."""
 INCIDENTAL = ("software", "device", "computed_by")
 """Written down, but no reason to make the same images again."""
 _NAMES = ("name", "data")
@@ -23,13 +26,14 @@ def software(device: torch.device) -> dict[str, Any]:
     }
 
 
-def warning(images: int, reference: int, trained_on: bool = False) -> str | None:
+def warning(images: int, reference: int, trained_on: bool = False, classes: Sequence[int] = ()) -> str | None:
     """What to know before a score is compared with another.
 
     Args:
         images: how many were generated.
         reference: how many they are compared with.
         trained_on: whether the model was trained on the very images it is compared with.
+        classes: of images that are made of some classes in turn, how many of the reference's are of each.
     """
     found = []
     few = [f"{n} {what}" for n, what in ((images, "generated images"), (reference, "reference images")) if n < ENOUGH]
@@ -40,6 +44,11 @@ def warning(images: int, reference: int, trained_on: bool = False) -> str | None
         )
     if trained_on:
         found.append("The reference images are those the model was trained on: what it learnt by heart scores best")
+    if classes and max(classes) > UNEVEN * min(classes):
+        found.append(
+            f"Images are made of the {len(classes)} classes in turn, {min(classes)} to {max(classes)} reference images "
+            "are of one: some of the distance is between these shares"
+        )
     return ". ".join(found) or None
 
 

@@ -39,6 +39,8 @@ class Reference:
     """Where the statistics are kept; what is found out later goes beside them."""
     device: torch.device | str = "cpu"
     """Where images are compared one by one."""
+    classes: Sequence[int] = ()
+    """How many of the images are of each class, where they have classes."""
 
     @classmethod
     def of(
@@ -87,7 +89,8 @@ class Reference:
             "fingerprint": dataset.fingerprint,
             "variance": float(statistics.moments[1].trace()),
         }
-        return cls(features, statistics, known, path, exact(device))
+        counts = [] if dataset.labels is None else dataset.labels.bincount(minlength=len(dataset.classes)).tolist()
+        return cls(features, statistics, known, path, exact(device), counts)
 
     @cached_property
     def alone(self) -> Alone:

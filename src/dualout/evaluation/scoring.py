@@ -106,12 +106,16 @@ class Scoring:
         row |= {} if sampling.guidance is None else {"guidance": sampling.guidance}
         interval = interval_text(sampling.guidance_interval)
         row |= {"guidance_interval": interval} if interval else {}
-        decoder = sampling.model.output.decoded_by
+        model = sampling.model
+        decoder = model.output.decoded_by
         row |= {} if decoder is None else {"decode": decoder}
-        trained_on = (sampling.model.details.get("trained_on") or {}).get("fingerprint")
+        trained_on = (model.details.get("trained_on") or {}).get("fingerprint")
         rows = []
         for reference in self.references:
-            note = warning(self.images, reference.images["count"], reference.images["fingerprint"] == trained_on)
+            known = reference.images["fingerprint"] == trained_on
+            even = sampling.labels == model.turn and len(reference.classes) == model.classes
+            in_turn = [reference.classes[k] for k in model.turn] if even else []
+            note = warning(self.images, reference.images["count"], known, in_turn)
             own = {"images": self.images} | protocol | reference.protocol() | ({"warning": note} if note else {})
             rows.append(row | {"features": reference.features.spec, "protocol": own | sampling.computed()})
         return rows
