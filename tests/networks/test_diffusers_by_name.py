@@ -102,6 +102,10 @@ CASES = {
         {**HEADS, **BOTH, "sample_size": 8, "num_embeds_ada_norm": 10, "norm_num_groups": 4}, IMAGE,
         {"class_labels": torch.tensor([1, 3])},
     ),
+    "EasyAnimateTransformer3DModel": Case(
+        {**HEADS, **BOTH, "attention_head_dim": 16, "patch_size": 2, "text_embed_dim": 12, "time_embed_dim": 8},
+        (4, 3, 8, 6), TEXT,
+    ),
     "Flux2Transformer2DModel": Case(
         {**FLUX, "axes_dims_rope": [2, 2, 2, 2], "timestep_guidance_channels": 8}, (16, 4, 6),
         {**TEXT, "guidance": torch.tensor([3.5, 2.5])},
@@ -356,6 +360,7 @@ def z_image(network: Any, x: Tensor, t: Tensor, conditions: dict[str, Any]) -> T
 
 LOOPS: dict[str, Step] = {
     "ChromaTransformer2DModel": flux,
+    "EasyAnimateTransformer3DModel": plain,
     "Flux2Transformer2DModel": flux2,
     "FluxTransformer2DModel": flux,
     "LTXVideoTransformer3DModel": ltx,

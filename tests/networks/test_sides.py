@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 import dualout
 from dualout.errors import InputError
-from dualout.networks import ChannelsAt, Concatenated, FlowTime, Listed, SigmaConditioned, Tokens, build, widen
+from dualout.networks import (
+    ChannelsAt,
+    Concatenated,
+    FlowTime,
+    Listed,
+    SigmaConditioned,
+    Tokens,
+    Unshaped,
+    build,
+    widen,
+)
 from dualout.schedules import Linear, RectifiedFlow, Schedule
 
 X, T = dualout.noise(range(2), (3, 4, 6)), torch.tensor([3, 700])
@@ -39,6 +49,14 @@ class Linears(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **told: Any) -> Tensor:
         return self.out(self.body(x).tanh())
+
+
+class Idle(Seen):
+    """Has a layer that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(3, 3)
 
 
 @pytest.mark.parametrize("side", [2, 3, -1, 1])
@@ -181,6 +199,10 @@ def test_what_a_network_of_half_precision_is_told_is_as_precise(make: Any, tmp_p
         (lambda: Concatenated(Seen(), "mask"), "conditions is a list of names"),
         (lambda: Listed(Seen(), "texts"), "conditions is a list of names"),
         (lambda: Listed(lambda x, t: x[0])(X, T), "gives a list of 2 images"),
+        (lambda: Unshaped(Seen(), "proj_out", 2), "this Seen has no layer 'proj_out'"),
+        (lambda: Unshaped(Seen(), "", 0), "patch is a whole number"),
+        (lambda: Unshaped(build("tiny", 3, 8, 3), "conv_out", 1)(X, T), "a network of 24 tokens gives as many"),
+        (lambda: Unshaped(Idle(), "out", 1)(X, T), "'out' is called 0 times"),
     ],
 )
 def test_mistakes_are_said(wrong: Any, said: str) -> None:

@@ -11,6 +11,7 @@ from dualout.networks.listed import Listed
 from dualout.networks.output import Output
 from dualout.networks.positional import Positional
 from dualout.networks.scaled import ScaledTime
+from dualout.networks.shaped import Unshaped
 from dualout.networks.sides import ChannelsAt, Concatenated
 from dualout.networks.sigma import SigmaConditioned
 from dualout.networks.tokens import Tokens
@@ -32,6 +33,7 @@ __all__ = [
     "ScaledTime",
     "SigmaConditioned",
     "Tokens",
+    "Unshaped",
     "X0First",
     "adapted",
     "build",

@@ -17,6 +17,7 @@ from dualout.networks.keyword import Keyword
 from dualout.networks.listed import Listed
 from dualout.networks.output import Interleaved, Plain, named
 from dualout.networks.scaled import ScaledTime
+from dualout.networks.shaped import Unshaped
 from dualout.networks.sides import ChannelsAt, Concatenated
 from dualout.networks.sigma import SigmaConditioned
 from dualout.networks.tokens import Tokens
@@ -49,6 +50,10 @@ def _listed(network: nn.Module) -> Adapter:
     return Listed(Keyword(network, "t"), ["cap_feats"])
 
 
+def _unshaped(network: nn.Module) -> Adapter:
+    return Unshaped(Keyword(network), "proj_out", innermost(network).config.patch_size)
+
+
 def _told_floats(network: nn.Module) -> Adapter:
     return ScaledTime(Keyword(network), 1.0)
 
@@ -69,6 +74,7 @@ CONVENTIONS: dict[str, Convention] = {
     "CogView3PlusTransformer2DModel": Convention(predicts="velocity"),
     "ConsisIDTransformer3DModel": Convention(_FRAMES_FIRST, predicts="velocity", concatenated=("image_latents",)),
     "DiTTransformer2DModel": Convention(predicts="eps"),
+    "EasyAnimateTransformer3DModel": Convention(_unshaped, FlowTime),
     "Flux2Transformer2DModel": Convention(partial(_tokens, patch=1, axes=4), _FROM_ONE),
     "FluxTransformer2DModel": Convention(_tokens, _FROM_ONE),
     "HunyuanDiT2DModel": Convention(_told_floats, predicts="velocity"),
@@ -202,6 +208,7 @@ class Blocks(Plain):
         "diffusers.CogVideoXTransformer3DModel",
         "diffusers.ConsisIDTransformer3DModel",
         "diffusers.CogView3PlusTransformer2DModel",
+        "diffusers.EasyAnimateTransformer3DModel",
         "diffusers.HunyuanVideoTransformer3DModel",
         "diffusers.Kandinsky5Transformer3DModel",
         "diffusers.PRXTransformer2DModel",

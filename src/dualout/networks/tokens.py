@@ -36,8 +36,7 @@ class Tokens(Adapter):
         self, network: nn.Module | Callable[..., Any], patch: int = 2, places: str = "ids", axes: int = 3
     ) -> None:
         super().__init__(network)
-        if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:
-            raise InputError(f"patch is a whole number of pixels, 1 or more; got {patch!r}")
+        check_patch(patch)
         if places not in PLACES or axes not in (3, 4):
             raise InputError(f"places is one of {', '.join(PLACES)}, and axes 3 or 4; got {places!r}, {axes!r}")
         self.patch, self.places, self.axes = patch, places, axes
@@ -55,26 +54,15 @@ class Tokens(Adapter):
                 f"a network of tokens sees images (B, C, H, W) or (B, C, F, H, W) whose sides are multiples of its "
                 f"patch, {p} pixels; got {tuple(x_t.shape)}"
             )
-        grid = (x_t.shape[2] if x_t.ndim == 5 else 1, x_t.shape[-2] // p, x_t.shape[-1] // p)
-        told = {k: v for k, v in self._told(grid, x_t, conditions).items() if k not in conditions}
+        told = {k: v for k, v in self._told(_grid(x_t, p), x_t, conditions).items() if k not in conditions}
         y = tensor_of(self.network(self._packed(x_t), t, **conditions, **told))
-        return self._unpacked(y, grid, x_t)
+        return unpacked(y, p, x_t)
 
     def _packed(self, x: Tensor) -> Tensor:
         """(B, C, [F,] H, W) -> (B, L, C·patch²)."""
         # (B, C, [F,] rows, p, columns, p) -> (B, [F,] rows, columns, C, p, p)
         x = x.unflatten(-1, (-1, self.patch)).unflatten(-3, (-1, self.patch))
         return x.movedim(-3, -2).movedim(1, -3).flatten(-3).flatten(1, -2)
-
-    def _unpacked(self, y: Tensor, grid: tuple[int, int, int], x: Tensor) -> Tensor:
-        """(B, L, channels·patch²) -> (B, channels, [F,] H, W)."""
-        if y.ndim != 3 or y.shape[1] != prod(grid) or y.shape[2] % self.patch**2:
-            raise InputError(
-                f"a network of {prod(grid)} tokens gives as many, of {self.patch**2} pixels each; got {tuple(y.shape)}"
-            )
-        y = y.unflatten(-1, (-1, self.patch, self.patch)).unflatten(1, grid)  # (B, F, rows, columns, channels, p, p)
-        y = y.movedim(4, 1).movedim(-2, -3).flatten(-2).flatten(-3, -2)  # (B, channels, F, H, W)
-        return y if x.ndim == 5 else y.squeeze(2)
 
     def _told(self, grid: tuple[int, int, int], x: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
         """What the network is told of where its tokens lie."""
@@ -91,3 +79,34 @@ class Tokens(Adapter):
         if self.axes == 4:
             texts[:, 3] = number
         return {"img_ids": F.pad(images, (0, self.axes - 3)), "txt_ids": texts}
+
+
+def check_patch(patch: Any) -> None:
+    """Refuse what is no number of pixels.
+
+    Raises:
+        InputError: for that.
+    """
+    if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:
+        raise InputError(f"patch is a whole number of pixels, 1 or more; got {patch!r}")
+
+
+def unpacked(y: Tensor, patch: int, x: Tensor) -> Tensor:
+    """(B, L, channels·patch²) -> (B, channels, [F,] H, W), as images x are; a channel's pixels are next to each other.
+
+    Raises:
+        InputError: for another number of tokens, or of pixels in them.
+    """
+    grid = _grid(x, patch)
+    if y.ndim != 3 or y.shape[1] != prod(grid) or y.shape[2] % patch**2:
+        raise InputError(
+            f"a network of {prod(grid)} tokens gives as many, of {patch**2} pixels each; got {tuple(y.shape)}"
+        )
+    y = y.unflatten(-1, (-1, patch, patch)).unflatten(1, grid)  # (B, F, rows, columns, channels, p, p)
+    y = y.movedim(4, 1).movedim(-2, -3).flatten(-2).flatten(-3, -2)  # (B, channels, F, H, W)
+    return y if x.ndim == 5 else y.squeeze(2)
+
+
+def _grid(x: Tensor, patch: int) -> tuple[int, int, int]:
+    """How many patches images have: (frames, rows, columns)."""
+    return (x.shape[2] if x.ndim == 5 else 1, x.shape[-2] // patch, x.shape[-1] // patch)
