@@ -269,7 +269,10 @@ class FromBetas(_Betas):
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"betas are a list of numbers between 0 and 1, got {self.betas!r}") from error
         if not betas or not all(0 < b < 1 for b in betas):
-            raise InputError(f"betas are one or more numbers between 0 and 1, got {len(betas)}: {betas[:4]} …")
+            nothing = "; a last β of 1 leaves nothing of the image: say 1 − 2⁻¹²" if betas[-1:] == (1.0,) else ""
+            raise InputError(
+                f"betas are one or more numbers between 0 and 1, got {len(betas)}: {betas[:4]} … {betas[-1:]}{nothing}"
+            )
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "steps", len(betas))
 

@@ -158,6 +158,7 @@ def test_a_batch_is_looked_up_at_once_to_the_same_numbers(dtype: torch.dtype) ->
         (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
         (lambda: FromBetas([]), "one or more numbers between 0 and 1"),
         (lambda: FromBetas([0.1, 1.0]), "one or more numbers between 0 and 1"),
+        (lambda: FromBetas([0.1, 1.0]), "a last β of 1 leaves nothing of the image: say 1 − 2⁻¹²"),
         (lambda: FromBetas([0.1, -0.1]), "one or more numbers between 0 and 1"),
         (lambda: FromBetas([0.9999] * 1000).level(0), "alpha 0 and sigma 1 at t = 80"),
     ],

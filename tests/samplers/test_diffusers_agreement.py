@@ -240,6 +240,19 @@ def test_clipping_is_the_schedulers_where_it_has_it() -> None:
         FromDiffusers("DDIMScheduler", steps=4, clip=(0.0, 1.0)).sample(denoiser, start())
 
 
+def test_dynamic_thresholding_is_the_schedulers() -> None:
+    def far(x: Tensor, t: Tensor) -> Tensor:
+        return 3 * x
+
+    scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR, thresholding=True, sample_max_value=4.0)
+    got = FromDiffusers(scheduler, steps=4).sample(Denoiser(far, Epsilon(), Linear()), start().float())
+    scheduler.set_timesteps(4)
+    x = start().float()
+    for t in scheduler.timesteps:
+        x = scheduler.step(3 * x, t, x).prev_sample
+    torch.testing.assert_close(got, x, **CLOSE)
+
+
 def test_time_steps_may_be_told_where_the_class_takes_them() -> None:
     sampler = FromDiffusers("DDPMScheduler", steps=3, spacing=(900, 400, 20))
     assert sampler.timesteps(Linear()) == [900, 400, 20]

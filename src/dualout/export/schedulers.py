@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from dualout.errors import InputError
+from dualout.networks.trained import of_signal
 from dualout.parameterizations import CleanImage, Epsilon, Parameterization, Velocity
 from dualout.parameterizations.learned_variance import base_of
 from dualout.samplers import DDIM, DDPM, DPMSolver, Sampler, UniPC
 from dualout.samplers.diffusers import check_schedule, clip_settings, named_scheduler
-from dualout.schedules import Cosine, FromBetas, Linear, ScaledLinear, Schedule
+from dualout.schedules import Cosine, Linear, ScaledLinear, Schedule
 
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -106,7 +107,10 @@ def schedule_of(scheduler: Any) -> Schedule:
     if _same(cosine := Cosine(len(table)), table):
         return cosine
     signal = table.double()
-    return FromBetas(betas=(1 - signal / torch.cat([signal.new_ones(1), signal[:-1]])).tolist())
+    if config.get("rescale_betas_zero_snr"):
+        # some have a number there that can be divided by, which may be larger than the one before it
+        signal = torch.cat([signal[:-1], signal.new_zeros(1)])
+    return of_signal(signal)
 
 
 def _same(schedule: Schedule, table: Sequence[float]) -> bool:

@@ -6,9 +6,9 @@ which network they fit and how it was trained. Files are read as data: no code i
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import re
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -22,15 +22,16 @@ from torch import Tensor
 from dualout import bounded, checkpoint, hub
 from dualout.card import DECODER, LATENTS
 from dualout.denoiser import Denoiser
-from dualout.errors import InputError, unknown
+from dualout.errors import InputError
 from dualout.files import held, read_json
 from dualout.networks.backbones import Backbone
 from dualout.networks.build import build
 from dualout.networks.outside import ScaledInput, StarterCNN, TimeUNet
 from dualout.networks.scaled import ScaledTime
-from dualout.parameterizations import CleanImage, Epsilon, LearnedVariance, Parameterization, Velocity
+from dualout.networks.trained import bounded_otherwise, of_signal, trained_by
+from dualout.parameterizations import Epsilon, LearnedVariance, Parameterization
 from dualout.registry import Registered
-from dualout.schedules import Cosine, FromBetas, Linear, ScaledLinear, Schedule
+from dualout.schedules import Linear, Schedule
 
 CODERS = ("vae", "vqvae", "movq", "vqgan")
 """What pipelines call that part."""
@@ -140,8 +141,20 @@ def _from_pipeline(directory: Path, named: str) -> Denoiser:
     """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
     parts, name = _parts(directory)
     network = diffusers_model(_place(directory, name))
-    parameterization, schedule = trained_by(_json(_place(directory, "scheduler") / "scheduler_config.json"))
-    denoiser = Denoiser(network, _with_variance(network, parameterization), schedule).eval()
+    config = _json(_place(directory, "scheduler") / "scheduler_config.json")
+    parameterization, schedule = trained_by(config)
+    read = _with_variance(network, parameterization)
+    if isinstance(read, LearnedVariance) and config.get("variance_type") == "learned":
+        raise InputError(
+            f"the scheduler of {named} has variance_type 'learned': networks here learn a place between the smallest "
+            "and the largest variance, which is variance_type 'learned_range'"
+        )
+    if how := bounded_otherwise(config):
+        warnings.warn(
+            f"the scheduler of {named} {how}. Samplers here clip pictures to [−1, 1], and with --clip false nothing",
+            stacklevel=3,
+        )
+    denoiser = Denoiser(network, read, schedule).eval()
     coder = next((k for k in CODERS if k in parts), None)
     if coder is not None:
         denoiser.card |= {LATENTS: coder, DECODER: named}
@@ -186,63 +199,6 @@ def diffusers_model(directory: Path, **options: Any) -> Any:
         listed = "; ".join(f"{k}: {', '.join(map(str, list(v)[:6]))}" for k, v in wrong.items())
         raise InputError(f"the weights in {directory} do not fit its {cls.__name__}, nothing was loaded; {listed}")
     return network.eval()
-
-
-def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
-    """What a diffusers scheduler's configuration says of the training.
-
-    Raises:
-        InputError: for a prediction type or a noise schedule that is not known, or a scheduler that counts its noise
-            otherwise than by β.
-    """
-    config = _with_defaults(config)
-    _check_betas(config)
-    kinds = {"epsilon": Epsilon, "sample": CleanImage, "v_prediction": Velocity}
-    prediction = config.get("prediction_type", "epsilon")
-    if str(prediction) not in kinds:
-        raise unknown("prediction_type of the scheduler", prediction, kinds)
-    steps: Any = config.get("num_train_timesteps", 1000)
-    steps = int(steps) if isinstance(steps, float) and steps.is_integer() else steps
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 2e-2)
-    if config.get("rescale_betas_zero_snr"):
-        raise InputError("the scheduler has rescale_betas_zero_snr: its last step holds no image, and alpha is 0 there")
-    if config.get("trained_betas") is not None:
-        return kinds[prediction](), FromBetas(config["trained_betas"])
-    known = {
-        "linear": lambda: Linear(steps, start, end),
-        "scaled_linear": lambda: ScaledLinear(steps, start, end),
-        "squaredcos_cap_v2": lambda: Cosine(steps),
-    }
-    kind = config.get("beta_schedule", "linear")
-    if str(kind) not in known:
-        raise unknown("beta_schedule of the scheduler", kind, known)
-    return kinds[prediction](), known[kind]()
-
-
-def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler's file leaves out is as in its class, and not alike in all: older files hold less."""
-    import diffusers
-
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    known = inspect.signature(cls).parameters if isinstance(cls, type) else {}
-    return {k: p.default for k, p in known.items() if p.default is not p.empty} | dict(config)
-
-
-def _check_betas(config: Mapping[str, Any]) -> None:
-    """Refuse schedulers of rectified flow, EDM, consistency models and the like, which say of ε and β nothing."""
-    name, reason = config.get("_class_name", "the scheduler"), None
-    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
-        reason = "has no beta_schedule: the network was trained with noise of another kind"
-    elif config.get("timestep_type") == "continuous":
-        reason = 'has timestep_type "continuous": the network is told ln(σ) / 4 instead of the time step'
-    elif config.get("snr_shift_scale", 1) != 1:
-        reason = "has snr_shift_scale, another noise schedule than that of its betas"
-    if reason:
-        raise InputError(
-            f"{name} {reason}. In Python, dualout.training.upgrade.upgrade takes any denoiser: "
-            "Denoiser(network, Flow(), RectifiedFlow()) for rectified flow, with Karras() and EDM() for EDM, and "
-            "adapters of dualout.networks for what the network is told"
-        )
 
 
 def _with_variance(network: Any, parameterization: Parameterization) -> Parameterization:
@@ -375,8 +331,7 @@ class StarterLayout(Layout):
         # images twice as large: x_t is scaled so that alpha² + sigma² = 1 again
         signal = tensors["alpha_t"].double()[1:] / 4
         signal = signal / (signal + 1 - 4 * signal)
-        before = torch.cat([signal.new_ones(1), signal[:-1]])
-        schedule = FromBetas((1 - signal / before).tolist())
+        schedule = of_signal(signal)
         steps = schedule.steps
         timed = ScaledTime(network, 1 / steps, 1 / steps)
         return Denoiser(ScaledInput(timed, schedule.config(), 0.5), Epsilon(), schedule)

@@ -35,11 +35,12 @@ class _Stage(NamedTuple):
 class FromDiffusers(Sampler):
     """A scheduler of diffusers as a sampler.
 
-    A scheduler with a setting `clip_sample` clips by itself, as it is set; for the others x0 is clipped before it is
-    handed over, as eps, x0 or v, whichever its `prediction_type` asks for; with `variance_type="learned_range"`, a
-    learned variance goes with it. Schedulers with two evaluations a step (Heun, KDPM2) or between the discrete time
-    steps are refused. A scheduler's own behaviour is kept: DDIM's goes T // K on, wherever the next of its time steps
-    is, and DDPM's, with a large variance, leaves noise in the images unless the last time step is 0.
+    A scheduler with a setting `clip_sample` clips by itself, as it is set, and one with dynamic `thresholding` too; for
+    the others x0 is clipped before it is handed over, as eps, x0 or v, whichever its `prediction_type` asks for; with
+    `variance_type="learned_range"`, a learned variance goes with it. Schedulers with two evaluations a step (Heun,
+    KDPM2) or between the discrete time steps are refused. A scheduler's own behaviour is kept: DDIM's goes T // K on,
+    wherever the next of its time steps is, and DDPM's, with a large variance, leaves noise in the images unless the
+    last time step is 0.
 
     Attributes:
         scheduler: a scheduler, whose noise schedule must be the denoiser's; or the name of one of diffusers' classes,
@@ -113,7 +114,7 @@ def model_output(p: Prediction, scheduler: Any, clip: tuple[float, float] | None
     Args:
         p: the prediction.
         scheduler: whose `prediction_type` says which output it takes.
-        clip: the range of x0, for schedulers that have no setting `clip_sample` themselves.
+        clip: the range of x0, for schedulers that have no setting `clip_sample` themselves, and no `thresholding`.
 
     Returns:
         eps, x0 or v, (B, C, H, W); (B, 2C, H, W) with the learned variance, where the scheduler uses it.
@@ -121,7 +122,7 @@ def model_output(p: Prediction, scheduler: Any, clip: tuple[float, float] | None
     Raises:
         InputError: for another prediction type, or where there is no learned variance.
     """
-    if clip is not None and not clips_itself(type(scheduler)):
+    if clip is not None and not clips_itself(type(scheduler)) and not _thresholds(scheduler):
         p = Prediction(p.x_t, p.level, p.x0.clamp(*clip), p.parts)
     match check_type(scheduler):
         case "epsilon":
@@ -144,6 +145,11 @@ def model_output(p: Prediction, scheduler: Any, clip: tuple[float, float] | None
 def clips_itself(scheduler: type) -> bool:
     """Whether a class of schedulers has a setting `clip_sample`; from_config leaves others' in every config."""
     return "clip_sample" in inspect.signature(scheduler).parameters
+
+
+def _thresholds(scheduler: Any) -> bool:
+    """Whether a scheduler bounds each image by a quantile of its own, of which clipping would leave nothing."""
+    return bool(scheduler.config.get("thresholding")) and hasattr(scheduler, "_threshold_sample")
 
 
 def clip_settings(clip: tuple[float, float] | None) -> dict[str, Any]:
@@ -293,10 +299,16 @@ def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
             f"diffusers' schedulers with a table of alphas_cumprod need alpha² + sigma² = 1, which the denoiser's "
             f"schedule ({schedule.spec}) does not keep"
         )
-    if len(table) != schedule.steps or not torch.allclose(table.cpu().double().sqrt(), alpha, atol=1e-4):
+    signal = table.cpu().double().clone()
+    if scheduler.config.get("rescale_betas_zero_snr") and float(scheduler.init_noise_sigma) == 1:
+        # some say 2⁻²⁴ there instead, and read the network by that
+        signal[-1] = 0.0
+    if len(signal) != schedule.steps or not torch.allclose(signal.sqrt(), alpha, atol=1e-4):
+        # of a table the spec is all of it
+        own = schedule.spec if len(schedule.spec) < 100 else f"{schedule.name} of {schedule.steps} steps"
         raise InputError(
-            f"{name} has another noise schedule than the denoiser ({schedule.spec}); build it with trained_betas, or "
-            "give its class name and it is built for you"
+            f"{name} has another noise schedule than the denoiser ({own}); build it with trained_betas, or give its "
+            "class name and it is built for you"
         )
     check_type(scheduler)
     return scheduler

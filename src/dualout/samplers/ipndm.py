@@ -28,7 +28,16 @@ class EpsStep(NamedTuple):
 
     @classmethod
     def between(cls, t: Level[float], s: Level[float]) -> EpsStep:
-        """The step from level t to level s."""
+        """The step from level t to level s.
+
+        Raises:
+            InputError: where what eps errs by would be multiplied by 200,000 and more.
+        """
+        if t.alpha < 5e-6:
+            raise InputError(
+                f"a step in sigma / alpha, as Heun's and iPNDM's are, cannot begin where alpha is {t.alpha:.1g} and "
+                "nothing is left of the image: take ddim, dpmsolver or unipc, or leading spacing"
+            )
         return cls(1 / t.alpha, -t.sigma / t.alpha, s.alpha, s.sigma)
 
     def take(self, sampler: Sampler, x_t: Tensor, eps: Tensor) -> Tensor:
