@@ -351,10 +351,25 @@ def test_a_pipeline_without_safetensors(unet, tmp_path, monkeypatch, caplog) -> 
     assert not caplog.records
 
 
+@pytest.mark.parametrize("size", ["10GB", "20KB"])
+def test_weights_that_are_there_as_one_variant_are_read(unet, tmp_path, size) -> None:
+    unet.save_pretrained(tmp_path / "unet", variant="fp16", max_shard_size=size)
+    read = foreign.load(tmp_path / "unet", parameterization="eps", schedule="linear")
+    assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
+    shutil.copytree(tmp_path / "unet", tmp_path / "both")
+    build(NETWORK, 1, 8, 1).save_pretrained(tmp_path / "both", variant="bf16")
+    with pytest.raises(InputError, match=r"as one variant of that.*it holds diffusion_pytorch_model.bf16.safetensors"):
+        foreign.load(tmp_path / "both", parameterization="eps", schedule="linear")
+    unet.save_pretrained(tmp_path / "both")
+    read = foreign.load(tmp_path / "both", parameterization="eps", schedule="linear")
+    assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
+
+
 def test_weights_of_another_name_are_told(unet, tmp_path) -> None:
-    unet.save_pretrained(tmp_path / "unet", variant="fp16")
-    with pytest.raises(InputError, match=r"it holds diffusion_pytorch_model.fp16.safetensors\)"):
-        foreign.load(tmp_path / "unet", parameterization="eps", schedule="linear")
+    unet.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"as diffusion_pytorch_model.safetensors, .* it holds model.safetensors"):
+        foreign.load(tmp_path, parameterization="eps", schedule="linear")
 
 
 def dit():

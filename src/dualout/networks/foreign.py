@@ -6,17 +6,14 @@ which network they fit and how it was trained. Files are read as data: no code i
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from dualout import bounded, checkpoint, hub
@@ -29,15 +26,20 @@ from dualout.networks.build import build
 from dualout.networks.outside import ScaledInput, StarterCNN, TimeUNet
 from dualout.networks.scaled import ScaledTime
 from dualout.networks.trained import bounded_otherwise, of_signal, trained_by
+from dualout.networks.weights import FILES, LORA, find_weights, read_weights
 from dualout.parameterizations import Epsilon, LearnedVariance, Parameterization
 from dualout.registry import Registered
 from dualout.schedules import Linear, Schedule
 
 CODERS = ("vae", "vqvae", "movq", "vqgan")
 """What pipelines call that part."""
-FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-_WRAPPINGS = re.compile(r"^(module\.|_orig_mod\.)+")
-_NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net", "unet")
+
+
+_WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(-\d+-of-\d+)?(\.(?P<variant>\w+?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
+)
+_LORAS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
+"""What diffusers and PEFT call the files of a LoRA."""
 
 
 def load(
@@ -60,7 +62,7 @@ def load(
         _untold(source, parameterization=parameterization, schedule=schedule)
         return _from_file(path, adapter)
     if adapter is not None:
-        raise InputError(f"--adapter is for files of weights; {str(source)!r} is no file")
+        raise InputError(f"--adapter is for files of weights; {str(source)!r} is no file{_files_in(path)}")
     if not path.is_dir() and not hub.is_name(str(source)):
         raise InputError(f"there is no file or directory {str(source)!r}")
     directory = path if path.is_dir() else _downloaded(str(source))
@@ -114,11 +116,19 @@ def _untold(source: str | Path, **told: str | None) -> None:
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         present = ", ".join(held(path.parent)[:8]) or "nothing"
+        if any((path.parent / name).is_file() for name in _LORAS):
+            raise InputError(LORA.format(path.parent))
         raise InputError(
             f"{path.parent} is no checkpoint of dualout and no model or pipeline of diffusers: {path.name} is missing "
-            f"(it holds {present})"
+            f"(it holds {present}){_files_in(path.parent)}"
         )
     return read_json(path)
+
+
+def _files_in(directory: Path) -> str:
+    """What to do with files of weights in a directory that does not say of what network they are."""
+    files = [p.name for p in sorted(directory.glob("*")) if p.suffix in FILES] if directory.is_dir() else []
+    return f"; of a file of weights, as {files[0]}, name the file itself, with --adapter" if files else ""
 
 
 def _parts(directory: Path) -> tuple[list[str], str]:
@@ -181,8 +191,18 @@ def diffusers_model(directory: Path, **options: Any) -> Any:
     config = _json(directory / checkpoint.CONFIG)
     cls: Any = checkpoint.allowed(f"diffusers.{config.get('_class_name')}")
     weights = [p for p in directory.iterdir() if p.suffix in FILES]
+    named = [found for p in weights if (found := _WEIGHTS.fullmatch(p.name))]
+    variants = {found["variant"] for found in named}
+    if len(variants) != 1 and None not in variants:
+        present = ", ".join(sorted(p.name for p in weights)[:8]) or "no weights"
+        raise InputError(
+            f"{directory} is to hold the weights of its {cls.__name__} as diffusion_pytorch_model.safetensors, or as "
+            f"one variant of that, .fp16.safetensors; it holds {present}"
+        )
+    variant = None if None in variants else variants.pop()
     # or else diffusers logs an error where it then reads a .bin
-    options = {"use_safetensors": any(directory.glob("diffusion_pytorch_model.safetensors*"))} | options
+    safe = any(found["variant"] == variant and found["kind"] == "safetensors" for found in named)
+    options = {"use_safetensors": safe, "variant": variant} | options
     try:
         # a number takes a byte or more
         with bounded.no_more_than(sum(p.stat().st_size for p in weights), str(directory)):
@@ -215,31 +235,7 @@ def _from_file(path: Path, adapter: str | None) -> Denoiser:
     if adapter is None:
         raise InputError(f"{path} holds weights and no network: say which with --adapter; there are {known}")
     layout = Layout.parse(adapter)
-    return layout.read(layout.picked(read_weights(path), str(path)), str(path)).eval()
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """What a file of weights holds; tensors and plain values only.
-
-    Raises:
-        InputError: when it is damaged, or could only be read by running code that it brings.
-    """
-    if path.suffix == ".safetensors":
-        return dict(checkpoint.read_tensors(path))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        detail = next((f" ({line.strip()})" for line in reason if "GLOBAL" in line or "Unsupported" in line), "")
-        raise InputError(
-            f"{path} is a pickle that needs code to be run, or is damaged, and is not loaded{detail}: save the model's "
-            "state_dict() alone where that code is trusted"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged or is no file of weights: {str(error).strip()[:300]}") from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds a {type(content).__name__}, not weights by name (a state_dict)")
-    return dict(content)
+    return layout.read(find_weights(read_weights(path), str(path), layout.entry), str(path)).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,27 +257,6 @@ class Layout(Registered, ABC):
             InputError: when they do not fit; missing and unexpected names are listed.
         """
 
-    def picked(self, content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-        """The weights in a file's content."""
-        if self.entry is not None:
-            for name in self.entry.split("."):
-                if not isinstance(content, Mapping) or name not in content:
-                    raise InputError(
-                        f"{source} has no entry {self.entry!r}; it has {', '.join(map(str, content))[:300]}"
-                    )
-                content = content[name]
-        seen: list[int] = []
-        while not any(isinstance(v, Tensor) for v in content.values()):
-            seen.append(id(content))
-            # a pickle may hold itself
-            inner = [k for k in _NESTS if isinstance(content.get(k), Mapping) and id(content[k]) not in seen]
-            if not inner:
-                listed = ", ".join(map(str, list(content)[:8])) or "nothing"
-                raise InputError(f"{source} holds no weights at its top: it holds {listed}; say which by entry=NAME")
-            content = content[inner[0]]
-        # nn.DataParallel and torch.compile put their names before each
-        return {_WRAPPINGS.sub("", str(k)): v for k, v in content.items() if isinstance(v, Tensor)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlainLayout(Layout):
@@ -294,7 +269,7 @@ class PlainLayout(Layout):
         classes: how many classes it is told.
         parameterization: what it was trained to predict.
         schedule: the noise levels.
-        prefix: what all names begin with.
+        prefix: what the names of its weights begin with; others are left out.
     """
 
     name = "plain"
@@ -311,8 +286,19 @@ class PlainLayout(Layout):
         """Build the network, and load it strictly."""
         outputs = self.parameterization.channels(self.channels)
         network = build(self.network, self.channels, self.size, outputs, self.classes)
-        checkpoint.load_strictly(network, {k.removeprefix(self.prefix): v for k, v in tensors.items()}, source)
+        if any(name.startswith(self.prefix) for name in tensors):
+            tensors = {k.removeprefix(self.prefix): v for k, v in tensors.items() if k.startswith(self.prefix)}
+        if before := _before(tensors, network.state_dict()):
+            raise InputError(f"the weights of this network begin with {before!r} in {source}: say prefix={before}")
+        checkpoint.load_strictly(network, tensors, source)
         return Denoiser(network, self.parameterization, self.schedule)
+
+
+def _before(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What all of a network's names have before them among a file's; nothing where they do not have it all."""
+    first = next(iter(own))
+    ends = (name.removesuffix(first) for name in tensors if name.endswith(f".{first}"))
+    return next((before for before in ends if all(f"{before}{name}" in tensors for name in own)), "")
 
 
 @dataclass(frozen=True, kw_only=True)
