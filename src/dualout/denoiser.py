@@ -299,8 +299,8 @@ def _check_schedules(network: Any, schedule: Schedule) -> None:
         other = getattr(network, "schedule", schedule)
         if isinstance(other, Schedule) and other != schedule:
             raise InputError(
-                f"the network is told the noise levels of {other!r} by its {type(network).__name__}, and the denoiser "
-                f"counts those of {schedule!r}: say the same for both"
+                f"the network is told the noise levels of {other} by its {type(network).__name__}, and the denoiser "
+                f"counts those of {schedule}: say the same for both"
             )
         network = getattr(network, "network", None)
 

@@ -43,6 +43,10 @@ class Schedule(Registered, ABC):
         if not 1 <= self.steps <= _MOST:
             raise InputError(f"a schedule has from 1 to {_MOST} steps, got {self.steps!r}")
 
+    def __str__(self) -> str:
+        """The spec, for messages; of a table, how long it is."""
+        return spec if len(spec := self.spec) < 200 else f"{self.name} of {self.steps} steps"
+
     @abstractmethod
     def tables(self) -> tuple[Tensor, Tensor]:
         """`alpha` and `sigma` of every t, each of shape (T,), float64: what a schedule is given by; `levels` has them

@@ -12,6 +12,7 @@ import torch
 
 from dualout.errors import InputError
 from dualout.levels import CLEAN, Level
+from dualout.samplers.diffusers import check_schedule
 from dualout.schedules import EDM, Cosine, FromBetas, Linear, RectifiedFlow, ScaledLinear, Schedule
 
 
@@ -61,6 +62,14 @@ def test_from_betas_repeats_another() -> None:
         assert same == FromBetas(betas)
         assert hash(same) == hash(FromBetas(betas))
         torch.testing.assert_close(same.log_snr, Linear(50).log_snr)
+
+
+def test_messages_do_not_write_tables_out() -> None:
+    assert str(FromBetas(Linear().variances())) == "frombetas of 1000 steps"
+    assert str(Cosine(50)) == "cosine:steps=50"
+    scheduler = pytest.importorskip("diffusers").DDIMScheduler()
+    with pytest.raises(InputError, match=r"another noise schedule than the denoiser \(frombetas of 1000 steps\)"):
+        check_schedule(scheduler, FromBetas(torch.linspace(1e-4, 0.05, 1000)))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

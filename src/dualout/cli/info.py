@@ -173,10 +173,12 @@ def about(run: str) -> dict[str, Any]:
 
 
 def _spec(kind: str, config: dict[str, Any]) -> str:
+    """In short: of a table of betas, how long it is."""
     from dualout.parameterizations import Parameterization
     from dualout.schedules import Schedule
 
-    return {"parameterization": Parameterization, "schedule": Schedule}[kind].from_config(config[kind]).spec
+    found = {"parameterization": Parameterization, "schedule": Schedule}[kind].from_config(config[kind])
+    return str(found) if isinstance(found, Schedule) else found.spec
 
 
 def _changed(config: dict[str, Any]) -> dict[str, Any]:

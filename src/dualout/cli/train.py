@@ -116,7 +116,7 @@ def _announce(training: Run) -> None:
     )
     if last.alpha > _MUCH_LEFT * last.sigma:
         console.say(
-            f"--schedule {schedule.spec} leaves {last.alpha:.2g} of the image at its last step, and samples begin with "
+            f"--schedule {schedule} leaves {last.alpha:.2g} of the image at its last step, and samples begin with "
             "noise alone: fewer steps need a larger beta_end in proportion, or --schedule cosine"
         )
     if training.started:

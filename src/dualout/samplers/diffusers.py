@@ -297,18 +297,16 @@ def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
     if not torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-6):
         raise InputError(
             f"diffusers' schedulers with a table of alphas_cumprod need alpha² + sigma² = 1, which the denoiser's "
-            f"schedule ({schedule.spec}) does not keep"
+            f"schedule ({schedule}) does not keep"
         )
     signal = table.cpu().double().clone()
     if scheduler.config.get("rescale_betas_zero_snr") and float(scheduler.init_noise_sigma) == 1:
         # some say 2⁻²⁴ there instead, and read the network by that
         signal[-1] = 0.0
     if len(signal) != schedule.steps or not torch.allclose(signal.sqrt(), alpha, atol=1e-4):
-        # of a table the spec is all of it
-        own = schedule.spec if len(schedule.spec) < 100 else f"{schedule.name} of {schedule.steps} steps"
         raise InputError(
-            f"{name} has another noise schedule than the denoiser ({own}); build it with trained_betas, or give its "
-            "class name and it is built for you"
+            f"{name} has another noise schedule than the denoiser ({schedule}); build it with trained_betas, or give "
+            "its class name and it is built for you"
         )
     check_type(scheduler)
     return scheduler

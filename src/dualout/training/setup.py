@@ -177,7 +177,7 @@ def _network(config: TrainConfig, dataset: Dataset, parameterization: Parameteri
 
 def _initialized(config: TrainConfig, dataset: Dataset) -> Denoiser:
     denoiser = Denoiser.from_pretrained(config.init)  # type: ignore[arg-type]
-    own = {"parameterization": denoiser.parameterization.spec, "schedule": denoiser.schedule.spec}
+    own = {"parameterization": denoiser.parameterization.spec, "schedule": str(denoiser.schedule)}
     for name, value in own.items():
         asked = getattr(config, name)
         if asked is not None and asked != value:
