@@ -472,6 +472,21 @@ def test_a_model_without_its_scheduler_must_be_told_how_it_was_trained(unet, tmp
     assert (read.parameterization.spec, read.schedule.spec) == ("velocity", "cosine")
 
 
+def test_a_table_of_times_that_is_shorter_than_the_schedule_is_refused(tmp_path, capsys) -> None:
+    from diffusers import UNet2DModel
+
+    network = build(NETWORK, 1, 8, 1)
+    learned = UNet2DModel.from_config(network.config, time_embedding_type="learned", num_train_timesteps=50)
+    learned.save_pretrained(tmp_path / "model")
+    how = ("--parameterization", "eps", "--schedule")
+    assert upgraded(tmp_path / "model", *how, "linear", out=tmp_path / "out") == 2
+    assert "cannot be called as (x_t, t)" in capsys.readouterr().err
+    assert upgraded(tmp_path / "model", *how, "cosine:steps=50", out=tmp_path / "out") == 0
+    dualout.Denoiser(learned, Epsilon(), dualout.schedules.Cosine(60)).save_pretrained(tmp_path / "longer")
+    assert main(["sample", str(tmp_path / "longer"), "--images", "1", "--out", str(tmp_path / "images")]) == 2
+    assert "cannot look at images of (1, 8, 8)" in capsys.readouterr().err
+
+
 def test_weights_that_do_not_fit_are_listed(unet, tmp_path, capsys) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -107,13 +107,15 @@ class Model:
 
     @torch.no_grad()
     def _check_network(self) -> None:
-        """Call the network with one image: what a configuration describes may be built, and fail at that."""
+        """Call the network with one image at the last time step: what a configuration describes may be built, and fail
+        at that."""
         channels, height, width = self.shape
         if height * width > _CHECKED_PIXELS:
             return
         labels = {} if self.classes is None else {"class_labels": torch.zeros(1, dtype=torch.long, device=self.device)}
         try:
-            self.denoiser(torch.zeros(1, channels, height, width, device=self.device), 0, **labels)
+            last = self.denoiser.schedule.steps - 1
+            self.denoiser(torch.zeros(1, channels, height, width, device=self.device), last, **labels)
         except (InputError, MemoryError):
             raise
         except Exception as error:  # networks raise whatever damaged arguments lead them to

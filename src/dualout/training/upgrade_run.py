@@ -147,7 +147,9 @@ class Upgrade:
         source = self._source()
         self._divide()
         first = next(iter(self.validation))
-        self.example = (first.x0[:2], first.t[:2], {k: v[:2] for k, v in first.conditions.items()})
+        # a network that has a table of times may have a shorter one than the schedule
+        last = torch.full_like(first.t[:2], source.schedule.steps - 1)
+        self.example = (first.x0[:2], last, {k: v[:2] for k, v in first.conditions.items()})
         call(source.network, self.example)  # type: ignore[arg-type]
         self.denoiser = upgrade(source, layer=self.config.layer, example=self.example).eval()
         self.closed = upgraded_of(self.denoiser).closed
