@@ -454,6 +454,13 @@ def test_one_that_is_not_adapted_is_refused_with_what_to_do(name: str, shape: tu
         dualout.widen(Keyword(made(name)), 9, example=example)
 
 
+def test_one_that_shapes_by_its_input_is_refused_where_it_is_not_adapted() -> None:
+    network = made("EasyAnimateTransformer3DModel")
+    for given in (network, Keyword(network), FlowTime(Keyword(network), FLOW)):
+        with pytest.raises(InputError, match=r"as many channels as it sees. .*behind dualout.networks.adapted\("):
+            dualout.widen(given, 9)
+
+
 def test_others_are_refused_with_the_adapters_there_are() -> None:
     class Frames(torch.nn.Module):
         def __init__(self) -> None:

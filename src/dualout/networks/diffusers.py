@@ -139,6 +139,21 @@ def adapted(
     return found if convention.time is None or schedule is None else convention.time(found, schedule)
 
 
+def check_shaped(network: nn.Module, inner: nn.Module) -> None:
+    """Refuse a network that shapes its output by its input's channels, unless that is done outside it.
+
+    Args:
+        network: what is called.
+        inner: the network itself.
+
+    Raises:
+        InputError: for that.
+    """
+    convention = _known(inner)
+    if convention and convention.layout is _unshaped and not any(isinstance(m, Unshaped) for m in network.modules()):
+        raise InputError(f"this {type(inner).__name__} makes as many channels as it sees. {elsewhere(inner)}")
+
+
 def elsewhere(network: nn.Module) -> str:
     """What to do with a network whose channels are not the second side of its output."""
     if _known(network) is not None:

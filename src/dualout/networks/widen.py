@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter
+from dualout.networks.adapter import Adapter, innermost
 from dualout.networks.device import double
-from dualout.networks.diffusers import elsewhere
+from dualout.networks.diffusers import check_shaped, elsewhere
 from dualout.networks.output import Output, Plain, named, output_of
 from dualout.networks.trace import Example, call, folded, guess, listed, trace
 from dualout.networks.wide import KINDS, Wide, layers_of, partial, rows_of, wider
@@ -60,6 +60,7 @@ def widen(
         InputError: when the layer cannot be found (the candidates are named) or widened.
     """
     network = _plain(network)
+    check_shaped(network, innermost(network))
     channels = as_python(channels)
     if not isinstance(channels, int) or isinstance(channels, bool):
         raise InputError(f"channels is a whole number; got {channels!r}")
