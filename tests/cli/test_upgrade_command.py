@@ -272,6 +272,15 @@ def test_a_pipeline_of_diffusers(unet, tmp_path, prediction, capsys) -> None:
     assert torch.equal(first_of(new.route(closed)), first_of(read))
 
 
+def test_a_part_that_a_pipeline_leaves_out_is_none(unet, tmp_path) -> None:
+    from diffusers import DDPMPipeline
+
+    DDPMPipeline(unet, scheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": [None, None], "transformer": [None, None]}))
+    assert foreign.load(tmp_path).card == {}
+
+
 def test_a_network_of_latents_is_not_taught_pictures(unet, tmp_path, capsys) -> None:
     from diffusers import LDMPipeline, VQModel
 

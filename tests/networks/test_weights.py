@@ -79,6 +79,18 @@ def test_an_average_is_taken_before_what_it_is_of(name: str, tmp_path: Path) -> 
     assert same(loaded(AVERAGES[name], tmp_path), AVERAGE)
 
 
+def test_a_file_of_several_is_read_with_the_others(tmp_path: Path) -> None:
+    names = list(RAW)
+    for number in range(3):
+        part = {name: RAW[name] for name in names[number::3]}
+        save_file(part, tmp_path / f"model-0000{number + 1}-of-00003.safetensors")
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    assert same(foreign.load(shard, PLAIN).network.state_dict(), RAW)  # type: ignore[union-attr]
+    (tmp_path / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match=r"one of 3 files, of which model-00003-of-00003.safetensors is missing"):
+        foreign.load(shard, PLAIN)
+
+
 def test_the_entry_that_is_named_is_taken(tmp_path: Path) -> None:
     assert same(loaded(AVERAGES["ema_model"], tmp_path, f"{PLAIN}:entry=model"), RAW)
     assert same(loaded({"a": {"b": RAW, "ema": AVERAGE}}, tmp_path, f"{PLAIN}:entry=a.b"), RAW)

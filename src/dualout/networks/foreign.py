@@ -133,7 +133,9 @@ def _files_in(directory: Path) -> str:
 
 def _parts(directory: Path) -> tuple[list[str], str]:
     """What a pipeline of diffusers is made of, and which of it is the network."""
-    parts = [k for k in _json(directory / checkpoint.INDEX) if not k.startswith("_")]
+    index = _json(directory / checkpoint.INDEX)
+    # settings lie beside, and parts that are left out are [null, null]
+    parts = [k for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and v[:1] != [None]]
     name = next((k for k in ("unet", "transformer", "model") if k in parts), None)
     if name is None or "scheduler" not in parts:
         raise InputError(

@@ -22,6 +22,7 @@ _AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 """What names of averages have in them: ema, ema_model, model_ema, ema_state_dict, params_ema, ema_0.9999."""
 _COUNTS = ("n_averaged", "decay", "num_updates", "initted", "step")
 """What averages keep beside their weights."""
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.\w+")
 _LORA = re.compile(r"(?<![a-z])lora(?![a-z])")
 LORA = (
     "{} holds a LoRA, which changes weights that lie elsewhere: merge it in diffusers, pipeline.fuse_lora() and "
@@ -30,11 +31,21 @@ LORA = (
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """What a file of weights holds; tensors and plain values only.
+    """What a file of weights holds, or all of them where it is one of several; tensors and plain values only.
 
     Raises:
         InputError: when it is damaged, or could only be read by running code that it brings.
     """
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None:
+        return _read(path)
+    names = [f"{shard[1]}-{number:05}-of-{shard[2]}{path.suffix}" for number in range(1, int(shard[2]) + 1)]
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise InputError(f"{path} is one of {len(names)} files, of which {_some(missing)} is missing")
+    return {key: value for name in names for key, value in _read(path.parent / name).items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(checkpoint.read_tensors(path))
     try:
