@@ -304,6 +304,10 @@ def test_a_spacing_that_a_class_has_not_is_refused(name: str, spacing: str, says
         (diffusers.DDIMScheduler(num_train_timesteps=500), "another noise schedule than the denoiser"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), "no scheduler with a table of alphas_cumprod"),
         (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), 'timestep_type "continuous"'),
+        (
+            diffusers.DPMSolverMultistepScheduler(**LINEAR, use_flow_sigmas=True),
+            "use_flow_sigmas, another noise schedule",
+        ),
         (object(), "no scheduler with a table of alphas_cumprod"),
         (diffusers.EulerDiscreteScheduler(timestep_spacing="linspace"), "between the discrete ones"),
     ],

@@ -51,10 +51,6 @@ def check_scheduler(scheduler: Any, schedule: Schedule) -> None:
     ]
     if needs:
         raise InputError(f"{name} needs {', '.join(needs)} at each step, which this pipeline does not have")
-    if scheduler.config.get("use_flow_sigmas"):
-        raise InputError(
-            f"{name} has use_flow_sigmas, another noise schedule than the one it was made with; switch it off"
-        )
 
 
 def first_noise(

@@ -293,6 +293,8 @@ def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
             f'{name} has timestep_type "continuous", which tells networks ln(σ) / 4 in the place of the time step t: '
             'give it timestep_type="discrete"'
         )
+    if scheduler.config.get("use_flow_sigmas"):
+        raise InputError(f"{name} has use_flow_sigmas, another noise schedule than that of its table; switch it off")
     alpha, sigma = schedule.levels
     if not torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-6):
         raise InputError(
