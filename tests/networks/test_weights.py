@@ -93,6 +93,7 @@ def test_a_file_of_several_is_read_with_the_others(tmp_path: Path) -> None:
 
 def test_the_entry_that_is_named_is_taken(tmp_path: Path) -> None:
     assert same(loaded(AVERAGES["ema_model"], tmp_path, f"{PLAIN}:entry=model"), RAW)
+    assert same(loaded({"ema": RAW, "ema_0.9999": AVERAGE}, tmp_path, f"{PLAIN}:entry=ema_0.9999"), AVERAGE)
     assert same(loaded({"a": {"b": RAW, "ema": AVERAGE}}, tmp_path, f"{PLAIN}:entry=a.b"), RAW)
 
 

@@ -75,7 +75,8 @@ def find_weights(content: Mapping[str, Any], source: str, entry: str | None = No
     Raises:
         InputError: for content without weights, with more than one average, or of a LoRA.
     """
-    for name in entry.split(".") if entry is not None else ():
+    # ema_0.9999 is one name
+    for name in () if entry is None else [entry] if entry in content else entry.split("."):
         if not isinstance(content, Mapping) or name not in content:
             has = _some(content) if isinstance(content, Mapping) else f"a value of type {type(content).__name__} there"
             raise InputError(f"{source} has no entry {entry!r}; it has {has}")
