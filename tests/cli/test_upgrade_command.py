@@ -374,10 +374,11 @@ def test_weights_that_are_there_as_one_variant_are_read(unet, tmp_path, size) ->
     assert torch.equal(read.network.conv_out.weight, unet.conv_out.weight)
 
 
-def test_weights_of_another_name_are_told(unet, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "diffusion_pytorch_model.non_ema.safetensors"])
+def test_weights_of_another_name_are_told(unet, tmp_path, name) -> None:
     unet.save_pretrained(tmp_path)
-    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"as diffusion_pytorch_model.safetensors, .* it holds model.safetensors"):
+    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / name)
+    with pytest.raises(InputError, match=f"as diffusion_pytorch_model.safetensors, .* it holds {name}"):
         foreign.load(tmp_path, parameterization="eps", schedule="linear")
 
 

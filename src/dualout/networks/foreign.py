@@ -194,7 +194,8 @@ def diffusers_model(directory: Path, **options: Any) -> Any:
     cls: Any = checkpoint.allowed(f"diffusers.{config.get('_class_name')}")
     weights = [p for p in directory.iterdir() if p.suffix in FILES]
     named = [found for p in weights if (found := _WEIGHTS.fullmatch(p.name))]
-    variants = {found["variant"] for found in named}
+    # of other weights, as non_ema, what they are is not known
+    variants = {found["variant"] for found in named} & {None, "fp16", "bf16"}
     if len(variants) != 1 and None not in variants:
         present = ", ".join(sorted(p.name for p in weights)[:8]) or "no weights"
         raise InputError(
