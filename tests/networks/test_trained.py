@@ -144,6 +144,27 @@ def test_a_scheduler_of_zero_terminal_snr_is_its_own_loop(name: str, tmp_path: P
     torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
 
 
+def test_a_scheduler_of_zero_terminal_snr_that_takes_noise_is_refused(tmp_path: Path) -> None:
+    from dualout.export import DualOutputPipeline
+
+    network, _ = pipeline(tmp_path)
+    scheduler = diffusers.DDIMScheduler(**(ZERO | {"prediction_type": "epsilon"}))
+    says = 'takes noise, of which no image follows at its last time step: make it with prediction_type="v_prediction"'
+    with pytest.raises(InputError, match=says):
+        FromDiffusers(scheduler, steps=5).sample(foreign.load(tmp_path), dualout.noise(range(2), SHAPE))
+    with pytest.raises(InputError, match=says):
+        DualOutputPipeline(network, scheduler, "velocity")
+    # one that is named is made of what it can be read by
+    named = FromDiffusers("DDIMScheduler", steps=5, spacing="trailing", clip=None)
+    model, noise = foreign.load(tmp_path), dualout.noise(range(2), SHAPE)
+    expected = DDIM(steps=5, clip=None).sample(model, noise)
+    torch.testing.assert_close(named.sample(model, noise), expected, rtol=2e-4, atol=2e-4)
+    # what one of another class keeps of the setting and does not use, changes nothing
+    kept = diffusers.DEISMultistepScheduler.from_config(scheduler.config)
+    linear = dualout.Denoiser(network, dualout.Epsilon(), dualout.schedules.Linear())
+    assert FromDiffusers(kept, steps=5).sample(linear, dualout.noise(range(2), SHAPE)).isfinite().all()
+
+
 def test_epsilon_with_zero_terminal_snr_is_refused_with_what_to_do() -> None:
     config = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}
     with pytest.raises(InputError, match=r"'epsilon' and rescale_betas_zero_snr.*false in scheduler_config.json"):

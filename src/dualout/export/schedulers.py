@@ -12,7 +12,7 @@ from dualout.networks.trained import of_signal
 from dualout.parameterizations import CleanImage, Epsilon, Parameterization, Velocity
 from dualout.parameterizations.learned_variance import base_of
 from dualout.samplers import DDIM, DDPM, DPMSolver, Sampler, UniPC
-from dualout.samplers.diffusers import check_schedule, clip_settings, named_scheduler
+from dualout.samplers.diffusers import NEARLY_ZERO, check_schedule, clip_settings, named_scheduler
 from dualout.schedules import Cosine, Linear, ScaledLinear, Schedule
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -107,8 +107,8 @@ def schedule_of(scheduler: Any) -> Schedule:
     if _same(cosine := Cosine(len(table)), table):
         return cosine
     signal = table.double()
-    if config.get("rescale_betas_zero_snr"):
-        # some have a number there that can be divided by, which may be larger than the one before it
+    if signal[-1] == NEARLY_ZERO:
+        # it may be larger than the one before
         signal = torch.cat([signal[:-1], signal.new_zeros(1)])
     return of_signal(signal)
 

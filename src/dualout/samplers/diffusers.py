@@ -18,6 +18,7 @@ from dualout.errors import InputError, unknown
 from dualout.prediction import Prediction
 from dualout.randomness import SeededDraw
 from dualout.samplers.base import Sampler, Step
+from dualout.samplers.ipndm import LEAST
 from dualout.schedules import Schedule
 
 
@@ -104,6 +105,8 @@ class FromDiffusers(Sampler):
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+NEARLY_ZERO = 2.0**-24
+"""What some schedulers have in the place of a last ᾱ of 0 (rescale_betas_zero_snr), and read the network by."""
 _SETTINGS = ("trailing", "leading", "linspace")
 """What `timestep_spacing` may be."""
 
@@ -269,6 +272,9 @@ def named_scheduler(name: str, schedule: Schedule, **settings: Any) -> Any:
     alpha = schedule.levels.alpha
     betas = 1 - (alpha / torch.cat([alpha.new_ones(1), alpha[:-1]])) ** 2
     settings |= {"num_train_timesteps": schedule.steps, "trained_betas": betas.tolist()}
+    if alpha[-1] < LEAST:
+        # of noise no image would follow there
+        settings.setdefault("prediction_type", "v_prediction")
     try:
         scheduler = cls(**settings)
     except TypeError as error:
@@ -302,15 +308,18 @@ def check_schedule(scheduler: Any, schedule: Schedule) -> Any:
             f"schedule ({schedule}) does not keep"
         )
     signal = table.cpu().double().clone()
-    if scheduler.config.get("rescale_betas_zero_snr") and float(scheduler.init_noise_sigma) == 1:
-        # some say 2⁻²⁴ there instead, and read the network by that
+    if signal[-1] == NEARLY_ZERO and float(scheduler.init_noise_sigma) == 1:
         signal[-1] = 0.0
     if len(signal) != schedule.steps or not torch.allclose(signal.sqrt(), alpha, atol=1e-4):
         raise InputError(
             f"{name} has another noise schedule than the denoiser ({schedule}); build it with trained_betas, or give "
             "its class name and it is built for you"
         )
-    check_type(scheduler)
+    if check_type(scheduler) == "epsilon" and signal[-1] == table[-1] == 0:
+        raise InputError(
+            f"{name} has zero terminal SNR, and takes noise, of which no image follows at its last time step: make it "
+            'with prediction_type="v_prediction", which any denoiser gives'
+        )
     return scheduler
 
 

@@ -15,6 +15,9 @@ from dualout.levels import Level
 from dualout.samplers.base import Sampler, Step, add, combine, remember, visited
 from dualout.schedules import Schedule
 
+LEAST = 5e-6
+"""Of alpha: with less, what eps errs by is multiplied by 200,000 and more, and nothing is left of the image."""
+
 
 class EpsStep(NamedTuple):
     """DDIM's step from t to s with a given eps: alpha_s·clip(x_t/alpha_t − u_t·eps) + sigma_s·eps, u = sigma/alpha."""
@@ -31,9 +34,9 @@ class EpsStep(NamedTuple):
         """The step from level t to level s.
 
         Raises:
-            InputError: where what eps errs by would be multiplied by 200,000 and more.
+            InputError: where alpha is below `LEAST`.
         """
-        if t.alpha < 5e-6:
+        if t.alpha < LEAST:
             raise InputError(
                 f"a step in sigma / alpha, as Heun's and iPNDM's are, cannot begin where alpha is {t.alpha:.1g} and "
                 "nothing is left of the image: take ddim, dpmsolver or unipc, or leading spacing"
