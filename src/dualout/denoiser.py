@@ -62,6 +62,8 @@ class Denoiser(nn.Module):
         self.network = network
         self.parameterization = parameterization
         self.schedule = schedule
+        # its tables are checked, and made before anything is traced, which making them is not for
+        schedule.level(0)
         self.head = parameterization.head(schedule)
         self.card: dict[str, Any] = {}
         """What is written on the model card: how it was trained, and its metrics with their protocols."""
@@ -259,7 +261,6 @@ class Denoiser(nn.Module):
         # to_empty leaves them without values, and no checkpoint has them
         with torch.inference_mode(False):
             self.times = torch.arange(self.schedule.steps, device=self.times.device)
-        self._rows = None, {}
         self._note_dtype()
         return self
 

@@ -236,6 +236,8 @@ def test_a_loss_takes_noise_and_time_steps_of_its_images_only() -> None:
     for look in (lambda t: denoiser.loss(x0, t, images()), lambda t: denoiser(x0, t)):
         with pytest.raises(InputError, match=r"3 images have one time step, or one each; got t of shape \(4,\)"):
             look(torch.tensor([1, 2, 3, 4]))
+        with pytest.raises(InputError, match=r"one each; got t of shape \(3, 1\)"):
+            look(torch.tensor([[1], [2], [3]]))
     pixels = torch.randint(0, 256, (3, 2, 4, 4), dtype=torch.uint8)
     with pytest.raises(InputError, match=r"images are floats in \[−1, 1\], got torch.uint8"):
         denoiser.loss(pixels, torch.tensor([1, 2, 3]), pixels)
@@ -340,6 +342,40 @@ def test_a_denoiser_made_without_memory_is_filled_from_a_state() -> None:
     made.load_state_dict(original.state_dict())
     assert torch.equal(made.times, torch.arange(T))
     assert torch.equal(made(x, 3).x0, original(x, 3).x0)
+
+
+def test_a_denoiser_is_exported_before_it_was_called() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.denoiser = Denoiser(Net(), Dual(), Cosine(T))
+
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return self.denoiser(x_t, t).x0
+
+    model, given = Images(), (images(), torch.tensor([1, 20, 49]))
+    exported = torch.export.export(model, given).module()
+    torch.testing.assert_close(exported(*given), model(*given))
+
+
+@pytest.mark.parametrize("parameterization", [Dual(), Epsilon()], ids=lambda p: p.spec)
+def test_what_was_made_in_inference_mode_is_trained_on(parameterization: Parameterization) -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of_t, self.net = nn.Embedding(T, 1), Net(parameterization.channels(2))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            # both are kept for the backward pass
+            return self.net(x + self.of_t(t).view(-1, 1, 1, 1), t)
+
+    # a schedule whose numbers nothing else has used
+    denoiser, x = Denoiser(Told(), parameterization, Cosine(T, offset=0.0123)), images()
+    with torch.inference_mode():
+        DDIM(steps=2).sample(denoiser.to("cpu"), x)
+    for t in (*DDIM(steps=2).timesteps(denoiser.schedule), torch.tensor([1, 2, 3])):
+        denoiser.loss(x, t, x).total.backward()
+        denoiser(x, t).x0.sum().backward()
 
 
 def test_all_of_a_denoiser_is_where_its_network_is() -> None:

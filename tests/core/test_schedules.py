@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.levels import CLEAN, Level
+from dualout.parameterizations import Epsilon
 from dualout.samplers.diffusers import check_schedule
 from dualout.schedules import EDM, Cosine, FromBetas, Linear, RectifiedFlow, ScaledLinear, Schedule
 
@@ -138,6 +140,8 @@ def test_tables_stay_float64_until_they_are_used() -> None:
     assert level.like(torch.zeros(2, 1, 2, 2)).alpha.dtype == torch.float32
     exact = level.like(torch.zeros(2, 1, 2, 2, dtype=torch.float64))
     assert torch.equal(exact.alpha, level.alpha.view(2, 1, 1, 1))
+    # and where they are, for which the meta device stands
+    assert all(number.is_meta for number in level.like(torch.zeros(2, 1, 2, 2, device="meta")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -194,9 +198,14 @@ def test_tables_of_ones_own() -> None:
     np.testing.assert_array_equal(levels.sigma, np.sqrt(s).astype(np.float64))
     with pytest.raises(InputError, match=r"each of its 30 steps; got \(20,\) and \(20,\)"):
         Own(30).level(3)
-    made = np.sqrt(s), np.sqrt(1 - s)
-    with pytest.raises(InputError, match="schedule 'own' has less noise at some t than at t − 1"):
-        Own(20).scalars(3)
+    # upside down, with and without a signal that falls
+    for made in ((np.sqrt(s), np.sqrt(1 - s)), (np.ones(20), 80 * (1 - s))):  # noqa: B007
+        with pytest.raises(InputError, match="schedule 'own' has less noise at some t than at t − 1"):
+            Own(20).scalars(3)
+    for first, last, says in ((0.0, 1.0, "sigma 0 at t = 0"), (0.1, math.inf, "sigma inf at t = 19")):
+        made = np.ones(20), np.array([first, *np.linspace(0.2, 0.9, 18), last])
+        with pytest.raises(InputError, match=f"schedule 'own' has alpha 1 and {says}; both are above 0"):
+            Denoiser(lambda x, t: x, Epsilon(), Own(20))
 
 
 def test_the_levels_of_a_schedule_are_those_of_each_step_and_nobody_elses() -> None:

@@ -91,7 +91,7 @@ def write_onnx(
     denoiser = copy.deepcopy(denoiser).float().cpu().eval().requires_grad_(False)
     graph = _Graph(denoiser, calibration)
     inputs, labels = _example(denoiser, shape, graph.times)
-    expected = graph(*inputs)  # and the tables of the levels are made, which is not for tracing
+    expected = graph(*inputs)
     program = _translate(graph, inputs, [*graph.outputs, RAW], opset)
     _hide(program, RAW)
     bytes_of_weights = sum(v.numel() * v.element_size() for v in denoiser.state_dict().values())
