@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dualout import files
 from dualout.errors import InputError
-from dualout.files import ASIDE, alone, atomically, explained, sweep, writable
+from dualout.files import ASIDE, alone, atomically, cache_directory, explained, read_json, sweep, writable, write_text
 
 WRITING = """
 import sys, time
@@ -69,7 +70,7 @@ def test_places_that_cannot_be_written_in_are_told(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match=r"link is a link to nowhere, .*nowhere"):
         writable(tmp_path / "link" / "deeper")
     # not by its mode, which does not keep a superuser out
-    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path or not mode & os.W_OK)
     with pytest.raises(InputError, match=f"cannot write in {tmp_path}: it is read-only"):
         writable(tmp_path / "new")
 
@@ -86,3 +87,47 @@ def test_one_process_is_alone_in_a_directory(tmp_path: Path) -> None:
     tmp_path.mkdir()
     with alone(tmp_path, "counting"):
         pass
+
+
+def test_a_file_system_that_knows_no_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", unknown)
+    with alone(tmp_path, "counting"):
+        write_text(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_files_are_read_by_whom_others_are(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.txt", "whole")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_no_json_of_a_size_is_told_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    for text, says in (("{", "cannot be read"), ("[" * 100_000, "cannot be read"), ("[]", "holds no JSON object")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=rf"a\.json .*{says}.*; remove it"):
+            read_json(path, then="; remove it")
+    monkeypatch.setattr(files, "_LARGEST", 2**20)
+    path.write_text(" " * (3 * 2**20))
+    with pytest.raises(InputError, match="has 3 MiB, more than the 1 that are read"):
+        read_json(path)
+
+
+def test_what_is_computed_is_kept_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for own, systems, place in (
+        ("~/mine", "/ours", tmp_path / "mine"),
+        ("", "/ours", Path("/ours/dualout")),
+        ("", "", tmp_path / ".cache" / "dualout"),
+    ):
+        # empty is as if it were not said
+        monkeypatch.setenv("DUALOUT_CACHE", own)
+        monkeypatch.setenv("XDG_CACHE_HOME", systems)
+        assert cache_directory() == place

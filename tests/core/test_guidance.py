@@ -155,6 +155,8 @@ def test_an_interval_of_noise_levels_alone_is_guided() -> None:
         alone = within(x[b : b + 1], t, label=label[b : b + 1])
         torch.testing.assert_close(together.x0[b : b + 1], alone.x0, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(within(x, torch.tensor(11), label=label).x0, everywhere(x, 11, label=label).x0)
+    from_none = ClassifierFree(denoiser, 2.5, interval=(0, LEVELS[10]), label=NULL)
+    assert [from_none.guides(t) for t in (0, 10, 11)] == [True, True, False]
 
 
 def test_a_trend_is_followed_by_both_beliefs_into_the_interval() -> None:

@@ -28,7 +28,8 @@ def colours():
         ({"labels": np.arange(4)}, r"LongTensor, one .* 4 images; got a ndarray of int64 and shape \(4,\)"),
         ({"labels": torch.arange(3)}, r"got a Tensor of torch.int64 and shape \(3,\)"),
         ({"labels": torch.arange(4), "rows": np.arange(2)}, "each of the 2 images"),
-        ({"labels": torch.arange(4), "classes": ("a", "b")}, "count 2 classes from 0, got 0 to 3"),
+        ({"labels": torch.arange(4), "classes": ("a", "b", "c")}, "count 3 classes from 0, got 0 to 3"),
+        ({"labels": torch.arange(4) - 1, "classes": ("a", "b", "c")}, "count 3 classes from 0, got -1 to 2"),
     ],
 )
 def test_arrays_that_are_no_images_are_refused_at_once(given, said):

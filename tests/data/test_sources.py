@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits, load_sample_images
 
 from dualout import InputError, data
-from dualout.data import Arrays, Digits, Folder, Photos, Source, load, open_source
+from dualout.data import Arrays, Dataset, Digits, Folder, Photos, Source, load, open_source
 
 
 def test_every_source_is_found_by_its_name():
@@ -209,6 +209,12 @@ def test_some_of_a_dataset():
     assert torch.equal(some[1], digits[9])
     assert some.labels[2] == digits.labels[2]
     assert torch.equal(some.select([2])[0], digits[2])
+    # those of an array, too, and of the mask that a comparison gives
+    stored = np.arange(4 * 6 * 5, dtype=np.uint8).reshape(4, 6, 5)
+    mine = Dataset("mine", stored, "nhw", labels=torch.tensor([2, 0, 2, 1]))
+    twos = mine.select(mine.labels == 2)
+    assert len(twos) == 2
+    assert torch.equal(twos.batch([0, 1]), mine.batch([0, 2]))
 
 
 @pytest.mark.parametrize("strict", [-0.1, 1.5, True])

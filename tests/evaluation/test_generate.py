@@ -3,7 +3,9 @@ import errno
 import json
 import os
 import signal
+import struct
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -122,6 +124,13 @@ def test_killed_and_started_again(store, sampling, tmp_path, monkeypatch):
     asked.clear()
     assert list(generate(sampling, 14, out, store=store, batch_size=4)) == [14]
     assert asked == []
+    if store == "npz":
+        # killed with its shards put together, and one of them not yet removed
+        (out / "shards").mkdir()
+        np.save(out / "shards" / "00000012.npy", np.zeros((2, 8, 8), np.uint8))
+        assert list(generate(sampling, 14, out, store=store, batch_size=4)) == [14]
+        assert sorted(p.name for p in out.iterdir()) == ["images.npz", "protocol.json"]
+        assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -149,6 +158,7 @@ def test_another_request_is_refused_with_what_differs(sampling, make_model, tmp_
     assert len(images_of(tmp_path)) == 3
     # versions and devices are written down, but no reason to begin again
     protocol = json.loads((tmp_path / "protocol.json").read_text())
+    assert protocol["computed_by"] == {"backend": "eager", "steps": "eager"}
     (tmp_path / "protocol.json").write_text(json.dumps(protocol | {"device": "another"}))
     assert list(generate(sampling, 3, tmp_path)) == [3]
 
@@ -214,9 +224,10 @@ def test_of_processes_that_end_at_once_one_puts_the_shards_together(sampling, tm
 
 
 def test_png_holds_grey_or_colour(make_model, tmp_path):
-    two = Sampling(make_model((2, 4, 4)), build_sampler("ddim", 2))
-    with pytest.raises(InputError, match="2 channels: take --format npz"):
-        next(generate(two, 3, tmp_path / "a"))
+    two, four = (Sampling(make_model((channels, 4, 4)), build_sampler("ddim", 2)) for channels in (2, 4))
+    for other, channels in ((two, 2), (four, 4)):
+        with pytest.raises(InputError, match=f"{channels} channels: take --format npz"):
+            next(generate(other, 3, tmp_path / "a"))
     list(generate(two, 3, tmp_path / "b", store="npz"))
     assert np.load(tmp_path / "b" / "images.npz")["images"].shape == (3, 4, 4, 2)
 
@@ -241,6 +252,48 @@ def test_a_backend_that_cannot_be_used_leaves_nothing_behind(sampling, tmp_path,
     with pytest.raises(InputError, match="cannot be translated"):
         next(generate(sampling, 3, out))
     assert [path.name for path in tmp_path.rglob("*")] == ["out"] * made
+
+
+@pytest.mark.parametrize(("part", "first"), [((0, 1), 2), ((0, 2), 0), ((1, 2), 0)])
+def test_a_request_stays_where_images_are_or_others_make_some(part, first, sampling, tmp_path, monkeypatch):
+    make = Sampling.images
+
+    def failing(self, indices):
+        if indices[0] >= first:
+            raise InputError("not finite")
+        return make(self, indices)
+
+    monkeypatch.setattr(Sampling, "images", failing)
+    with pytest.raises(InputError, match="not finite"):
+        list(generate(sampling, 8, tmp_path, batch_size=2, part=part))
+    assert len(images_of(tmp_path)) == first
+    monkeypatch.undo()
+    other = Sampling(sampling.model, sampling.sampler, seed=7)
+    with pytest.raises(InputError, match="seed was 100, now 7"):
+        list(generate(other, 8, tmp_path, batch_size=2))
+
+
+def png_of(width):
+    """The beginning of a PNG that says it is so large."""
+    kind = b"IHDR" + struct.pack(">IIBBBBB", width, width, 8, 0, 0, 0, 0)
+    head = struct.pack(">I", 13) + kind + struct.pack(">I", zlib.crc32(kind))
+    return b"\x89PNG\r\n\x1a\n" + head + struct.pack(">I", 2**16) + b"IDAT" + bytes(64)
+
+
+def test_images_that_are_not_as_they_were_written_are_named(sampling, tmp_path):
+    list(generate(sampling, 3, tmp_path, store="npz"))
+    archive, pixels = tmp_path / "images.npz", stored(tmp_path, 3).numpy().tobytes()
+    archive.write_bytes(archive.read_bytes().replace(pixels, bytes(len(pixels))))
+    with pytest.raises(InputError, match=r"images.npz is damaged: .*remove it, and give the same command again"):
+        stored(tmp_path, 3)
+    archive.unlink()
+    # another format behind the name, of which some are programs, or an image that no memory holds
+    picture = tmp_path / "000000.png"
+    Image.new("L", (8, 8)).save(picture, "bmp")
+    for contents in (picture.read_bytes(), png_of(2**15)):
+        picture.write_bytes(contents)
+        with pytest.raises(InputError, match=r"000000.png is damaged: .*remove it, and give the same command again"):
+            stored(tmp_path, 3)
 
 
 @pytest.mark.parametrize("store", ["png", "npz"])

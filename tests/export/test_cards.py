@@ -8,7 +8,7 @@ import torch
 
 from dualout import Denoiser, Dual, networks
 from dualout.export import DualOutputPipeline, write_onnx
-from dualout.schedules import Linear
+from dualout.schedules import FromBetas, Linear
 
 
 def used(card: Path) -> dict:
@@ -36,3 +36,24 @@ def test_the_cards_use_makes_images(tmp_path: Path, library: str, classes: int |
         write_onnx(denoiser, directory, (1, 8, 8))
     assert len(used(directory / "README.md")["images"]) == 16
     assert ("3 stands for none" in (directory / "README.md").read_text()) is (classes == 3)
+
+
+def test_a_card_knows_the_classes_of_a_network_behind_an_adapter(tmp_path: Path) -> None:
+    network = networks.build("tiny:width=8", image_channels=1, size=8, out_channels=3, classes=3)
+    denoiser = Denoiser(networks.Positional(network, ["class_labels"]), Dual(), Linear()).eval()
+    denoiser.save_pretrained(tmp_path, image={"channels": 1, "size": [8, 8]})
+    assert "3 stands for none" in (tmp_path / "README.md").read_text()
+    assert len(used(tmp_path / "README.md")["images"]) == 16
+
+
+def test_a_card_is_a_table_whatever_is_said_in_it(tmp_path: Path) -> None:
+    betas = Linear(200).variances()
+    network = networks.build("tiny:width=8", image_channels=1, size=8, out_channels=3)
+    denoiser = Denoiser(network, Dual(), FromBetas(betas))
+    denoiser.card["data"] = {"name": "cats | dogs\nand more"}
+    denoiser.save_pretrained(tmp_path, image={"channels": 1, "size": [8, 8]})
+    card = (tmp_path / "README.md").read_text()
+    assert "| name | cats / dogs and more |" in card.splitlines()
+    # the name of such a schedule, and not its table
+    assert "| schedule | frombetas |" in card
+    assert str(float(betas[5])) not in card

@@ -12,6 +12,7 @@ import dualout
 from dualout import checkpoint
 from dualout.errors import InputError
 from dualout.networks import Adapter, Positional, ScaledTime, SigmaConditioned, build
+from dualout.networks.adapter import config_of, innermost
 
 
 class Recorder(nn.Module):
@@ -44,6 +45,8 @@ def test_positional(x_t: Tensor) -> None:
         Positional(network)(x_t, T, class_labels=labels)
     with pytest.raises(InputError, match=r"list of names, say \['y'\]"):
         Positional(network, "y")
+    with pytest.raises(InputError, match=r"list of names, .*; got \[''\]"):
+        Positional(network, [""])
 
 
 def test_scaled_time(x_t: Tensor) -> None:
@@ -116,3 +119,25 @@ def test_adapters_of_plain_callables_work_but_cannot_be_written_down(x_t: Tensor
         checkpoint.describe(ScaledTime(Recorder(), 0.5))
     with pytest.raises(InputError, match="adapts a network"):
         ScaledTime(3, 0.5)  # type: ignore[arg-type]
+
+
+def test_tables_are_where_the_network_is() -> None:
+    # the meta device stands for a GPU
+    schedule = dualout.schedules.Linear()
+    there = SigmaConditioned(nn.Conv2d(2, 2, 1, device="meta"), schedule)
+    moved = SigmaConditioned(nn.Conv2d(2, 2, 1), schedule)
+    assert not any(table.is_meta for table in moved.buffers())
+    with torch.device("meta"):  # as after torch.set_default_device
+        function = SigmaConditioned(lambda x, t: x, schedule)
+    for adapter in (there, moved.to("meta"), function):
+        assert list(adapter.buffers())
+        assert all(table.is_meta for table in adapter.buffers())
+
+
+def test_a_network_is_found_behind_adapters_and_what_compiles_it() -> None:
+    network = build("tiny:width=8", 1, 8, 1, classes=3)
+    for inside in (network, torch.compile(network)):
+        adapter = Positional(ScaledTime(inside, 0.5), ["class_labels"])
+        for outside in (adapter, torch.compile(adapter)):
+            assert innermost(outside) is network
+            assert config_of(outside)["num_class_embeds"] == 4

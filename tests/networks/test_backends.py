@@ -107,6 +107,17 @@ def test_bfloat16_is_within_its_bound_and_not_float32(model):
     assert 1e-4 < difference < TOLERANCE["bf16"]
 
 
+def test_images_are_made_in_the_precision_that_is_asked_for():
+    model, dtypes = model_of(Tiny), []
+    model.denoiser.network.convolve.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        dtypes.clear()
+        sampling = Sampling(model, dualout.samplers.DDIM(steps=2), precision=name)
+        sampling.images(range(2))
+        list(sampling.trajectory(range(2)))
+        assert dtypes == [dtype] * 4
+
+
 def call_of(model: Model, batch: int = 4) -> Call:
     x = torch.randn(batch, *model.shape, generator=torch.Generator().manual_seed(1))
     return Call(x, torch.full((batch,), 500), {"class_labels": torch.arange(batch) % 4})
@@ -190,6 +201,23 @@ def test_what_cannot_be_used_is_told_before_any_work(monkeypatch):
         backends.check("openvino", FP32)
     backends.check("eager", FP32)
     backends.check("auto", FP32)
+
+
+def test_samplings_of_a_model_share_what_is_prepared_for_their_precision(kinds):
+    class Noted(Eager):
+        name = "noted"
+
+        def prepare(self, network, call, precision):
+            asked.append(precision.name)
+            return super().prepare(network, call, precision)
+
+    kinds(Eager, Noted)
+    model, asked = model_of(Small), []
+    for name in ("fp32", "bf16", "fp32", "bf16"):
+        sampling = Sampling(model, dualout.samplers.DDIM(steps=2), backend="noted", precision=name)
+        sampling.images(range(2))
+        assert sampling.computed()["computed_by"]["tolerance"] == TOLERANCE[name]
+    assert asked == ["fp32", "bf16"]
 
 
 def test_conditions_that_were_not_prepared_for_are_refused(model):

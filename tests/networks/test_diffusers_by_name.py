@@ -20,7 +20,7 @@ import dualout
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
 from dualout.evaluation.model import Model
-from dualout.networks import ChannelsAt, FlowTime, Keyword, adapted
+from dualout.networks import ChannelsAt, FlowTime, Keyword, Positional, adapted
 from dualout.networks.diffusers import CONVENTIONS
 from dualout.networks.wide import Wide
 from dualout.schedules import RectifiedFlow, ScaledLinear, Schedule
@@ -488,8 +488,9 @@ def test_adapted_says_what_it_lacks() -> None:
 
 def test_a_denoiser_of_another_schedule_than_its_network_is_told_is_refused() -> None:
     network = adapted(made("WanTransformer3DModel"), FLOW)
-    with pytest.raises(InputError, match=r"is told the noise levels of .*shift=3.* by its FlowTime"):
-        dualout.Denoiser(network, dualout.Flow(), RectifiedFlow())
+    for outside in (network, Positional(network)):
+        with pytest.raises(InputError, match=r"is told the noise levels of .*shift=3.* by its FlowTime"):
+            dualout.Denoiser(outside, dualout.Flow(), RectifiedFlow())
 
 
 def test_commands_say_that_they_tell_no_text(tmp_path: Path) -> None:

@@ -244,8 +244,10 @@ def test_the_gate_stays_shut_where_the_trained_output_is_the_best_there_is() -> 
     for p in before.network.last.parameters():  # type: ignore[union-attr]
         nn.init.zeros_(p)
     both = upgrade(before, layer="last")
+    card = dict(both.card)
     found = fitted(both, dualout.noise(range(300), (1, 6, 6)).split(30), held_out=60)
     assert found.denoiser is both
+    assert both.card == card
     assert (found.open, found.score) == (0, 0)
     assert all(row["after"] == row["before"] == row["eps"] for row in found.table)
     assert not weights(both).any()
