@@ -56,9 +56,8 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
     config = public(config)
     card = config.get("card", {})
     parameterization, schedule, network = config["parameterization"], config["schedule"], config["network"]
-    image = config.get("image", {})
-    size = image.get("size", 32)
-    shape = (image.get("channels", 3), *(size if isinstance(size, list) else (size, size)))
+    channels, size = image_said(config.get("image", {}), network)
+    shape = (channels or 3, *(size if isinstance(size, list | tuple) else (size or 32,) * 2))
     latents = makes_latents(config)
     sections = [
         f"---\nlibrary_name: {library}\npipeline_tag: unconditional-image-generation\n"
@@ -95,6 +94,13 @@ def _use(library: str, path: str, shape: tuple[int, ...], classes: int | None, l
     text = _USES[library].format(**given, conditions=conditions + output)
     text += _CLASSES.format(last=classes - 1, none=classes)
     return "## Use\n\n" + (text if library == "diffusers" else text.replace("\n", "\nimport torch\n", 1))
+
+
+def image_said(image: dict[str, Any], network: Any) -> tuple[Any, Any]:
+    """The channels, and the size, one number or two, of a checkpoint's images: its `image`, or else what its network
+    was built for; None where neither says it."""
+    arguments = arguments_of(network)
+    return image.get("channels", arguments.get("in_channels")), image.get("size", arguments.get("sample_size"))
 
 
 def makes_latents(config: dict[str, Any]) -> bool:

@@ -218,9 +218,11 @@ def test_a_pipeline_of_latents_its_checkpoint_and_its_decoder(tmp_path, monkeypa
 
     LDMPipeline(vq(), build("tiny:width=8", 2, 4, 2), DDIMScheduler()).save_pretrained(tmp_path / "p")
     assert main(["export", str(tmp_path / "p"), "--format", "dualout", "--out", str(tmp_path / "run")]) == 0
-    assert "clip=None" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "clip=None" in card
+    assert "2 × 4 × 4, latents" in card
     # on the page that people read without the way there
-    assert "| decoded by | p |" in (tmp_path / "run" / "README.md").read_text()
+    assert "| decoded by | p |" in card
     assert sample(tmp_path / "run", tmp_path / "here") == 0
     assert protocol(tmp_path / "here")["decoder"]["class"] == "VQModel"
     # an upgrade goes on to be decoded by what its source was, from the pipeline or from a checkpoint

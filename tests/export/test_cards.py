@@ -46,6 +46,13 @@ def test_a_card_knows_the_classes_of_a_network_behind_an_adapter(tmp_path: Path)
     assert len(used(tmp_path / "README.md")["images"]) == 16
 
 
+def test_a_card_has_the_shape_that_the_network_was_built_for(tmp_path: Path) -> None:
+    network = networks.build("tiny:width=8", image_channels=1, size=8, out_channels=3)
+    Denoiser(network, Dual(), Linear()).save_pretrained(tmp_path)
+    assert "| images | 1 × 8 × 8 in [−1, 1] |" in (tmp_path / "README.md").read_text()
+    assert used(tmp_path / "README.md")["images"].shape == (16, 1, 8, 8)
+
+
 def test_a_card_is_a_table_whatever_is_said_in_it(tmp_path: Path) -> None:
     betas = Linear(200).variances()
     network = networks.build("tiny:width=8", image_channels=1, size=8, out_channels=3)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dualout import checkpoint
-from dualout.card import AS_THEY_ARE, LATENTS, arguments_of, class_count, decoder_of, makes_latents
+from dualout.card import AS_THEY_ARE, LATENTS, class_count, decoder_of, image_said, makes_latents
 from dualout.checkpoint import entry
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
@@ -206,9 +206,7 @@ def image_shape(config: dict[str, Any], directory: Path) -> tuple[int, int, int]
     Raises:
         InputError: when it says neither.
     """
-    image, arguments = entry(config, "image"), arguments_of(config["network"])
-    channels = image.get("channels", arguments.get("in_channels"))
-    size = image.get("size", arguments.get("sample_size"))
+    channels, size = image_said(entry(config, "image"), config["network"])
     shape: tuple[Any, ...] = (channels, *size) if isinstance(size, list | tuple) else (channels, size, size)
     if len(shape) != 3 or not all(type(v) is int and 0 < v <= _LARGEST for v in shape):
         raise InputError(
