@@ -143,6 +143,11 @@ def test_lists_of_images() -> None:
         return ([image + text for image, text in zip(x, texts, strict=True)],)
 
     assert torch.equal(Listed(network, ["texts"])(X, T, texts=torch.ones(2, 1)), X + 1)
+    one = X[:1, :1]
+    assert torch.equal(Listed(lambda x, t: x)(one, T[:1]), one)
+    for gives, got in ((lambda x, t: x[:1], "1 of them"), (lambda x, t: torch.stack(x), "Tensor")):
+        with pytest.raises(InputError, match=f"a network of lists gives a list of 2 images; got {got}"):
+            Listed(gives)(X, T)
 
 
 @pytest.mark.parametrize("adapt", [FlowTime, SigmaConditioned])

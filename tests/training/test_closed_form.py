@@ -545,6 +545,17 @@ def test_what_is_not_finite_in_images_of_the_fit_alone_is_refused() -> None:
     assert not weights(both).any()
 
 
+def test_conditions_of_another_shape_are_tried_where_they_come() -> None:
+    class Told(Toy):
+        def forward(self, x: Tensor, t: Tensor, more: Tensor) -> Tensor:
+            return super().forward(x + more.view(-1, 1, 1, 1), t)
+
+    both = upgrade(Denoiser(Told(), Epsilon(), SCHEDULE), layer="last")
+    batches = [(x, {"more": torch.zeros(16 if b < 5 else 3)}) for b, x in enumerate(X.split(16))]
+    with pytest.raises(InputError, match=r"batch 6 of batches: .*; conditions: {'more': \(3,\)}"):
+        fitted(both, batches)
+
+
 def test_images_from_0_to_1_are_doubted() -> None:
     with pytest.warns(UserWarning, match=r"images are from 0 to 1; most networks are trained in \[−1, 1\]") as warned:
         fitted(toy(), (X > 0).float().split(16))

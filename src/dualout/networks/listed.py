@@ -25,5 +25,6 @@ class Listed(ConditionAdapter):
         output = self.network(list(x_t.unsqueeze(2)), t, **(conditions | lists))
         images = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         if not isinstance(images, list) or len(images) != len(x_t):
-            raise InputError(f"a network of lists gives a list of {len(x_t)} images; got {type(images).__name__}")
+            got = f"{len(images)} of them" if isinstance(images, list) else type(images).__name__
+            raise InputError(f"a network of lists gives a list of {len(x_t)} images; got {got}")
         return torch.stack(images).squeeze(2)
