@@ -13,6 +13,8 @@ from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, noise, samp
 from dualout.calibrated import NEUTRAL, Calibrated, Calibration, corrected
 from dualout.networks.build import build
 from dualout.randomness import mix
+from dualout.training import calibrate as calibrating
+from dualout.training import starts
 from dualout.training.calibrate import RACE, Fit, fit, parameters_of
 from dualout.training.comparison import HELD_OUT, PLACES, UPDATES, Comparison, nearest
 from dualout.training.distances import Energy, SlicedWasserstein, quantiles
@@ -134,7 +136,7 @@ def test_the_start_that_is_ahead_goes_on():
     data = MEAN + SPREAD * noise(range(1000), (1, 4, 4))
     how = Fit(iterations=1, batch=64, lr=1e-6, move_times=0, held_out=250)
     sampler, comparison = samplers.DDIM(steps=8, spacing="logsnr"), Comparison(denoiser, data, how)
-    uncalibrated = Start(["x0_trend"], sampler.timesteps(SCHEDULE), second_order=False)
+    uncalibrated = Start(["x0_trend"], sampler.timesteps(SCHEDULE))
     plain, second = (
         comparison.held_out(*applied(s, denoiser, sampler)).distance for s in uncalibrated.alternatives(sampler)
     )
@@ -143,8 +145,29 @@ def test_the_start_that_is_ahead_goes_on():
     assert last.calibration.protocol["begun_as"] == "2M"
     assert last.best == pytest.approx(second, rel=1e-3)
     # a solver of higher order follows the trend itself
-    for sampler, many in ((samplers.DPMSolver(steps=8), 1), (samplers.DPMSolver(steps=8, order=1), 2)):
-        assert len(uncalibrated.alternatives(sampler)) == many
+    for sampler, followed in ((samplers.DPMSolver(steps=8), False), (samplers.DPMSolver(steps=8, order=1), True)):
+        assert [start.second_order for start in uncalibrated.alternatives(sampler)] == [False, followed]
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_a_solver_of_higher_order_begins_with_its_time_steps_as_they_are_too(monkeypatch, better):
+    denoiser, sampler = Denoiser(Exact(), CleanImage(), SCHEDULE), samplers.DPMSolver(steps=4)
+    usual = sampler.timesteps(SCHEDULE)
+    # the exact denoiser is good at a small last step, and not at a large one
+    there = [999, 600, 150, 20] if better else [999, 998, 997, 996]
+    calls = []
+    monkeypatch.setattr(starts, "moved_times", lambda times, *_: calls.append("start") or there)
+    monkeypatch.setattr(calibrating, "moved_times", lambda times, *_: calls.append("half") or times)
+    data = MEAN + SPREAD * noise(range(600), (1, 4, 4))
+    how = Fit(iterations=4, check_every=2, batch=16, lr=1e-3, held_out=150, own_features=False)
+    *_, last = fit(denoiser, sampler, data, how, ["x0_scale"])
+    assert list(last.calibration.times) == (there if better else usual)
+    # what keeps its time steps keeps them to the end
+    assert calls == ["start", *["half"] * better]
+    # and nothing is moved where that is not wanted
+    calls.clear()
+    *_, last = fit(denoiser, sampler, data, dataclasses.replace(how, move_times=0), ["x0_scale"])
+    assert (calls, list(last.calibration.times)) == ([], usual)
 
 
 def test_time_steps_are_moved_once_more_when_the_numbers_are_half_fitted():
@@ -154,7 +177,7 @@ def test_time_steps_are_moved_once_more_when_the_numbers_are_half_fitted():
     how = Fit(iterations=4, check_every=2, batch=16, lr=1e-9, move_times=1, held_out=150, own_features=False)
     *_, last = fit(denoiser, sampler, data, how, ["x0_scale"])
     comparison = Comparison(denoiser, data, how)
-    begun = Start(["x0_scale"], sampler.timesteps(SCHEDULE), second_order=False)
+    begun = Start(["x0_scale"], sampler.timesteps(SCHEDULE))
     once = begun.moved(denoiser, sampler, comparison)
     twice = once.moved(denoiser, sampler, comparison)
     assert list(last.calibration.times) == twice.times != once.times

@@ -33,7 +33,7 @@ from dualout.files import cache_directory
 from dualout.networks.device import device as find_device
 from dualout.networks.precision import choose
 from dualout.samplers import Sampler
-from dualout.training.calibrate import WAY, Fit, fit_to, parameters_of
+from dualout.training.calibrate import Fit, fit_to, parameters_of, way
 from dualout.training.config import TrainConfig
 from dualout.training.estimate import estimate
 from dualout.training.run import Run
@@ -167,7 +167,7 @@ def _train(training: Training, directory: Path, listening: Listening) -> Generat
 def _calibrate(grid: Grid, training: Training, model: Model, directory: Path, sampler: Sampler) -> Iterator[Doing]:
     how, precision = Fit(**grid.calibration), choose(grid.precision, model.device)
     weights = model.details["sha256"]
-    asked = {"weights": weights, "fit": vars(how), "precision": precision.name, "way": WAY}
+    asked = {"weights": weights, "fit": vars(how), "precision": precision.name, "way": way(sampler)}
     try:
         known = Calibration.load(directory, sampler.config())
         same = all(known.protocol.get(key) == value for key, value in asked.items())

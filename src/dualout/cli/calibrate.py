@@ -3,9 +3,10 @@
 Takes minutes for small networks. First the time steps are moved to where the generated images are nearer to the
 training images. Then the numbers (a scale on x0, on eps and on the fine detail of each; how far x0 is extrapolated from
 the previous step; for dual output a gain and a shift of the ratio's logit) are fitted by gradients through all K steps.
-First-order samplers start twice, as they are and as DPM-Solver++ 2M, and the better half-way result goes on. That
-choice, and when to stop, is made with noise that the fit never uses. The result is written beside the weights;
-``--calibrated`` of sample and evaluate applies it. Evaluate it with seeds, images and features that were not used here.
+There are two starts, and the better half-way result goes on: first-order samplers start as they are and as DPM-Solver++
+2M, those of higher order with their time steps moved and kept. That choice, and when to stop, is made with noise that
+the fit never uses. The result is written beside the weights; ``--calibrated`` of sample and evaluate applies it.
+Evaluate it with seeds, images and features that were not used here.
 """
 
 from __future__ import annotations

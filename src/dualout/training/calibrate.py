@@ -1,9 +1,10 @@
 """K-step calibration: fit a few numbers for each step of a K-step trajectory.
 
-The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, from
-the uncalibrated start and, for samplers of first order, from DPM-Solver++ 2M's, against a distance between made and
-real images; each step is recomputed in the backward pass, so that memory does not grow with K. Which of the two goes on
-halfway, and when to stop, is decided by noise that the fit never sees and by all real images, held-out ones included.
+The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, against a
+distance between made and real images; each step is recomputed in the backward pass, so that memory does not grow with
+K. There are two starts: the uncalibrated one, its time steps moved, and for samplers of first order that of
+DPM-Solver++ 2M, for those of higher order the uncalibrated one as it is. Which of the two goes on halfway, and when to
+stop, is decided by noise that the fit never sees and by all real images, held-out ones included.
 
 Trained samplers of single-output models: DDSS (Watson et al. 2022, arXiv 2202.05830), iDDIM, bespoke solvers (Shaul
 et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
@@ -36,10 +37,14 @@ from dualout.training.distances import Distance
 from dualout.training.starts import Numbers, Start, moved_times
 from dualout.training.told import Told
 
-WAY = 5
-"""Which way of fitting this is, the fifth that was kept: other ways find other numbers from the same settings."""
 RACE = 0.5
 """The part of the updates that is made from both starts; the better goes on, its time steps moved once more."""
+
+
+def way(sampler: Sampler) -> int:
+    """Which way of fitting a sampler's calibration this is, of those that were kept: other ways find other numbers from
+    the same settings. The sixth begins solvers of higher order twice, and left those of first order as they were."""
+    return 6 if sampler.order > 1 else 5
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def fit(
             raise unknown("number of a calibration of this model:", name, parameters_of(denoiser))
     plain = _Recomputed(denoiser, precision or Precision("fp32", images.device, "the default"))
     comparison = Comparison(denoiser, images, how, told)
-    uncalibrated = Start(names, sampler.timesteps(denoiser.schedule), second_order=False)
+    uncalibrated = Start(names, sampler.timesteps(denoiser.schedule), moves=how.move_times > 0)
     before = comparison.held_out(plain, sampler)
     best = _Found(before, uncalibrated, uncalibrated.times, uncalibrated.values(denoiser.schedule))
     frozen = {p: p.requires_grad for p in denoiser.parameters()}
@@ -163,7 +168,8 @@ def fit(
             worse = 0 if ahead.best.far.distance < best.far.distance else worse + 1
             if not worse:
                 best = ahead.best
-            protocol = _protocol(before, best, comparison) | {"iterations": i, "precision": plain.precision.name}
+            known = {"way": way(sampler), "iterations": i, "precision": plain.precision.name}
+            protocol = _protocol(before, best, comparison) | known
             calibration = Calibration(sampler.config(), best.times, best.values, protocol)
             yield Progress(i, ahead.since(), ahead.now.distance, best.far.distance, calibration)
             if worse >= how.patience:
@@ -231,7 +237,6 @@ def _protocol(before: Far, best: _Found, comparison: Comparison) -> dict[str, An
             "after": best.far.nearest,
             "held_out_images": comparison.nearest_real,
         },
-        "way": WAY,
         "begun_as": "2M" if best.begun.second_order else "uncalibrated",
         "fit": vars(comparison.how),
         **comparison.protocol(),
@@ -282,12 +287,15 @@ class _Descent:
             self.best = _Found(self.now, self.start, self.times, _floats(self.values))
 
     def move(self) -> None:
-        """Move the time steps to where the best numbers so far want them: what is fitted wants others than DDIM did."""
-        self.moved, numbers = True, self.best.values
+        """Go on from the best numbers so far, with the time steps moved to where these want them, if they are to be:
+        what is fitted wants others than DDIM did."""
+        self.moved, numbers, times = True, self.best.values, self.best.times
         with torch.no_grad():
             for name, value in self.values.items():
                 value.copy_(torch.tensor(numbers[name]))
-        self._go_by(moved_times(self.best.times, lambda _: numbers, self.plain, self.sampler, self.comparison))
+        if self.start.moves:
+            times = moved_times(times, lambda _: numbers, self.plain, self.sampler, self.comparison)
+        self._go_by(times)
         self.check()
 
     def _go_by(self, times: Sequence[int]) -> None:

@@ -24,15 +24,26 @@ Numbers = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Start:
-    """Time steps, and the numbers that a fit begins with there: those that change nothing, or the trend of 2M."""
+    """Time steps, and the numbers that a fit begins with there: those that change nothing, or the trend of 2M.
+
+    Attributes:
+        names: of the numbers.
+        times: K of them, decreasing.
+        second_order: whether the trend is 2M's.
+        moves: whether the time steps are moved to where the images are nearer.
+    """
 
     names: Sequence[str]
     times: Sequence[int]
-    second_order: bool
+    second_order: bool = False
+    moves: bool = True
 
     def alternatives(self, sampler: Sampler) -> list[Start]:
-        """This start, and for a sampler of first order the one that follows x0's trend where there is such a number."""
-        follows = sampler.order == 1 and "x0_trend" in self.names and len(self.times) > 2
+        """This start, and for a sampler of first order the one that follows x0's trend where there is such a number;
+        for one of higher order, whose coefficients follow from its time steps, the one that keeps these."""
+        if sampler.order > 1:
+            return [self, replace(self, moves=False)] if self.moves else [self]
+        follows = "x0_trend" in self.names and len(self.times) > 2
         return [self, replace(self, second_order=True)] if follows else [self]
 
     def values(self, schedule: Schedule) -> Numbers:
@@ -41,7 +52,9 @@ class Start:
         return neutral | ({"x0_trend": trends(self.times, schedule)} if self.second_order else {})
 
     def moved(self, denoiser: Denoises, sampler: Sampler, comparison: Comparison) -> Start:
-        """With the time steps moved to where the images are nearer."""
+        """With the time steps moved to where the images are nearer, if they are to be."""
+        if not self.moves:
+            return self
 
         def values(times: Sequence[int]) -> Numbers:
             return replace(self, times=times).values(denoiser.schedule)
@@ -73,11 +86,8 @@ def moved_times(
     def far(tried: Sequence[int]) -> float:
         return comparison.placed(Calibrated(remembering, tried, values(tried), sampler.clip), sampler.at(tried))
 
-    rounds = comparison.how.move_times
-    if not rounds:
-        return list(times)
     try:
-        return coordinate_search(times, denoiser.schedule.steps - 1, far, rounds)
+        return coordinate_search(times, denoiser.schedule.steps - 1, far, comparison.how.move_times)
     except InputError as error:
         raise InputError(f"the time steps cannot be moved ({error}); take --move_times 0") from error
 
