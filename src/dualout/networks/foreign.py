@@ -33,8 +33,6 @@ from dualout.schedules import Linear, Schedule
 
 CODERS = ("vae", "vqvae", "movq", "vqgan")
 """What pipelines call that part."""
-
-
 _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(-\d+-of-\d+)?(\.(?P<variant>\w+?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
 )
