@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import dualout
+from dualout.__main__ import main as entry
 from dualout.cli import main as module
 from dualout.cli.main import commands, main
 from dualout.cli.options import out_directory
@@ -164,6 +166,24 @@ def test_a_signal_amid_the_first_imports_ends_quietly(number: int, code: int) ->
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_warnings_are_lines_without_a_place_in_a_program(monkeypatch, capsys) -> None:
+    def command() -> int:
+        warnings.warn("the scheduler\x1b[2J clips", stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        return 3
+
+    monkeypatch.setattr("dualout.cli.main.main", command)
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert entry() == 3
+        assert warnings.showwarning is shown
+    told, where, *_ = capsys.readouterr().err.splitlines()
+    assert told == "warning: the scheduler\\u001b[2J clips"
+    assert "test_main.py" in where
+    assert where.endswith("DeprecationWarning: old")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["info"]])
