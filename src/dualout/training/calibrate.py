@@ -38,7 +38,7 @@ from dualout.training.starts import Numbers, Start, moved_times
 from dualout.training.told import Told
 
 RACE = 0.5
-"""The part of the updates that is made from both starts; the better goes on, its time steps moved once more."""
+"""The part of the updates that is made from both starts; then the better goes on."""
 
 
 def way(sampler: Sampler) -> int:
@@ -162,8 +162,8 @@ def fit(
             for descent in descents:
                 descent.check()
             ahead = min(descents, key=lambda descent: descent.best.far.distance)
-            if i >= how.iterations * RACE and not ahead.moved:
-                ahead.move()
+            if i >= how.iterations * RACE and not ahead.chosen:
+                ahead.go_on()
                 descents = [ahead]
             worse = 0 if ahead.best.far.distance < best.far.distance else worse + 1
             if not worse:
@@ -250,11 +250,11 @@ class _Descent:
         values: by name, one number a step, (K,).
         now: how far images made with them were at the last check.
         best: what was nearest at one.
-        moved: whether its time steps were moved since it began.
+        chosen: whether it is the one that goes on halfway.
     """
 
     def __init__(self, denoiser: Denoises, sampler: Sampler, start: Start, comparison: Comparison, how: Fit) -> None:
-        self.start, self.comparison, self.how, self.moved = start, comparison, how, False
+        self.start, self.comparison, self.how, self.chosen = start, comparison, how, False
         place = comparison.real.device
         self.values = {
             name: torch.tensor(numbers, device=place, requires_grad=True)
@@ -286,10 +286,10 @@ class _Descent:
         if self.now.distance < self.best.far.distance:
             self.best = _Found(self.now, self.start, self.times, _floats(self.values))
 
-    def move(self) -> None:
+    def go_on(self) -> None:
         """Go on from the best numbers so far, with the time steps moved to where these want them, if they are to be:
         what is fitted wants others than DDIM did."""
-        self.moved, numbers, times = True, self.best.values, self.best.times
+        self.chosen, numbers, times = True, self.best.values, self.best.times
         with torch.no_grad():
             for name, value in self.values.items():
                 value.copy_(torch.tensor(numbers[name]))
