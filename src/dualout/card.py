@@ -12,7 +12,7 @@ DECODER = "decoded by"
 AS_THEY_ARE = "none"
 """Said in place of an autoencoder: latents are not decoded."""
 _PLACE = re.compile(r"(?<![^\s:=])(?:~[^\s:/\\]*|[A-Za-z]:|\\)?[/\\](?=[^\s/\\])[^:]*[/\\](?=[^/\\])")
-"""What leads to the last name of an absolute path, alone or in a spec such as folder:/home/ann/my pictures:size=64."""
+"""What leads to the last name of an absolute path, alone or in a spec such as folder:/disk/ann/my pictures:size=64."""
 _USES = {
     "dualout": """```python
 import dualout

@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     path = tmp_path_factory.mktemp("runs") / "digits"
     denoiser = Denoiser(network, Dual(), Linear()).eval()
-    data = "folder:path=/home/ann/digits"
+    data = "folder:path=/disk/ann/digits"
     denoiser.card = {"title": "Digits", "training": {"data": data, "images": 1797}}
     denoiser.save_pretrained(path, image={"channels": 1, "size": [8, 8]}, data={"name": data})
     values = {"x0_scale": [1.2, 1.1, 0.9, 1.0, 1.05], "eps_scale": [1.0, 1.1, 1.2, 0.9, 1.0]}

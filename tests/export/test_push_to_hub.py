@@ -87,15 +87,15 @@ def test_a_checkpoint_is_uploaded_in_one_commit(hub: Hub, denoiser: Denoiser, tm
 
 def test_nobody_is_told_where_things_lie_on_this_machine(hub: Hub, denoiser: Denoiser, tmp_path: Path) -> None:
     told = {
-        "title": "A dual diffusion model of folder:/home/ann/my pictures/cats:size=64",
-        "training": {"data": "folder:/home/ann/my pictures/cats:size=64", "started from": "/home/ann/runs/first"},
-        "data": {"name": "folder:path=/home/ann/my pictures/cats:size=64"},
-        DECODER: "/home/ann/vae",
-        "metrics": [{"reference": "64 of folder:/home/ann/my pictures/cats (train)", "fd": 1.5}],
+        "title": "A dual diffusion model of folder:/disk/ann/my pictures/cats:size=64",
+        "training": {"data": "folder:/disk/ann/my pictures/cats:size=64", "started from": "/disk/ann/runs/first"},
+        "data": {"name": "folder:path=/disk/ann/my pictures/cats:size=64"},
+        DECODER: "/disk/ann/vae",
+        "metrics": [{"reference": "64 of folder:/disk/ann/my pictures/cats (train)", "fd": 1.5}],
     }
     known = Denoiser(denoiser.network, denoiser.parameterization, denoiser.schedule).eval()
     known.card = told
-    protocol = {"data": {"name": "folder:/home/ann/my pictures/cats"}}
+    protocol = {"data": {"name": "folder:/disk/ann/my pictures/cats"}}
     calibration = Calibration(DDIM(2).config(), [999, 499], {"x0_scale": [1.0, 1.1]}, protocol)
     known.push_to_hub("ann/cats")
     sent = dict(hub.files)
@@ -114,9 +114,9 @@ def test_nobody_is_told_where_things_lie_on_this_machine(hub: Hub, denoiser: Den
 @pytest.mark.parametrize(
     ("path", "name"),
     [
-        ("/home/ann/pictures", "pictures"),
-        ("/home/ann/pictures/", "pictures/"),
-        ("folder:/home/ann/my (old) pictures:size=48x64", "folder:my (old) pictures:size=48x64"),
+        ("/disk/ann/pictures", "pictures"),
+        ("/disk/ann/pictures/", "pictures/"),
+        ("folder:/disk/ann/my (old) pictures:size=48x64", "folder:my (old) pictures:size=48x64"),
         ("arrays:path=~/x/latents.npz:latents=true", "arrays:path=latents.npz:latents=true"),
         (r"folder:C:\Users\ann\pictures:grey=true", "folder:pictures:grey=true"),
         (r"\\server\share\pictures", "pictures"),
