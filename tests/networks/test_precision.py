@@ -51,8 +51,8 @@ def test_attention_is_float32_and_the_rest_is_not():
         by_name = F.scaled_dot_product_attention(query=query, key=key, value=value, scale=0.3)
         product = query[0, 0] @ key[0, 0].T
     assert seen == [{torch.float32}, {torch.float32}]
-    assert torch.equal(by_place, expected)
-    assert torch.equal(by_name, expected)
+    torch.testing.assert_close(by_place, expected)
+    assert torch.equal(by_name, by_place)
     assert product.dtype == torch.bfloat16
 
 
@@ -71,10 +71,38 @@ def test_a_mask_of_attention_may_be_half_or_of_bools():
     added = torch.zeros(5, 5, dtype=torch.bfloat16).masked_fill(hidden, float("-inf"))
     expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True).bfloat16()
     with Precision("bf16", CPU, "").autocast():
-        assert torch.equal(F.scaled_dot_product_attention(query, key, value, added), expected)
-        assert torch.equal(F.scaled_dot_product_attention(query, key, value, attn_mask=added), expected)
-        assert torch.equal(F.scaled_dot_product_attention(query, key, value, ~hidden, 0.0), expected)
-        assert torch.equal(F.scaled_dot_product_attention(query, key, value, None, 0.0, True), expected)
+        found = [
+            F.scaled_dot_product_attention(query, key, value, added),
+            F.scaled_dot_product_attention(query, key, value, attn_mask=added),
+            F.scaled_dot_product_attention(query, key, value, ~hidden, 0.0),
+            F.scaled_dot_product_attention(query, key, value, None, 0.0, True),
+        ]
+    for out in found:
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(
+    ("width", "values", "widths"), [(8, 8, {16}), (16, 16, {16}), (40, 40, {40}), (8, 20, {8, 20})]
+)
+def test_narrow_heads_are_widened_and_their_output_and_gradients_stay(scale, width, values, widths):
+    given = [torch.randn(2, 3, 5, w, requires_grad=True) for w in (width, width, values)]
+    seen: set[int] = set()
+    real = F.scaled_dot_product_attention
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is real:
+                seen.update(v.shape[-1] for v in (kwargs or {}).values() if isinstance(v, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    expected = real(*given, scale=scale)
+    of = torch.randn_like(expected)
+    with Watch(), Precision("bf16", CPU, "").autocast():
+        found = F.scaled_dot_product_attention(*given, scale=scale)
+    assert seen == widths
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, given, of), torch.autograd.grad(expected, given, of))
 
 
 def test_fp32_changes_nothing():
