@@ -19,7 +19,7 @@ import torch
 
 from dualout import data
 from dualout.analysis.grid import Grid, Training
-from dualout.analysis.tables import Row, grouped, number, spread
+from dualout.analysis.tables import Row, cell, grouped, number, spread
 from dualout.calibrated import Calibration
 from dualout.errors import InputError
 from dualout.evaluation.autoencoder import Autoencoder
@@ -334,4 +334,4 @@ def _number(mean: float | None, sd: float | None) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
-    return "" if value is None else number(value, 3) if isinstance(value, float) else str(value)
+    return cell(value, 3)

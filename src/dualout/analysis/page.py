@@ -10,9 +10,9 @@ import html
 import importlib.resources
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dualout.analysis.tables import Row, columns, number
+from dualout.analysis.tables import Row, cell, columns
 from dualout.version import __version__
 
 
@@ -141,13 +141,6 @@ def table(
             lines.append(f'<tr class="group"><th class="text" colspan="{len(shown)}">{text(cell(last))}</th></tr>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def cell(value: Any) -> str:
-    """A number in four digits, and anything else as it is."""
-    if value is None:
-        return ""
-    return number(value) if isinstance(value, float) else str(value)
 
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ± [\d.,]+(e[-+]?\d+)?)?$")

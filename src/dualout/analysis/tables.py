@@ -64,6 +64,13 @@ def number(value: float, digits: int = 4, *, zeros: bool = False) -> str:
     return f"{value:,.0f}" if "e+" in text and abs(value) < 1e9 else text
 
 
+def cell(value: Any, digits: int = 4) -> str:
+    """A number in so many digits, nothing where nothing is there, and anything else as it is."""
+    if value is None:
+        return ""
+    return number(value, digits) if isinstance(value, float) else str(value)
+
+
 class Spread(NamedTuple):
     """Several measurements of one thing."""
 

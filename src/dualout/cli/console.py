@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dualout.analysis.tables import number
+from dualout.analysis.tables import cell
 from dualout.cli._processes import first
 from dualout.errors import printable
 
@@ -135,13 +135,6 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: str | N
 
 def _numbers(values: Iterable[Any]) -> bool:
     return all(value is None or isinstance(value, int | float) or value[:1].isdigit() for value in values)
-
-
-def cell(value: Any) -> str:
-    """A number in four digits, and anything else as it is."""
-    if value is None:
-        return ""
-    return number(value) if isinstance(value, float) else str(value)
 
 
 def count(many: int, noun: str) -> str:

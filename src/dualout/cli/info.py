@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from dualout.analysis.tables import cell
 from dualout.cli import console
 from dualout.cli.options import parse
 from dualout.errors import InputError
@@ -62,7 +63,7 @@ def run(arguments: list[str]) -> int | None:
             console.out.print(f"\n{title}", style="bold")
         width = max([16, *map(len, rows)])
         for name, value in rows.items():
-            console.out.print(f"  {name:<{width}} {console.cell(value)}")
+            console.out.print(f"  {name:<{width}} {cell(value)}")
     return None
 
 
