@@ -118,18 +118,18 @@ def name_of(model: Model) -> str:
 
 def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> Any:
     """The whole study, with a progress bar; `options.split` is that of the images."""
-    import numpy as np
     import torch
 
     from dualout.analysis.routes import grid, routes
     from dualout.analysis.study import Study
     from dualout.analysis.trajectories import Gaussian, drift, film, seen
+    from dualout.data.dataset import evenly
     from dualout.data.pixels import to_model
 
     denoiser = model.denoiser
     place = denoiser.times.device
     # spread over the set, which may be sorted
-    chosen = np.linspace(0, len(dataset) - 1, min(options.images, len(dataset))).round().astype(int)
+    chosen = evenly(len(dataset), options.images)
     images = to_model(dataset.batch(chosen)).to(place)
     labels = _labels(model, dataset, chosen)
     times = grid(denoiser.schedule, options.points)

@@ -256,9 +256,8 @@ def _sample_commands(models: Sequence[Model], seed: int) -> list[list[str]]:
 
 def _samples(models: Sequence[Model], seed: int) -> dict[str, np.ndarray]:
     """Images of both models from the same seeds, and real ones."""
-    import numpy as np
-
     from dualout import data
+    from dualout.data.dataset import evenly
     from dualout.evaluation.model import Model as Loaded
     from dualout.evaluation.sampling import Sampling, build_sampler
 
@@ -270,8 +269,7 @@ def _samples(models: Sequence[Model], seed: int) -> dict[str, np.ndarray]:
             images = next(sampling.batches(PICTURES, PICTURES))
             found[f"{name}, {spec}, {spacing} spacing, {steps} steps"] = images.permute(0, 2, 3, 1).numpy()
     real = data.load("digits", split="test")
-    some = np.linspace(0, len(real) - 1, PICTURES).round().astype(int)
-    return found | {"real digits": real.batch(some).permute(0, 2, 3, 1).numpy()}
+    return found | {"real digits": real.batch(evenly(len(real), PICTURES)).permute(0, 2, 3, 1).numpy()}
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
