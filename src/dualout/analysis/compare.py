@@ -33,7 +33,7 @@ from dualout.files import cache_directory
 from dualout.networks.device import device as find_device
 from dualout.networks.precision import choose
 from dualout.samplers import Sampler
-from dualout.training.calibrate import Fit, fit_to, parameters_of, way
+from dualout.training.calibrate import Fit, Target, fit_to, parameters_of, way
 from dualout.training.config import TrainConfig
 from dualout.training.estimate import estimate
 from dualout.training.run import Run
@@ -176,10 +176,8 @@ def _calibrate(grid: Grid, training: Training, model: Model, directory: Path, sa
     except InputError:
         pass  # there is none yet: it is fitted
     dataset, split = _learned_from(grid, "train", model.shape[1:])
-    fitting = fit_to(
-        dataset, model.denoiser, sampler, how, device=model.device, classes=model.classes,
-        said={"name": training.config.data, "split": split}, weights=weights, precision=precision,
-    )  # fmt: skip
+    target = Target.of(dataset, model.device, model.classes, name=training.config.data, split=split)
+    fitting = fit_to(target, model.denoiser, sampler, how, weights, precision=precision)
     title, last = f"calibrating {training.method} seed {training.seed}: {sampler.spec}", None
     for last in fitting:
         yield Doing(title, last.iteration, how.iterations)

@@ -151,16 +151,14 @@ def _dry_run(options: Options, model: Model) -> None:
 
 
 def _fitted(options: Options, model: Model, precision: Precision) -> Calibration:
-    from dualout.training.calibrate import fit_to
+    from dualout.training.calibrate import Target, fit_to
 
     assert options.data is not None
     how, sampler = _asked(options, model)
     dataset, split = real_images(options.data, model.shape, options.split, latents=model.latents)
-    fitting = fit_to(
-        dataset, model.denoiser, sampler, how, device=model.device, classes=model.classes,
-        said={"name": options.data, "split": split}, weights=model.details["sha256"], most=options.images,
-        numbers=None if options.numbers is None else listed(options.numbers), precision=precision,
-    )  # fmt: skip
+    target = Target.of(dataset, model.device, model.classes, options.images, name=options.data, split=split)
+    numbers = None if options.numbers is None else listed(options.numbers)
+    fitting = fit_to(target, model.denoiser, sampler, how, model.details["sha256"], numbers, precision)
     last = None
     with console.progress("distance") as bar:
         task = bar.add_task(f"calibrating {sampler.spec}", total=how.iterations, distance="")

@@ -13,7 +13,7 @@ et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -179,42 +179,47 @@ def fit(
             p.requires_grad_(wanted)
 
 
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Images of a data set that a calibration is fitted to, and what its protocol says of them."""
+
+    images: Tensor
+    """Float in [−1, 1], (N, C, H, W), where images are made."""
+    told: Told | None
+    """Their classes, where the denoiser is told some."""
+    data: dict[str, Any]
+    """Which they are, as plain JSON values."""
+
+    @classmethod
+    def of(cls, dataset: Dataset, device: torch.device, classes: int | None, most: int = 20_000, **said: Any) -> Target:
+        """So many images at most, spread evenly over the data set: folders lie sorted by class.
+
+        Args:
+            dataset: the real images.
+            device: where images are made.
+            classes: how many the denoiser knows; None where it is told nothing.
+            most: images, at most.
+            said: what the images were asked for by, such as their name and split.
+        """
+        n = min(len(dataset), most)
+        rows = [i * len(dataset) // n for i in range(n)]
+        images = to_model(dataset.batch(rows)).to(device)
+        data = {**said, "images": n, "fingerprint": dataset.fingerprint}
+        return cls(images, Told.of(classes, dataset, rows, device), data)
+
+
 def fit_to(
-    dataset: Dataset,
+    target: Target,
     denoiser: Denoiser,
     sampler: Sampler,
     how: Fit,
-    *,
-    device: torch.device,
-    classes: int | None,
-    said: Mapping[str, Any],
     weights: str,
-    most: int = 20_000,
     numbers: Sequence[str] | None = None,
     precision: Precision | None = None,
 ) -> Iterator[Progress]:
-    """Calibrate to a data set, as `fit`, with a protocol that tells the images and the weights.
-
-    Args:
-        dataset: the real images.
-        denoiser: on `device`.
-        sampler: with its K and spacing.
-        how: the settings.
-        device: where images are made.
-        classes: how many the denoiser knows; None where it is told nothing.
-        said: what the images were asked for by, such as their name and split.
-        weights: the hash of the denoiser's.
-        most: images, at most, which are then spread evenly over the data set.
-        numbers: as for `fit`.
-        precision: as for `fit`.
-
-    Raises:
-        InputError: as `fit`.
-    """
-    rows = evenly(len(dataset), most)
-    images, told = to_model(dataset.batch(rows)).to(device), Told.of(classes, dataset, rows, device)
-    known = {"data": {**said, "images": len(rows), "fingerprint": dataset.fingerprint}, "weights": weights}
-    for progress in fit(denoiser, sampler, images, how, numbers, precision, told):
+    """Calibrate as `fit` does, with a protocol that tells the images, and the weights by their hash."""
+    known = {"data": target.data, "weights": weights}
+    for progress in fit(denoiser, sampler, target.images, how, numbers, precision, target.told):
         calibration = replace(progress.calibration, protocol=progress.calibration.protocol | known)
         yield progress._replace(calibration=calibration)
 
@@ -336,12 +341,6 @@ class _Recomputed(nn.Module):
 
         x0, parts = recomputed(run, x_t, use_reentrant=False)
         return Prediction(x_t, level[0], x0, parts)
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """At most so many of `count` images, spread evenly: folders lie sorted by class."""
-    n = min(count, most)
-    return [i * count // n for i in range(n)]
 
 
 def _floats(values: dict[str, Tensor]) -> dict[str, list[float]]:
