@@ -184,7 +184,7 @@ def test_an_upgrade() -> None:
     def measured(device: str) -> Any:
         denoiser = copy.deepcopy(source).to(device)
         name = output_layer(denoiser.network)  # type: ignore[arg-type]
-        stream = noised.Stream(data(), np.arange(16), 50, 2, 0, torch.device(device), batch_size=8)
+        stream = noised.Stream(data(), np.arange(16), noised.Bins(50, 2, 0), torch.device(device), batch_size=8)
         moments, rows = readout.collect(denoiser, name, slice(1, 2), stream, 2, pixels=8)
         layer = denoiser.network.get_submodule(name)  # type: ignore[union-attr]
         readout.write_rows(layer, rows, moments.solve(ridge=1e-3))

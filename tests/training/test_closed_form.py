@@ -159,11 +159,11 @@ def test_the_network_looks_at_each_batch_once_and_decides_by_other_noise() -> No
 
 
 def test_an_image_that_decides_has_noise_of_its_own_in_each_bin() -> None:
-    x0, edges = images(5), [0, 100, 200]
-    first, second = (Given(3, x0, {}).noised(b, edges, 0).noise for b in (0, 1))
+    x0, bins = images(5), noised.Bins(200, 2, 0)
+    first, second = (Given(3, x0, {}).noised(b, bins).noise for b in (0, 1))
     assert not (first == second).any()
     # which is that of its number, in whatever batch
-    assert torch.equal(Given(5, x0[2:], {}).noised(0, edges, 0).noise, first[2:])
+    assert torch.equal(Given(5, x0[2:], {}).noised(0, bins).noise, first[2:])
 
 
 @pytest.mark.parametrize("source", [Epsilon(), CleanImage()], ids=lambda p: p.spec)

@@ -613,7 +613,7 @@ def test_measured_errors_are_those_of_the_routes() -> None:
         # a new route that says something
         after.network.get_submodule(output_layer(after.network)).weight[new_rows(after)] = 0.1
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
-    stream = noised.Stream(Dataset("x", images, "nhw"), np.arange(20), 200, 4, 0, CPU)
+    stream = noised.Stream(Dataset("x", images, "nhw"), np.arange(20), noised.Bins(200, 4, 0), CPU)
     errors = opening.measure(after, stream, 4)
     assert errors.eps.shape == (4, 20)
     for b, batch in enumerate(stream):
@@ -630,7 +630,7 @@ def test_measured_errors_are_those_of_the_routes() -> None:
 def test_small_errors_of_the_new_route_are_found_beside_large_ones_of_the_old() -> None:
     # one that is nearly right where the old one is far off, as eps is at high noise: a difference of large numbers
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
-    (batch,) = noised.Stream(Dataset("x", images, "nhw"), np.arange(4), 200, 1, 0, CPU)
+    (batch,) = noised.Stream(Dataset("x", images, "nhw"), np.arange(4), noised.Bins(200, 1, 0), CPU)
     batch = batch._replace(t=torch.full((4,), 199))
     off = 1e-3 * dualout.noise(range(4), (1, 8, 8))
     raw = torch.cat([torch.zeros_like(off), batch.x0 + off, torch.zeros_like(off)], 1)
@@ -641,15 +641,15 @@ def test_small_errors_of_the_new_route_are_found_beside_large_ones_of_the_old() 
 
 
 def test_times_and_noise_are_an_images_own_in_each_bin() -> None:
-    x0, rows, edges = torch.zeros(2000, 1, 2, 2), np.arange(2000), [0, 5, 9]
+    x0, rows = torch.zeros(2000, 1, 2, 2), np.arange(2000)
 
     def draw(bin: int | np.ndarray = 0, some: slice = slice(None), number: int = 0, seed: int = 0) -> noised.Noised:
-        return noised.draw(bin, x0[some], rows[some], number, edges, seed, {})
+        return noised.Bins(10, 2, seed).draw(bin, x0[some], rows[some], number, {})
 
     batch = draw()
     # every time of the bin as often
     assert batch.t.bincount().tolist() == pytest.approx([400] * 5, abs=100)
-    assert set(draw(1).t.tolist()) == {5, 6, 7, 8}
+    assert set(draw(1).t.tolist()) == {5, 6, 7, 8, 9}
     # not of its batch, and each in the bin that is asked for
     part = draw(some=slice(30, 40))
     assert torch.equal(part.t, batch.t[30:40])
@@ -671,7 +671,7 @@ def test_an_order_is_of_all_and_follows_the_seed() -> None:
 @pytest.mark.parametrize(("images", "size"), [(1280, 64), (256, 12), (20, 1), (7, 1)])
 def test_few_images_are_spread_over_all_bins(images: int, size: int) -> None:
     data = Dataset("x", np.zeros((images, 2, 2), np.uint8), "nhw")
-    stream = noised.Stream(data, np.arange(images), 200, 20, 0, torch.device("cpu"), each=False)
+    stream = noised.Stream(data, np.arange(images), noised.Bins(200, 20, 0), CPU, each=False)
     batches = list(stream)
     assert {b.bin for b in batches} == set(range(min(images, 20)))
     assert max(len(b.x0) for b in batches) == size
@@ -684,7 +684,7 @@ def test_the_images_that_are_looked_at(each) -> None:
     images = np.arange(20, dtype=np.uint8).repeat(64).reshape(20, 8, 8)
     dataset = Dataset("x", images, "nhw", labels=torch.arange(20) % 5, classes=tuple("abcde"))
     rows = np.array([7, 0, 3, 19, 12, 5, 8])
-    stream = noised.Stream(dataset, rows, 200, 2, 0, CPU, conditional=True, each=each, batch_size=3)
+    stream = noised.Stream(dataset, rows, noised.Bins(200, 2, 0), CPU, conditional=True, each=each, batch_size=3)
     seen = [(b.bin, ((b.x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) for b in stream]
     blocks = [[7, 0, 3], [19, 12, 5], [8]]
     assert seen == (
@@ -697,7 +697,7 @@ def test_the_images_that_are_looked_at(each) -> None:
     # other noise each time that an image is looked at, and no classes for a network that is told none
     looks = [noise for batch in stream for noise in batch.noise]
     assert len(torch.stack(looks).unique(dim=0)) == len(looks)
-    assert not any(b.conditions for b in noised.Stream(dataset, np.arange(20), 200, 2, 0, CPU))
+    assert not any(b.conditions for b in noised.Stream(dataset, np.arange(20), noised.Bins(200, 2, 0), CPU))
 
 
 # what is trained

@@ -21,7 +21,7 @@ from dualout.networks.trace import evaluating
 from dualout.randomness import check_seed, mix
 from dualout.training import opening, readout
 from dualout.training.given import Batches, first, read
-from dualout.training.noised import Noised, bin_edges
+from dualout.training.noised import Bins, Noised, bin_edges
 from dualout.training.opening import FEWEST
 from dualout.training.upgrade import open_gate, output_layer, upgraded_of
 
@@ -115,14 +115,15 @@ def fit(
     if (low := min(float(batch.x0.min()) for batch in held)) >= 0:
         high = max(float(batch.x0.max()) for batch in held)
         warnings.warn(f"images are from {low:.4g} to {high:.4g}; most networks are trained in [−1, 1]", stacklevel=3)
-    edges, seen = bin_edges(denoiser.schedule.steps, bins), 0
+    steps, seen = denoiser.schedule.steps, 0
+    fitted_to, looked_at = Bins(steps, bins, seed), Bins(steps, bins, seed + 1)  # noised differently
 
     def noised() -> Iterator[Noised]:
         nonlocal seen
         for batch in given:
             # each bin once in `bins` images, in an order that has nothing to do with theirs
             turns = mix(seed, _BIN, batch.numbers // bins).astype(np.uint32)
-            yield batch.noised((batch.numbers + turns) % bins, edges, seed)
+            yield batch.noised((batch.numbers + turns) % bins, fitted_to)
             seen += len(batch.x0)
             if seen >= images:
                 return
@@ -133,19 +134,18 @@ def fit(
             )
 
     def looks() -> Iterator[Noised]:
-        # what is fitted and what is looked at are noised differently
-        return (batch.noised(b, edges, seed + 1) for b in range(bins) for batch in held)
+        return (batch.noised(b, looked_at) for b in range(bins) for batch in held)
 
     kept = [(p, p.clone()) for p in _layer(denoiser)[1].parameters(recurse=False)]
     with evaluating(denoiser):
         before = opening.measure(denoiser, looks(), bins).of(closed)
         solve(denoiser, noised(), before, held[0].x0.shape[1], pixels=pixels, seed=seed)
         errors = opening.measure(denoiser, looks(), bins)
-    found = opening.look(errors, before, closed, denoiser.schedule.steps)
+    found = opening.look(errors, before, closed, steps)
     if found.worse or not found.score < 0:
         for p, values in kept:
             p.copy_(values)
-        found = opening.look(errors, before, closed, denoiser.schedule.steps, shut=True)
+        found = opening.look(errors, before, closed, steps, shut=True)
     fitted = Fitted(open_gate(denoiser, found.ratios), found.score, found.rows, seen, count)
     if fitted.open:
         fitted.denoiser.card = denoiser.card | {"title": "A dual-output upgrade", "training": fitted.summary()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks.trace import call
-from dualout.training.noised import Noised, draw
+from dualout.training.noised import Bins, Noised
 
 Batches = Iterable[Any]
 """Of images (B, C, …), or of pairs of images and {name: condition}."""
@@ -27,10 +27,10 @@ class Given(NamedTuple):
     """(B, C, …)."""
     conditions: dict[str, Any]
 
-    def noised(self, bin: int | np.ndarray, edges: list[int], seed: int) -> Noised:
+    def noised(self, bin: int | np.ndarray, bins: Bins) -> Noised:
         """At times of these bins, of all of them or of each, (B,)."""
         number = bin if isinstance(bin, int) else 0
-        return draw(bin, self.x0, self.numbers, number, edges, seed, self.conditions)
+        return bins.draw(bin, self.x0, self.numbers, number, self.conditions)
 
     @property
     def numbers(self) -> np.ndarray:

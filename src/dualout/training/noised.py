@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,15 +45,42 @@ def bin_edges(steps: int, bins: int) -> list[int]:
     return [round(b * steps / bins) for b in range(bins + 1)]
 
 
+@dataclass(frozen=True)
+class Bins:
+    """Bins of t, and the seed of what is drawn in them."""
+
+    steps: int
+    """T."""
+    count: int
+    seed: int
+
+    def draw(
+        self, bin: int | np.ndarray, x0: Tensor, rows: np.ndarray, number: int, conditions: dict[str, Any]
+    ) -> Noised:
+        """Draw a time step of a bin, and noise, for each image of a batch.
+
+        Args:
+            bin: of all of them, or of each, (B,).
+            x0: the images.
+            rows: a number for each image, (B,).
+            number: what else the draws depend on.
+            conditions: what the network is told besides.
+        """
+        bounds = np.array(bin_edges(self.steps, self.count))
+        low, high = bounds[bin], bounds[bin + 1]
+        within = mix(self.seed, _TIME, number, rows) % np.asarray(high - low, dtype=np.uint64)
+        t = torch.from_numpy(low + within.astype(np.int64)).to(x0.device)
+        eps = noise(mix(self.seed, _NOISE, number, rows), x0.shape[1:], device=x0.device)
+        return Noised(bin if isinstance(bin, int) else torch.from_numpy(bin), x0, t, eps, conditions)
+
+
 class Stream:
     """Noised images of a dataset, the same ones each time: bin after bin, each of one bin of t.
 
     Args:
         dataset: the images.
         rows: which of them, in order.
-        steps: T.
         bins: of t.
-        seed: of the time steps and the noise.
         device: where they go.
         conditional: whether the network is told classes.
         each: every image in every bin; False takes the images in turn, each in one bin.
@@ -63,64 +91,34 @@ class Stream:
         self,
         dataset: Dataset,
         rows: np.ndarray,
-        steps: int,
-        bins: int,
-        seed: int,
+        bins: Bins,
         device: torch.device,
         *,
         conditional: bool = False,
         each: bool = True,
         batch_size: int = 64,
     ) -> None:
-        self.dataset, self.rows, self.seed, self.device = dataset, rows, seed, device
-        self.edges, self.bins, self.conditional, self.each = bin_edges(steps, bins), bins, conditional, each
-        self.batch_size = batch_size if each else min(batch_size, max(1, len(rows) // bins))
+        self.dataset, self.rows, self.bins, self.device = dataset, rows, bins, device
+        self.conditional, self.each = conditional, each
+        self.batch_size = batch_size if each else min(batch_size, max(1, len(rows) // bins.count))
 
     def __len__(self) -> int:
         blocks = -(-len(self.rows) // self.batch_size)
-        return blocks * self.bins if self.each else blocks
+        return blocks * self.bins.count if self.each else blocks
 
     def __iter__(self) -> Iterator[Noised]:
         blocks = [self.rows[i : i + self.batch_size] for i in range(0, len(self.rows), self.batch_size)]
         if self.each:
-            yield from (self._noised(b, rows, b) for b in range(self.bins) for rows in blocks)
+            yield from (self._noised(b, rows, b) for b in range(self.bins.count) for rows in blocks)
         else:
-            yield from (self._noised(k % self.bins, rows, k) for k, rows in enumerate(blocks))
+            yield from (self._noised(k % self.bins.count, rows, k) for k, rows in enumerate(blocks))
 
     def _noised(self, bin: int, rows: np.ndarray, number: int) -> Noised:
         x0 = pixels.to_model(self.dataset.batch(rows)).to(self.device)
         conditions: dict[str, Any] = {}
         if self.conditional and self.dataset.labels is not None:
             conditions["class_labels"] = self.dataset.labels[torch.from_numpy(rows)].to(self.device)
-        return draw(bin, x0, rows, number, self.edges, self.seed, conditions)
-
-
-def draw(
-    bin: int | np.ndarray,
-    x0: Tensor,
-    rows: np.ndarray,
-    number: int,
-    edges: Sequence[int],
-    seed: int,
-    conditions: dict[str, Any],
-) -> Noised:
-    """Draw a time step of a bin, and noise, for each image of a batch.
-
-    Args:
-        bin: of all of them, or of each, (B,).
-        x0: the images.
-        rows: a number for each image, (B,).
-        number: what else the draws depend on.
-        edges: of the bins.
-        seed: of the draws.
-        conditions: what the network is told besides.
-    """
-    bounds = np.array(edges)
-    low, high = bounds[bin], bounds[bin + 1]
-    t = low + (mix(seed, _TIME, number, rows) % np.asarray(high - low, dtype=np.uint64)).astype(np.int64)
-    eps = noise(mix(seed, _NOISE, number, rows), x0.shape[1:], device=x0.device)
-    each = bin if isinstance(bin, int) else torch.from_numpy(bin)
-    return Noised(each, x0, torch.from_numpy(t).to(x0.device), eps, conditions)
+        return self.bins.draw(bin, x0, rows, number, conditions)
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:

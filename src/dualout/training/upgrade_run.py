@@ -32,7 +32,7 @@ from dualout.networks.trace import Example, call
 from dualout.training import opening
 from dualout.training.closed_form import solve
 from dualout.training.estimate import Estimate, estimate
-from dualout.training.noised import Noised, Stream, shuffled
+from dualout.training.noised import Bins, Noised, Stream, shuffled
 from dualout.training.run import Run
 from dualout.training.setup import about_data, assemble, check_data, check_fit, data_on_card
 from dualout.training.upgrade import open_gate, set_scope, upgrade, upgraded_of
@@ -326,17 +326,9 @@ class Upgrade:
         return opening.measure(denoiser, self.validation, self.config.bins)
 
     def _stream(self, rows: np.ndarray, *, each: bool) -> Stream:
-        return Stream(
-            self.dataset,
-            rows,
-            self._noise_levels,
-            self.config.bins,
-            # what is fitted and what is looked at are noised differently
-            self.config.seed + each,
-            self._place,
-            conditional=self.conditional,
-            each=each,
-        )
+        # what is fitted and what is looked at are noised differently
+        bins = Bins(self._noise_levels, self.config.bins, self.config.seed + each)
+        return Stream(self.dataset, rows, bins, self._place, conditional=self.conditional, each=each)
 
     def _told(self, what: str, stream: Stream) -> Iterator[Noised]:
         for done, batch in enumerate(stream, 1):
