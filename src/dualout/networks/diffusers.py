@@ -170,6 +170,7 @@ def _known(network: nn.Module) -> Convention | None:
 
 
 _LAYERS = {
+    "DiTTransformer2DModel": "proj_out_2",
     "Kandinsky5Transformer3DModel": "out_layer.out_layer",
     "Lumina2Transformer2DModel": "norm_out.linear_2",
     "PRXTransformer2DModel": "final_layer.linear",
@@ -208,14 +209,6 @@ class Packed(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequences(Plain):
-    """Tokens of one pixel."""
-
-    classes = ("diffusers.Flux2Transformer2DModel", "diffusers.LTXVideoTransformer3DModel")
-    layer: str = "proj_out"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Blocks(Plain):
     """Transformers that end with a linear map to patches, a channel's pixels next to each other."""
 
@@ -224,8 +217,10 @@ class Blocks(Plain):
         "diffusers.ConsisIDTransformer3DModel",
         "diffusers.CogView3PlusTransformer2DModel",
         "diffusers.EasyAnimateTransformer3DModel",
+        "diffusers.Flux2Transformer2DModel",
         "diffusers.HunyuanVideoTransformer3DModel",
         "diffusers.Kandinsky5Transformer3DModel",
+        "diffusers.LTXVideoTransformer3DModel",
         "diffusers.PRXTransformer2DModel",
     )
     layer: str = "proj_out"
@@ -237,15 +232,19 @@ class Blocks(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Volumes(Interleaved):
+class Patches(Interleaved):
     """Transformers that end with a linear map to patches, a pixel's channels next to each other."""
 
     classes = (
         "diffusers.AllegroTransformer3DModel",
         "diffusers.AuraFlowTransformer2DModel",
+        "diffusers.DiTTransformer2DModel",
+        "diffusers.HunyuanDiT2DModel",
         "diffusers.LatteTransformer3DModel",
         "diffusers.Lumina2Transformer2DModel",
         "diffusers.MochiTransformer3DModel",
+        "diffusers.PixArtTransformer2DModel",
+        "diffusers.SD3Transformer2DModel",
         "diffusers.SanaTransformer2DModel",
         "diffusers.SanaVideoTransformer3DModel",
         "diffusers.SkyReelsV2Transformer3DModel",

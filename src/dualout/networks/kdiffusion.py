@@ -8,11 +8,10 @@ The models are preconditioned as in EDM. One of them is read by ``Karras(sigma_d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from dualout.errors import InputError
-from dualout.networks.output import Patches, Plain
-from dualout.networks.wide import rows_of
+from dualout.networks.output import Interleaved, Plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +21,10 @@ class KUNet(Plain):
     classes = ("k_diffusion.ImageDenoiserModelV1",)
     layer: str = "proj_out"
 
-    def channels(self, network: Any) -> int:
-        """How many channels the network has now; the layer has p² rows for each."""
-        return rows_of(network.proj_out) // network.patch_size**2
+    @classmethod
+    def of(cls, network: Any) -> Self:
+        """By this network's patches."""
+        return cls(each=network.patch_size**2)
 
     def check(self, network: Any) -> None:
         """Refuse networks with a row more."""
@@ -36,17 +36,17 @@ class KUNet(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTransformer(Patches):
+class KTransformer(Interleaved):
     """A linear map to patches; its class counts operations, and computes as torch's."""
 
     classes = ("k_diffusion.ImageTransformerDenoiserModelV2",)
     same = ("k_diffusion.Linear",)
     layer: str = "patch_out.proj"
 
-    def channels(self, network: Any) -> int:
-        """How many channels the network has now; the layer has h·w rows for each."""
-        split = network.patch_out
-        return rows_of(split.proj) // (split.h * split.w)
+    @classmethod
+    def of(cls, network: Any) -> Self:
+        """By this network's patches."""
+        return cls(each=network.patch_out.h * network.patch_out.w)
 
 
 @dataclass(frozen=True, kw_only=True)

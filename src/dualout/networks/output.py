@@ -28,15 +28,16 @@ class Output(Registered, ABC):
     """Classes of layers, as package.Class, that compute just what those of torch.nn do from which they derive."""
     layer: str
     """The layer's name in the network."""
+    each: int = 1
+    """How many rows of it a channel has: those of a patch, or p² before a pixel shuffle."""
     beside: tuple[str, ...] = ()
     """Layers with as many rows, whose results are added to its own."""
-
     past: tuple[str, ...] = ()
     """Convolutions afterwards that mix the channels, and are added to them: the new ones go past."""
 
     @classmethod
     def of(cls, network: Any) -> Self:
-        """The entry for one network, where its layer's name depends on that."""
+        """The entry for one network, where its layer's name or its rows a channel depend on that."""
         return cls()  # pyright: ignore[reportCallIssue]  # entries that are not told it have a default
 
     @abstractmethod
@@ -45,7 +46,7 @@ class Output(Registered, ABC):
 
     def channels(self, network: nn.Module) -> int:
         """How many channels the network has now."""
-        return rows_of(network.get_submodule(self.layer))
+        return rows_of(network.get_submodule(self.layer)) // self.each
 
     def record(self, network: Any, channels: int) -> None:
         """Write down the new number of channels wherever the network keeps it, so that it can be saved and rebuilt."""
@@ -64,18 +65,21 @@ class Output(Registered, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Output):
-    """A channel's rows lie together, mostly one row; for layers that were named or traced."""
-
-    each: int = 1
-    """How many rows a channel has: p² before a pixel shuffle."""
-
-    def channels(self, network: nn.Module) -> int:
-        """How many channels the network has now."""
-        return rows_of(network.get_submodule(self.layer)) // self.each
+    """A channel's rows lie together, mostly one row; also for layers that were named or traced."""
 
     def rows(self, channels: int, each: int) -> Tensor:
         """(channels, each): one after the other."""
         return torch.arange(channels * each, device="cpu").view(channels, each)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interleaved(Output):
+    """Transformers end with a linear map to patches, a pixel's channels next to each other; also where it was named or
+    traced."""
+
+    def rows(self, channels: int, each: int) -> Tensor:
+        """(channels, each): the channel runs fastest."""
+        return torch.arange(channels * each, device="cpu").view(each, channels).T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,51 +132,6 @@ class Line(Plain):
             raise InputError(
                 "this UNet1DModel adds its last block's input to its output channel by channel: it cannot be widened"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patches(Output, ABC):
-    """Transformers end with a linear map to patches of p×p pixels, a pixel's channels next to each other."""
-
-    def channels(self, network: Any) -> int:
-        """How many channels the network has now; the layer has p² rows for each."""
-        return network.out_channels
-
-    def rows(self, channels: int, each: int) -> Tensor:
-        """(channels, each): the channel runs fastest."""
-        return torch.arange(channels * each, device="cpu").view(each, channels).T
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interleaved(Patches):
-    """A transformer's map to patches that was named or traced."""
-
-    each: int = 1
-    """How many rows a channel has: those of a patch."""
-
-    def channels(self, network: nn.Module) -> int:
-        """How many channels the network has now."""
-        return rows_of(network.get_submodule(self.layer)) // self.each
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiT(Patches):
-    """DiT has a modulation before."""
-
-    classes = ("diffusers.DiTTransformer2DModel",)
-    layer: str = "proj_out_2"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transformer(Patches):
-    """PixArt's, Stable Diffusion 3's and HunyuanDiT's."""
-
-    classes = (
-        "diffusers.PixArtTransformer2DModel",
-        "diffusers.SD3Transformer2DModel",
-        "diffusers.HunyuanDiT2DModel",
-    )
-    layer: str = "proj_out"
 
 
 def output_of(network: nn.Module) -> Output | None:
