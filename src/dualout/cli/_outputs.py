@@ -125,9 +125,9 @@ def _model(told: Mapping[str, Any]) -> str:
         return str(model.get("name"))
 
 
-def _several(names: Iterable[Any], most: int = 6) -> str:
+def _several(names: Iterable[Any]) -> str:
     found = list(dict.fromkeys(map(str, names)))
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+    return ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
 
 
 def _when(file: Path) -> str:

@@ -72,10 +72,10 @@ class Worker:
         if self._output is not None:
             self._output.close()
 
-    def last_words(self, lines: int = 8) -> str:
-        """The end of what it printed."""
+    def last_words(self) -> str:
+        """The last eight lines of what it printed."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        return "\n".join(text.strip().splitlines()[-lines:])
+        return "\n".join(text.strip().splitlines()[-8:])
 
 
 def watch(workers: Sequence[Worker], together: int, stopped: Callable[[], bool], every: float = 0.5) -> Iterator[None]:
@@ -87,9 +87,7 @@ def watch(workers: Sequence[Worker], together: int, stopped: Callable[[], bool],
     waiting, begun = list(workers), []
     try:
         while True:
-            for worker in begun:
-                if worker.code not in (None, 0) and not stopped():
-                    raise InputError(f"{worker.name} failed:\n{worker.last_words()}\n(all it said is in {worker.log})")
+            _check(begun, stopped)
             while waiting and not stopped() and sum(w.running for w in begun) < together:
                 begun.append(waiting.pop(0))
                 begun[-1].start()
@@ -97,14 +95,18 @@ def watch(workers: Sequence[Worker], together: int, stopped: Callable[[], bool],
             if stopped() or not (waiting or any(w.running for w in begun)):
                 break
             time.sleep(every)
-        failed = [w for w in begun if w.code not in (None, 0)]
-        if failed and not stopped():
-            raise InputError(f"{failed[0].name} failed:\n{failed[0].last_words()}\n(all it said is in {failed[0].log})")
+        _check(begun, stopped)
     finally:
         for worker in begun:
             worker.stop()
         for worker in begun:
             worker.close()
+
+
+def _check(begun: Sequence[Worker], stopped: Callable[[], bool]) -> None:
+    for worker in begun:
+        if worker.code not in (None, 0) and not stopped():
+            raise InputError(f"{worker.name} failed:\n{worker.last_words()}\n(all it said is in {worker.log})")
 
 
 def chain(text: str) -> int:

@@ -104,15 +104,6 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         yield told
 
 
-def track(items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
-    """Pass items on while a progress bar counts them."""
-    with progress() as bar:
-        task = bar.add_task(description, total=total)
-        for item in items:
-            yield item
-            bar.advance(task)
-
-
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: str | None = None) -> None:
     """Print rows as a table; on a screen too narrow for it, row by row with the columns' names."""
     if not out.is_terminal:

@@ -83,7 +83,7 @@ def batches(
         )
     if flip and dataset.latents:
         raise InputError("latents cannot be mirrored: the latent of a mirrored image is another one; turn flip off")
-    maker = _Maker(dataset, batch_size, seed, start, rank, world, flip, floats)
+    maker = _Maker(dataset, batch_size, seed, rank, world, flip, floats)
     return _ahead(maker, start, stop, prefetch, workers)
 
 
@@ -118,7 +118,6 @@ class _Maker:
     dataset: Dataset
     batch_size: int
     seed: int
-    start: int
     rank: int
     world: int
     flip: bool

@@ -76,7 +76,7 @@ class Moments:
         fitted = torch.einsum("fr,bfg,gr->b", rows, self.gram, rows) - 2 * torch.einsum("fr,bfr->b", rows, self.cross)
         return (self.power + fitted).clamp(min=0) / (self.count.clamp(min=1) * rows.shape[1])
 
-    def solve_blended(self, trained: Tensor, rounds: int = 8, ridge: float = 1e-8) -> Tensor:
+    def solve_blended(self, trained: Tensor, rounds: int = 8) -> Tensor:
         """The rows that lower the error of the blend most, (F, R).
 
         A blend of routes with errors a (trained) and b (new) errs by about ab / (a + b): times where the trained route
@@ -85,13 +85,12 @@ class Moments:
         Args:
             trained: mean squared error of the trained route in each bin, (bins,).
             rounds: how often the weights are made anew.
-            ridge: as in `solve`.
         """
-        rows = self.solve(ridge=ridge)
+        rows = self.solve()
         for _ in range(rounds):
             new = self.errors(rows).clamp(min=1e-12)
             weights = trained / (new * (trained + new))
-            rows = self.solve(weights / weights.max(), ridge)
+            rows = self.solve(weights / weights.max())
         return rows
 
 

@@ -18,6 +18,9 @@ from dualout.training.told import Told
 FLOOR = 0.1
 """The variance, as a share of the mean over all directions, below which a direction counts for less."""
 
+WIDTH = 32
+"""Of the random conv net's first layer."""
+
 LOOKED_AT = 0.17
 """sigma / alpha of the noise level at which the network is asked for its features; t = 48 of the linear schedule."""
 
@@ -34,24 +37,20 @@ class Views(nn.Module):
         seed: of the random conv net.
         denoiser: whose features are looked at too; None is nobody's.
         told: what it is told of classes, where it knows some.
-        width: of the random conv net's first layer.
     """
 
     to_fine: Tensor
     to_coarse: Tensor
 
-    def __init__(
-        self, images: Tensor, seed: int, denoiser: Denoiser | None = None, told: Told | None = None, width: int = 32
-    ) -> None:
+    def __init__(self, images: Tensor, seed: int, denoiser: Denoiser | None = None, told: Told | None = None) -> None:
         super().__init__()
-        channels = images.shape[1]
         generator = torch.Generator().manual_seed(int(mix(seed, 2)) % 2**63)
 
         def weights(inputs: int, outputs: int) -> Tensor:
             return torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
 
-        self.register_buffer("to_fine", weights(channels, width))
-        self.register_buffer("to_coarse", weights(width, 2 * width))
+        self.register_buffer("to_fine", weights(images.shape[1], WIDTH))
+        self.register_buffer("to_coarse", weights(WIDTH, 2 * WIDTH))
         self.to(images.device)
         self.within = None if denoiser is None else Within.of(denoiser, images[:2], told)
         with torch.no_grad():
