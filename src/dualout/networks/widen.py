@@ -68,25 +68,7 @@ def widen(
         network = _copied(network)
     inner = _innermost(network)
     _uncompile(inner)
-    # as its name is without
-    layer = layer and ".".join(part for part in layer.split(".") if part != "_orig_mod")
-    output = output_of(inner)
-    if layer is not None and (output is None or output.layer != layer):
-        _check_present(inner, layer)
-        example = _callable(network, inner) if example is None else example
-        output = Plain(layer=layer)
-        if example is not None:
-            output = folded(network, inner, layer, example, call(network, example)) or output
-    elif output is None:
-        example = guess(inner, network) if example is None else example
-        try:
-            output = trace(network, inner, example)
-        except InputError as error:
-            # an adapter says already where they are
-            raise InputError(f"{error}. {elsewhere(inner)}" if network is inner else str(error)) from error
-    elif example is None and named(type(inner)) not in output.classes:
-        # one derived from the class may do more than that
-        example = _callable(network, inner)
+    output, example = _where(network, inner, layer, example)
     output.check(inner)
     _check_present(inner, output.layer)
     before = None if example is None else call(network, example)
@@ -182,6 +164,32 @@ def _uncompile(network: nn.Module) -> None:
     """Take parts of a network out of torch.compile's wrapping, which would go on calling the layers it was given."""
     while name := next((n for n, m in network.named_modules() if n and hasattr(m, "_orig_mod")), None):
         network.set_submodule(name, network.get_submodule(f"{name}._orig_mod"), strict=True)
+
+
+def _where(
+    network: nn.Module, inner: nn.Module, layer: str | None, example: Example | None
+) -> tuple[Output, Example | None]:
+    """The layer that makes the output, by its name, its architecture or a trace; and what to hold the result to, where
+    the network can be called."""
+    # as its name is without
+    layer = layer and ".".join(part for part in layer.split(".") if part != "_orig_mod")
+    output = output_of(inner)
+    if layer is not None and (output is None or output.layer != layer):
+        _check_present(inner, layer)
+        example = _callable(network, inner) if example is None else example
+        output = None if example is None else folded(network, inner, layer, example, call(network, example))
+        return output or Plain(layer=layer), example
+    if output is None:
+        example = guess(inner, network) if example is None else example
+        try:
+            return trace(network, inner, example), example
+        except InputError as error:
+            # an adapter says already where they are
+            raise InputError(f"{error}. {elsewhere(inner)}" if network is inner else str(error)) from error
+    if example is None and named(type(inner)) not in output.classes:
+        # one derived from the class may do more than that
+        example = _callable(network, inner)
+    return output, example
 
 
 def _check_present(network: nn.Module, layer: str) -> None:
