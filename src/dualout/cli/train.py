@@ -7,6 +7,7 @@ With torchrun or accelerate launch, several processes share each batch.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,7 +130,7 @@ def _processes(job: Job) -> int:
 
 def _sampling(training: Run) -> Sampling | None:
     """How the grids are sampled: from the averaged weights, with the same seeds each time."""
-    from dualout.evaluation.autoencoder import Autoencoder
+    from dualout.evaluation.autoencoder import Autoencoder, named_by
     from dualout.evaluation.model import Model
     from dualout.evaluation.output import Decoded, Output, Pixels
     from dualout.evaluation.sampling import Sampling
@@ -141,15 +142,8 @@ def _sampling(training: Run) -> Sampling | None:
         decoder = autoencoder_in(job.config.decode)
         if decoder is None:
             return None
-        try:
+        with nullcontext() if config.decode is not None else named_by(config.init or training.path):
             output = Decoded(Autoencoder(decoder, job.device), job.dataset.shape)
-        except InputError as error:
-            if config.decode is not None:
-                raise
-            named = config.init or training.path
-            raise InputError(
-                f"{error}. {named} names it as what decodes its latents: say by --decode where it is, or --decode none"
-            ) from error
     if output.shape(job.dataset.shape)[0] not in (1, 3):
         return None
     clip = {} if output.bounded else {"clip": None}

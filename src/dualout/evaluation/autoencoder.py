@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,17 @@ class Autoencoder:
         """Which it is, as plain JSON values."""
         name = self.source.rstrip("/").rsplit("/", 1)[-1]
         return {"name": name, "class": type(self.network).__name__, "sha256": self.sha256} | self.factors()
+
+
+@contextmanager
+def named_by(run: str | Path) -> Iterator[None]:
+    """Of an autoencoder that a run names, and not the user, say so where it cannot be used."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"{error}. {run} names it as what decodes its latents: say by --decode where it is, or --decode none"
+        ) from error
 
 
 def _located(source: str) -> Path:

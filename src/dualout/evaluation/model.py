@@ -13,7 +13,7 @@ from dualout.card import AS_THEY_ARE, LATENTS, class_count, decoder_of, image_sa
 from dualout.checkpoint import entry
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, first_line
-from dualout.evaluation.autoencoder import Autoencoder
+from dualout.evaluation.autoencoder import Autoencoder, named_by
 from dualout.evaluation.output import Decoded, Latents, Output, Pixels
 from dualout.files import file_hash
 from dualout.networks.backends import Chosen
@@ -176,12 +176,8 @@ def _unseen(config: dict[str, Any], told: Any, classes: int | None) -> tuple[int
 def _remembered(run: str | Path, config: dict[str, Any], device: torch.device | str) -> Autoencoder | None:
     """The autoencoder that the training was told, if it was."""
     named = decoder_of(config)
-    try:
+    with named_by(run):
         return None if named is None else Autoencoder(named, device)
-    except InputError as error:
-        raise InputError(
-            f"{error}. {run} names it as what decodes its latents: say by --decode where it is, or --decode none"
-        ) from error
 
 
 def _output(
