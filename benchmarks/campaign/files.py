@@ -18,7 +18,7 @@ from pathlib import Path
 
 from campaign import subjects
 from campaign.harness import Box, Count, box, ended, judged, start, tried, scaled
-from campaign.kills import _bits, _pictures
+from campaign.kills import bits, pictures
 
 CASES = 20
 
@@ -28,8 +28,8 @@ def run(part: float, seed: int) -> Iterator[Count]:
     draw, cases = random.Random(seed), scaled(CASES, part)
     model = subjects.trained()
     commands = {
-        "training": (lambda out: subjects.training(out, 6), _bits),
-        "sample": (lambda out: subjects.sampling(model, out, 300, "--batch_size", "50", "--format", "npz"), _pictures),
+        "training": (lambda out: subjects.training(out, 6), bits),
+        "sample": (lambda out: subjects.sampling(model, out, 300, "--batch_size", "50", "--format", "npz"), pictures),
     }
     for name, (command, content) in commands.items():
         with box() as where:

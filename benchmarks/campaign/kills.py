@@ -31,9 +31,9 @@ def run(part: float, seed: int) -> Iterator[Count]:
     draw = random.Random(seed)
     subjects.trained()
     share = scaled(KILLS // 4, part)
-    yield killed("kills: training, at a write", share, draw, _training, _bits)
-    yield killed("kills: sample to PNG, at a random moment or a write", share, draw, _png, _pictures)
-    yield killed("kills: sample to npz, at a random moment or a write", share, draw, _npz, _pictures)
+    yield killed("kills: training, at a write", share, draw, _training, bits)
+    yield killed("kills: sample to PNG, at a random moment or a write", share, draw, _png, pictures)
+    yield killed("kills: sample to npz, at a random moment or a write", share, draw, _npz, pictures)
     yield saved(share, draw)
     yield trainings(scaled(20, part), seed)
 
@@ -140,7 +140,7 @@ def there(out: Path) -> set[int]:
     return found
 
 
-def _bits(out: Path) -> Any:
+def bits(out: Path) -> Any:
     """All of a run that must agree: times are another's, but for them every byte."""
     if not (out / "metrics.jsonl").exists():
         return None
@@ -149,7 +149,7 @@ def _bits(out: Path) -> Any:
     return files, [{k: v for k, v in row.items() if k not in _TIMES} for row in rows]
 
 
-def _pictures(out: Path) -> Any:
+def pictures(out: Path) -> Any:
     """The images, and how they were made."""
     if (out / "images.npz").exists():
         import numpy as np

@@ -13,7 +13,7 @@ import torch
 
 from campaign import subjects
 from campaign.harness import Count, box, tried, scaled
-from campaign.kills import _bits
+from campaign.kills import bits
 
 CASES = 60
 VALUES = (float("nan"), float("inf"), -float("inf"))
@@ -25,7 +25,7 @@ def run(part: float, seed: int) -> Iterator[Count]:
     draw = random.Random(seed)
     with box() as where:
         tried(subjects.training(where.out, 6), where)
-        expected = _bits(where.out)
+        expected = bits(where.out)
     for place in ("loss", "gradients", "weights"):
         share, failures = scaled(CASES // 3, part), []
         for number in range(share):
@@ -39,7 +39,7 @@ def run(part: float, seed: int) -> Iterator[Count]:
                 if "not finite" not in outcome.err and "no number" not in outcome.err:
                     wrong.append(f"does not say so: {outcome.said}")
                 _, again = tried(command, where, codes=(0,), seconds=120)
-                if _bits(where.out) != expected:
+                if bits(where.out) != expected:
                     again.append("goes on to other bits")
                 failures += [f"case {number}, {value} at step {step}: {fault}" for fault in (*wrong, *again)]
         yield Count(f"not finite: {place}", share, failures)

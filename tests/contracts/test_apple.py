@@ -22,7 +22,7 @@ from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
 from dualout.evaluation.features import Features
 from dualout.evaluation.statistics import Statistics
-from dualout.networks.widen import _same
+from dualout.networks.widen import as_before
 from dualout.parameterizations import Dual, Epsilon, LearnedVariance, Parameterization, Upgraded
 from dualout.randomness import SeededDraw, noise
 from dualout.samplers import DDIM, DDPM, FromDiffusers, Sampler
@@ -195,7 +195,7 @@ def test_an_upgrade() -> None:
 
     def same(device: str) -> list[bool]:
         one = torch.ones(3, device=device)
-        return [_same(one, one, False), _same(one, 2 * one, False)]
+        return [as_before(one, one, False), as_before(one, 2 * one, False)]
 
     alike(same)
 

@@ -18,7 +18,7 @@ from dualout import checkpoint
 from dualout.errors import InputError
 from dualout.networks import Keyword, Output, Positional, ScaledTime, build, widen
 from dualout.networks.wide import KINDS, wider
-from dualout.networks.widen import _same
+from dualout.networks.widen import as_before
 
 SAMPLERS = [
     dualout.samplers.DDIM(steps=10),
@@ -607,7 +607,7 @@ def test_what_gives_the_output_is_named_where_it_is_no_layer_that_can_be_widened
 def test_on_a_gpu_the_old_channels_may_round_otherwise_but_not_be_others(scale: float) -> None:
     before = scale * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     rounded = before.bfloat16().float()
-    assert not _same(rounded, before, exact=True)
-    assert _same(rounded, before, exact=False)
-    assert not _same(before + 0.05 * before.flip(0), before, exact=False)
-    assert not _same(before * torch.nan, before, exact=False)
+    assert not as_before(rounded, before, exact=True)
+    assert as_before(rounded, before, exact=False)
+    assert not as_before(before + 0.05 * before.flip(0), before, exact=False)
+    assert not as_before(before * torch.nan, before, exact=False)

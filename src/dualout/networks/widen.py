@@ -91,7 +91,7 @@ def widen(
             _verify(network, example, before, channels, places, output.layer, empty=init is nn.init.zeros_)
         except InputError:
             _replace(inner, output, old, count)
-            if not _same(call(network, example), before, before.device.type == "cpu"):
+            if not as_before(call(network, example), before, before.device.type == "cpu"):
                 raise InputError(
                     f"this {type(inner).__name__} gives something else each time that it is called with the same, so "
                     "that it cannot be seen whether widening keeps that: switch off what is random in it"
@@ -265,7 +265,8 @@ def _replace(network: nn.Module, output: Output, layers: dict[str, nn.Module], c
     output.record(network, channels)
 
 
-def _same(after: Tensor, before: Tensor, exact: bool) -> bool:
+def as_before(after: Tensor, before: Tensor, exact: bool) -> bool:
+    """Whether channels are what they were: bit for bit, or to `ROUNDING`."""
     if exact:
         return torch.equal(after, before)
     difference = double(after - before).square().mean().sqrt()
@@ -292,7 +293,7 @@ def _verify(
             f"around that; {error}"
         ) from error
     shape, exact = (*before.shape[:1], channels, *before.shape[2:]), before.device.type == "cpu"
-    if after.shape != shape or not _same(after[:, places], before, exact):
+    if after.shape != shape or not as_before(after[:, places], before, exact):
         raise InputError(
             f"widening that layer, {layer!r}, does not give this {type(network).__name__} {channels} output channels "
             f"of which {places} are as before: what comes after the layer depends on their number. Output of shape "
