@@ -72,21 +72,19 @@ def test_a_damaged_checkpoint_is_refused_or_a_whole_model(spoilt, damage, seed):
     assert all(p.isfinite().all() for p in denoiser.parameters())
 
 
-def test_a_checkpoint_that_names_a_network_of_terabytes_is_refused_before_it_is_built(spoilt):
+@pytest.mark.parametrize(
+    ("argument", "value", "says"),
+    [
+        ("layers_per_block", 100_000, "holds far fewer weights"),  # a network of terabytes, told before it is built
+        ("time_embedding_type", "none such", "cannot be built"),
+    ],
+)
+def test_a_checkpoint_whose_network_cannot_be_built_is_refused(spoilt, argument, value, says):
     broken = spoilt()
     config = json.loads((broken / "config.json").read_text())
-    config["network"]["arguments"]["layers_per_block"] = 100_000
+    config["network"]["arguments"][argument] = value
     (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="holds far fewer weights"):
-        dualout.Denoiser.from_pretrained(broken)
-
-
-def test_what_a_constructor_trips_over_is_told(spoilt):
-    broken = spoilt()
-    config = json.loads((broken / "config.json").read_text())
-    config["network"]["arguments"]["time_embedding_type"] = "none such"
-    (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="cannot be built"):
+    with pytest.raises(InputError, match=says):
         dualout.Denoiser.from_pretrained(broken)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import dualout
 from dualout.errors import InputError
 from dualout.networks import (
+    Adapter,
     ChannelsAt,
     Concatenated,
     FlowTime,
@@ -68,8 +69,8 @@ def test_channels_are_where_the_network_has_them(side: int) -> None:
     assert network.told["x"].is_contiguous()
 
 
-def test_a_network_of_channels_at_the_end_is_widened() -> None:
-    network = ChannelsAt(Linears(3, 3), -1)
+@pytest.mark.parametrize("network", [ChannelsAt(Linears(3, 3), -1), Tokens(Linears(12, 12), 2, "none")])
+def test_a_network_that_is_not_known_by_name_is_widened(network: Adapter) -> None:
     wide = widen(network, 7, example=(X, T))
     assert torch.equal(wide(X, T)[:, :3], network(X, T))
     assert not wide(X, T)[:, 3:].any()
@@ -84,13 +85,6 @@ def test_tokens_are_patches_and_come_back(images: Tensor) -> None:
     torch.testing.assert_close(tokens[:, -1], images[..., -2:, -2:].flatten(3)[:, :, -1].flatten(1)
                                if images.ndim == 5 else images[..., -2:, -2:].flatten(1))  # fmt: skip
     assert tokens.shape == (2, images[0, 0].numel() // 4, 12)
-
-
-def test_a_network_of_tokens_that_is_not_known_by_name_is_widened() -> None:
-    network = Tokens(Linears(12, 12), 2, "none")
-    wide = widen(network, 7, example=(X, T))
-    assert torch.equal(wide(X, T)[:, :3], network(X, T))
-    assert not wide(X, T)[:, 3:].any()
 
 
 def test_tokens_are_told_where_they_lie_unless_that_is_said() -> None:
