@@ -33,20 +33,9 @@ def few_noises_are_held_out(monkeypatch):
 
 
 COMMAND = [
-    "--data",
-    "digits",
-    "--sampler",
-    "dpmsolver",
-    "--steps",
-    "3",
-    "--iterations",
-    "4",
-    "--batch_size",
-    "16",
-    "--images",
-    "128",
-]
-COMMAND += ["--move_times", "1"]
+    "--data", "digits", "--sampler", "dpmsolver", "--steps", "3", "--iterations", "4", "--batch_size", "16",
+    "--images", "128", "--move_times", "1",
+]  # fmt: skip
 
 
 def test_a_run_that_cannot_be_written_in_is_told_before_the_fit(run, capsys, monkeypatch):

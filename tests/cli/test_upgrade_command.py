@@ -26,21 +26,9 @@ from dualout.training.upgrade_run import Upgrade
 
 NETWORK = "tiny:width=8"
 FEW = [
-    "--data",
-    "digits",
-    "--bins",
-    "4",
-    "--held_out",
-    "32",
-    "--images",
-    "128",
-    "--batch_size",
-    "8",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-]
+    "--data", "digits", "--bins", "4", "--held_out", "32", "--images", "128", "--batch_size", "8",
+    "--precision", "fp32", "--device", "cpu",
+]  # fmt: skip
 
 
 def upgraded(source, *arguments, out) -> int:
@@ -57,17 +45,8 @@ def source(tmp_path_factory) -> Path:
     """An eps model of a few steps, which errs enough at high noise to be helped."""
     path = tmp_path_factory.mktemp("source") / "run"
     small = [
-        "--network",
-        NETWORK,
-        "--batch_size",
-        "16",
-        "--precision",
-        "fp32",
-        "--sample_every",
-        "0",
-        "--device",
-        "cpu",
-    ]
+        "--network", NETWORK, "--batch_size", "16", "--precision", "fp32", "--sample_every", "0", "--device", "cpu",
+    ]  # fmt: skip
     assert main(["train", *small, "--parameterization", "eps", "--steps", "20", "--out", str(path)]) == 0
     return path
 
