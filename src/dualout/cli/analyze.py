@@ -75,7 +75,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "analyze", arguments, __doc__ or "")
+    options = parse(Options, "analyze", arguments, __doc__)
 
     from dualout.cli import _study
     from dualout.evaluation.model import Model

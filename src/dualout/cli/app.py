@@ -37,7 +37,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "app", arguments, __doc__ or "")
+    options = parse(Options, "app", arguments, __doc__)
 
     from dualout.app.server import serve
     from dualout.app.studio import Studio

@@ -76,7 +76,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "calibrate", arguments, __doc__ or "")
+    options = parse(Options, "calibrate", arguments, __doc__)
 
     from dualout.calibrated import DIRECTORY
     from dualout.evaluation.model import Model

@@ -34,7 +34,7 @@ class Options(Grid):
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "compare", arguments, __doc__ or "")
+    options = parse(Options, "compare", arguments, __doc__)
     if options.dry_run:
         return _dry_run(options)
     out = out_directory(options.out, holds="comparisons", marker="results.json")

@@ -30,7 +30,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "completion", arguments, __doc__ or "")
+    options = parse(Options, "completion", arguments, __doc__)
     if options.shell not in SHELLS:
         raise unknown("shell", options.shell, SHELLS)
 

@@ -61,7 +61,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "demo", arguments, __doc__ or "")
+    options = parse(Options, "demo", arguments, __doc__)
     out = out_directory(options.out, holds="the models, scores and figures of a demo", marker=MARKER)
     _begin(options, out)
 

@@ -89,7 +89,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "evaluate", arguments, __doc__ or "")
+    options = parse(Options, "evaluate", arguments, __doc__)
     if options.batch_size < 1:
         raise InputError(f"--batch_size is a whole number, 1 or more; got {options.batch_size}")
     # a shell completes runs/a as runs/a/, which would be another row

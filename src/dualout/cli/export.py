@@ -73,7 +73,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "export", arguments, __doc__ or "")
+    options = parse(Options, "export", arguments, __doc__)
     if options.format not in FORMATS:
         raise unknown("format", options.format, FORMATS)
     name = Path(options.run).expanduser().resolve().name

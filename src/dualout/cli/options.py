@@ -39,6 +39,32 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
     Raises:
         InputError: for anything that cannot be read.
     """
+    parser, kinds = _reader(options, command, description), types(options)
+    _check_flags(parser, command, arguments)
+    arguments = _spell_switches(options, _spell_negatives(arguments))
+    for flag, value in pairwise([*arguments, ""]):
+        if flag.partition("=")[0] == "--config":
+            _check_file(Path(flag.partition("=")[2] or value))
+    arguments = _spell_texts(kinds, arguments)
+    try:
+        namespace = parser.parse_args(arguments)
+        instantiated: Any = parser.instantiate(namespace)
+        values = instantiated.as_dict()
+    except _Unread as error:
+        raise _told(str(error), options, command) from error.__cause__
+    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError, RecursionError) as error:
+        raise InputError(f"{_first(str(error))}\nSee dualout {command} --help") from error
+    values.pop("config", None)
+    values.pop("print_config", None)
+    for name, kind in kinds.items():
+        # which YAML makes of a value that was forgotten
+        if values.get(name, "") is None and not fits(None, kind):
+            raise InputError(f"{name} is {described(kind)}; got null\nSee dualout {command} --help")
+    return options(**values)
+
+
+def _reader(options: type, command: str, description: str | None) -> _Parser:
+    """What reads a command's arguments: a flag, or an argument by position, for each field of its options."""
     text = description and _unmarked(description)
     parser = _Parser(prog=f"dualout {command}", description=text, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of these options; flags override it")
@@ -66,27 +92,7 @@ def parse(options: type[Options], command: str, arguments: list[str], descriptio
         elif optional:
             given["nargs"] = "?"
         parser.add_argument(f.name, type=kind, **given)
-    _check_flags(parser, command, arguments)
-    arguments = _spell_switches(options, _spell_negatives(arguments))
-    for flag, value in pairwise([*arguments, ""]):
-        if flag.partition("=")[0] == "--config":
-            _check_file(Path(flag.partition("=")[2] or value))
-    arguments = _spell_texts(kinds, arguments)
-    try:
-        namespace = parser.parse_args(arguments)
-        instantiated: Any = parser.instantiate(namespace)
-        values = instantiated.as_dict()
-    except _Unread as error:
-        raise _told(str(error), options, command) from error.__cause__
-    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError, RecursionError) as error:
-        raise InputError(f"{_first(str(error))}\nSee dualout {command} --help") from error
-    values.pop("config", None)
-    values.pop("print_config", None)
-    for name, kind in types(options).items():
-        # which YAML makes of a value that was forgotten
-        if values.get(name, "") is None and not fits(None, kind):
-            raise InputError(f"{name} is {described(kind)}; got null\nSee dualout {command} --help")
-    return options(**values)
+    return parser
 
 
 _TRUTHS = ("true", "false", "True", "False", "yes", "no", "null")

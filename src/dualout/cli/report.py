@@ -29,7 +29,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "report", arguments, __doc__ or "")
+    options = parse(Options, "report", arguments, __doc__)
     out = Path(options.out).expanduser()
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is a page, such as report.html; got {options.out!r}")

@@ -74,7 +74,7 @@ class Options:
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "sample", arguments, __doc__ or "")
+    options = parse(Options, "sample", arguments, __doc__)
 
     from dualout.evaluation.generate import generate
     from dualout.evaluation.model import Model

@@ -29,7 +29,7 @@ class Options(UpgradeConfig):
 
 def run(arguments: list[str]) -> int | None:
     """Run the command."""
-    options = parse(Options, "upgrade", arguments, __doc__ or "")
+    options = parse(Options, "upgrade", arguments, __doc__)
 
     from dualout.training.interrupt import interruptible
     from dualout.training.upgrade_run import RECORD, Upgrade
