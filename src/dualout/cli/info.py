@@ -115,62 +115,77 @@ def about(run: str) -> dict[str, Any]:
         InputError: when it is none of them, or is damaged.
     """
     from dualout import checkpoint
-    from dualout.bounded import shapes
-    from dualout.card import DECODER, decoder_of
     from dualout.cli import _outputs
-    from dualout.training.checkpoint import read_metrics, read_run, states
+    from dualout.training.checkpoint import read_run
 
     path = Path(run).expanduser()
     known = read_run(path) if path.is_dir() else None
     if known is not None and not (path / checkpoint.CONFIG).exists():
-        config = known["config"]
-        done = (
-            f"at step {states(path)[-1][0]}, its weights not written yet"
-            if states(path)
-            else "begun, no checkpoint yet"
-        )
-        return {
-            "run": {"directory": str(path), "state": done, "steps": config["steps"]},
-            "configuration": _changed(config),
-        }
+        return _begun(path, known["config"])
     path = checkpoint.locate(run)
     if not (path / checkpoint.CONFIG).exists() and (told := _outputs.summary(path)):
         return told
     config = checkpoint.read_config(path)
-    card, training = checkpoint.read_card(config), checkpoint.entry(config, "training")
-    network = config["network"]
-    found: dict[str, Any] = {
-        "model": {
-            "directory": str(path),
-            "parameterization": _spec("parameterization", config),
-            "schedule": _spec("schedule", config),
-            "network": network.get("class") if isinstance(network, dict) else network,
-            "parameters": f"{sum(map(prod, shapes(path / checkpoint.WEIGHTS))):,}",
-            "images": _images(checkpoint.entry(config, "image")),
-            **({DECODER: decoder} if (decoder := decoder_of(config)) else {}),
-            "made with": f"dualout {config.get('dualout', '')}",
-        },
-        "training": card.get("training", {}),
-    }
+    card = checkpoint.read_card(config)
+    found = {"model": _model(path, config), "training": card.get("training", {})}
     if known is not None:
-        step, steps = training.get("step", 0), known["config"]["steps"]
-        if not isinstance(step, int):
-            raise InputError(f"{path / checkpoint.CONFIG} is damaged: its weights are of step {step!r}")
-        found["run"] = {
-            "state": f"step {step} of {steps}" + (", finished" if step >= steps else ", goes on with the same command"),
-            "states kept": ", ".join(str(s) for s, _ in states(path)) or "none",
-        }
-        found["configuration"] = _changed(known["config"])
-        rows = read_metrics(path)
-        found["metrics"] = rows[:: max(1, len(rows) // 8)] + (
-            rows[-1:] if (len(rows) - 1) % max(1, len(rows) // 8) else []
-        )
+        found |= _run(path, known["config"], checkpoint.entry(config, "training").get("step", 0))
     if card.get("metrics"):
         found["scores"] = card["metrics"]
     found["files"] = {
         p.relative_to(path).as_posix(): _size(p.stat().st_size) for p in sorted(path.glob("*")) if p.is_file()
     }
     return found
+
+
+def _begun(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """A run whose weights are not there to be used."""
+    from dualout.training.checkpoint import states
+
+    kept = states(path)
+    state = f"at step {kept[-1][0]}, its weights not written yet" if kept else "begun, no checkpoint yet"
+    return {
+        "run": {"directory": str(path), "state": state, "steps": config["steps"]},
+        "configuration": _changed(config),
+    }
+
+
+def _model(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    from dualout import checkpoint
+    from dualout.bounded import shapes
+    from dualout.card import DECODER, decoder_of
+
+    network = config["network"]
+    return {
+        "directory": str(path),
+        "parameterization": _spec("parameterization", config),
+        "schedule": _spec("schedule", config),
+        "network": network.get("class") if isinstance(network, dict) else network,
+        "parameters": f"{sum(map(prod, shapes(path / checkpoint.WEIGHTS))):,}",
+        "images": _images(checkpoint.entry(config, "image")),
+        **({DECODER: decoder} if (decoder := decoder_of(config)) else {}),
+        "made with": f"dualout {config.get('dualout', '')}",
+    }
+
+
+def _run(path: Path, config: dict[str, Any], step: Any) -> dict[str, Any]:
+    """How far a run is, whose averaged weights are of this step."""
+    from dualout.checkpoint import CONFIG
+    from dualout.training.checkpoint import read_metrics, states
+
+    if not isinstance(step, int):
+        raise InputError(f"{path / CONFIG} is damaged: its weights are of step {step!r}")
+    done = "finished" if step >= config["steps"] else "goes on with the same command"
+    rows = read_metrics(path)
+    every = max(1, len(rows) // 8)
+    return {
+        "run": {
+            "state": f"step {step} of {config['steps']}, {done}",
+            "states kept": ", ".join(str(s) for s, _ in states(path)) or "none",
+        },
+        "configuration": _changed(config),
+        "metrics": rows[::every] + (rows[-1:] if (len(rows) - 1) % every else []),
+    }
 
 
 def _spec(kind: str, config: dict[str, Any]) -> str:
