@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from dualout.analysis.study import Study
     from dualout.data.dataset import Dataset
     from dualout.evaluation.model import Model
+    from dualout.samplers import Sampler
 
 
 @dataclass(kw_only=True)
@@ -97,7 +99,7 @@ def run(arguments: list[str]) -> int | None:
     grey = None if model.latents else {1: True, 3: False}.get(model.shape[0])
     dataset, split = real_images(spec, model.shape, options.split, latents=model.latents, grey=grey)
     study = measure(replace(options, split=split), model, dataset, sampler)
-    written = _study.write(study, out, name_of(model))
+    written = _study.write(study, out, model.denoiser.parameterization.spec)
     _tell(study)
     console.wrote(out, f"{console.count(len(written), 'file')}: tables (CSV, JSON), arrays, {_study.FIGURES}/")
     console.say(f"took {time.perf_counter() - began:.0f} s")
@@ -111,12 +113,7 @@ def _beside(run: str) -> Path:
     return directory / "analysis"
 
 
-def name_of(model: Model) -> str:
-    """What a model is called in figures: its parameterization, as short as it can be written."""
-    return model.denoiser.parameterization.spec
-
-
-def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> Any:
+def measure(options: Options, model: Model, dataset: Dataset, sampler: Sampler) -> Study:
     """The whole study, with a progress bar; `options.split` is that of the images."""
     import torch
 
@@ -127,10 +124,9 @@ def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> A
     from dualout.data.pixels import to_model
 
     denoiser = model.denoiser
-    place = denoiser.times.device
     # spread over the set, which may be sorted
     chosen = evenly(len(dataset), options.images)
-    images = to_model(dataset.batch(chosen)).to(place)
+    images = to_model(dataset.batch(chosen)).to(model.device)
     labels = _labels(model, dataset, chosen)
     times = grid(denoiser.schedule, options.points)
     told = made_labels(model, options.samples)
@@ -156,12 +152,19 @@ def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> A
         frames = film(denoiser, sampler, filmed, model.shape, made_labels(model, len(filmed)))
         frames = [seen(f, model.output.seen) for f in frames]
         bar.advance(task)
-    protocol = {
+    maps = {at.row["t"]: at.ratio_map for at in found if at.ratio_map is not None}
+    reliability = [row for at in found for row in at.reliability]
+    protocol = _protocol(options, model, dataset, sampler, len(images))
+    return Study(protocol, [at.row for at in found], reliability, way, maps, frames)
+
+
+def _protocol(options: Options, model: Model, dataset: Dataset, sampler: Sampler, images: int) -> dict[str, Any]:
+    return {
         "model": {"run": model.run, **model.protocol()},
         "data": dataset.name,
         "split": options.split,
         "fingerprint": dataset.fingerprint,
-        "images": len(images),
+        "images": images,
         "repeats": options.repeats,
         "noise": "of image i: a function of (seed, repeat, i)",
         "sampler": sampler.spec,
@@ -169,9 +172,6 @@ def measure(options: Options, model: Model, dataset: Dataset, sampler: Any) -> A
         "seeds": f"{options.seed} … {options.seed + options.samples - 1}",
         "seed": options.seed,
     } | ({"film": model.output.protocol()} if model.latents else {})
-    maps = {at.row["t"]: at.ratio_map for at in found if at.ratio_map is not None}
-    reliability = [row for at in found for row in at.reliability]
-    return Study(protocol, [at.row for at in found], reliability, way, maps, frames)
 
 
 def _labels(model: Model, dataset: Dataset, chosen: np.ndarray) -> Tensor | None:
@@ -190,7 +190,7 @@ def made_labels(model: Model, count: int) -> list[int] | None:
     return None if model.classes is None else list(islice(cycle(model.turn), count))
 
 
-def _tell(study: Any) -> None:
+def _tell(study: Study) -> None:
     from dualout.analysis import reading
 
     columns = ["t", "x0_error", "v_error"]
