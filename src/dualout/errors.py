@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -29,6 +29,17 @@ def unknown(kind: str, name: object, known: Iterable[object]) -> InputError:
 def first_line(error: BaseException) -> str:
     """What an error of some library says: its first line that is not empty, or its name where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names, and that there are more."""
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
+def cut(value: object, most: int) -> str:
+    """A value in so many characters at the most."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 3]}…"
 
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")

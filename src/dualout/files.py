@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dualout.errors import InputError
+from dualout.errors import InputError, some
 
 try:
     import fcntl
@@ -119,8 +119,7 @@ def refuse_others(directory: Path, instead: str, but: str = "") -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--out {directory} is a file, not a directory")
     if others := [name for name in held(directory) if name != but]:
-        some = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
-        raise InputError(f"--out {directory} holds something else ({some}); {instead}")
+        raise InputError(f"--out {directory} holds something else ({some(others)}); {instead}")
 
 
 def sweep(directory: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dualout.card import autoencoder_in
 from dualout.cli import console
 from dualout.cli.options import parse
-from dualout.errors import InputError
+from dualout.errors import InputError, some
 from dualout.files import atomically, explained
 from dualout.training.config import TrainConfig
 
@@ -108,8 +108,7 @@ def _announce(training: Run) -> None:
     for note in job.dataset.notes:
         console.say(note)
     if training.config.conditional and (empty := [job.dataset.classes[c] for c in job.dataset.empty_classes]):
-        some = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
-        console.say(f"no image is of class {some}: that is not learned, and sampled only where it is asked for")
+        console.say(f"no image is of class {some(empty)}: that is not learned, and sampled only where it is asked for")
     console.say(
         f"{job.denoiser.parameterization.spec}, {type(job.denoiser.network).__name__} of {parameters:,} parameters, on "
         f"{job.device}{f' and {n - 1} more' if (n := _processes(job)) > 1 else ''}, "

@@ -21,7 +21,7 @@ from dualout.data import decode
 from dualout.data.base import Names, Pictures, Reading, Source, check_holdout, held_out, looked_for
 from dualout.data.dataset import evenly
 from dualout.data.index import Index, indexed, shown
-from dualout.errors import InputError
+from dualout.errors import InputError, some
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,9 +133,9 @@ def _outside(tops: list[str]) -> tuple[str, ...]:
     outside = Counter(top for top in tops if top not in ("train", "test"))
     if not outside:
         return ()
-    some = ", ".join(shown(top) for top in sorted(outside)[:5]) + (" …" if len(outside) > 5 else "")
+    where = some([shown(top) for top in sorted(outside)])
     return (
-        f"{sum(outside.values())} images lie outside train and test ({some}) and are left out: a sub-folder train "
+        f"{sum(outside.values())} images lie outside train and test ({where}) and are left out: a sub-folder train "
         "makes a split. Where it is a class, give it another name",
     )
 

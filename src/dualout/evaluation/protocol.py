@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dualout.errors import cut
 from dualout.version import __version__
 
 ENOUGH = 10_000
@@ -70,10 +71,5 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> dict[
 
 def listed(found: dict[str, tuple[Any, Any]], most: int = 6) -> str:
     """Differences in words."""
-    lines = [f"{key} was {_short(old)}, now {_short(new)}" for key, (old, new) in found.items()]
+    lines = [f"{key} was {cut(old, 40)}, now {cut(new, 40)}" for key, (old, new) in found.items()]
     return "; ".join(lines[:most]) + (f"; and {len(lines) - most} more" if len(lines) > most else "")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "…"

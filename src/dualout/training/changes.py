@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dualout.errors import InputError
+from dualout.errors import InputError, cut
 from dualout.training.config import TrainConfig
 
 
@@ -22,7 +22,7 @@ def refuse_changes(path: Path, known: dict[str, Any], config: TrainConfig) -> No
     # where the images lie may change: once they are loaded it shows whether they are the same
     differences.pop("data", None)
     if differences:
-        listed = ", ".join(f"{k} {_short(old)} → {_short(new)}" for k, (old, new) in differences.items())
+        listed = ", ".join(f"{k} {cut(old, 60)} → {cut(new, 60)}" for k, (old, new) in differences.items())
         raise InputError(
             f"--out {path} is a run with other settings: {listed}. Give it the old ones to go on, or another --out; "
             f"--init {shlex.quote(str(path))} starts another run from its weights"
@@ -49,11 +49,6 @@ def refuse_other_network(path: Path, known: dict[str, Any], described: dict[str,
         )
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
 def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
-    return f"{key} {_short(old.get(key))} → {_short(new.get(key))}"
+    return f"{key} {cut(old.get(key), 60)} → {cut(new.get(key), 60)}"

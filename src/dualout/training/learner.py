@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualout.checkpoint import load_strictly
 from dualout.denoiser import Denoiser
-from dualout.errors import InputError
+from dualout.errors import InputError, some
 from dualout.training.config import TrainConfig
 from dualout.training.ema import Ema
 
@@ -186,8 +186,7 @@ class Learner:
             if name not in tensors or name not in expected or not self._fits(name, tensors[name])
         ]
         if wrong:
-            some = ", ".join(wrong[:4]) + (" …" if len(wrong) > 4 else "")
-            raise InputError(f"{source}/optimizer is not of this network ({some}); nothing was loaded")
+            raise InputError(f"{source}/optimizer is not of this network ({some(wrong, 4)}); nothing was loaded")
         return {
             p: {
                 "step": tensors[f"{name}/step"].clone().to(p.device),
