@@ -77,7 +77,7 @@ def test_grey_npz_has_no_channel_axis_and_classes_have_labels(make_model, tmp_pa
 )
 def test_a_shard_is_64_mib_at_most_and_an_image_at_least(shape, output, images, make_model, tmp_path):
     model = dataclasses.replace(make_model(shape), output=output)
-    assert Npz(tmp_path, model, 1000, 7, None).shard == images
+    assert Npz(tmp_path, Sampling(model, build_sampler("ddim", 1)), 1000, 7).shard == images
 
 
 @pytest.mark.parametrize("store", ["png", "npz"])
@@ -205,7 +205,7 @@ def test_of_processes_that_end_at_once_one_puts_the_shards_together(sampling, tm
     for part in (0, 1):
         list(generate(sampling, 10, out, store="npz", batch_size=3, part=(part, 2)))
     monkeypatch.setattr(Npz, "finish", other)
-    ends = [Npz(out, sampling.model, 10, 3, None).finish for _ in range(2)]
+    ends = [Npz(out, sampling, 10, 3).finish for _ in range(2)]
 
     def waits(*arguments):
         # as long as the other process may need to do all of it and to remove the shards

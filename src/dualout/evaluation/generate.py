@@ -54,26 +54,27 @@ def generate(
             raise InputError(f"--{name} is a whole number, 1 or more; got {value}")
     if store not in STORES:
         raise unknown("format", store, STORES)
-    destination = STORES[store](Path(out).expanduser(), sampling.model, images, batch_size, sampling.labels)
+    destination = STORES[store](Path(out).expanduser(), sampling, images, batch_size)
     with _withdrawn(destination):
-        destination.begin(sampling, batch_size, part[1])
+        destination.begin(part[1])
     # of processes that share the work, the first speaks for all; where another makes images there, nothing is withdrawn
     with nullcontext() if part[0] else alone(destination.directory, "making images"), _withdrawn(destination):
-        yield from _made(destination, sampling, images, batch_size, part)
+        yield from _made(destination, part)
 
 
-def _made(destination: Store, sampling: Sampling, images: int, batch_size: int, part: tuple[int, int]) -> Iterator[int]:
+def _made(destination: Store, part: tuple[int, int]) -> Iterator[int]:
+    batch_size = destination.batch_size
     blocks = list(destination.blocks())[part[0] :: part[1]]
     todo = [destination.missing(block) for block in blocks]
     done = sum(map(len, blocks)) - sum(map(len, todo))
     yield done
     left = sum(-(-len(missing) // batch_size) for missing in todo)
     if left:
-        sampling.prepare(min(batch_size, images), left * sampling.sampler.evaluations)
+        destination.prepare(left)
     for missing in todo:
         made: list[Tensor] = []
         for start in range(0, len(missing), batch_size):
-            made.append(sampling.images(missing[start : start + batch_size]))
+            made.append(destination.sampling.images(missing[start : start + batch_size]))
             if start + batch_size >= len(missing):
                 destination.write(missing, torch.cat(made))
             done += len(made[-1])

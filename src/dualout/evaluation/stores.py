@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from dualout.errors import InputError
-from dualout.evaluation.model import Model
 from dualout.evaluation.protocol import differences, listed
 from dualout.evaluation.sampling import Sampling
 from dualout.files import atomically, explained, holding, read_json, refuse_others, sweep, write_json
@@ -32,37 +31,28 @@ class Store(ABC):
 
     Args:
         directory: their directory.
-        model: what makes them.
+        sampling: what makes them.
         images: how many there will be.
         batch_size: how many are made at a time.
-        labels: the classes, in turn; None where there are none.
     """
 
     kind: ClassVar[str]
 
-    def __init__(
-        self, directory: Path, model: Model, images: int, batch_size: int, labels: Sequence[int] | None
-    ) -> None:
-        self.directory, self.images, self.labels = directory, images, labels
-        self.shape, self.dtype = model.image, model.output.dtype
-        self.shard = self.shard_size(batch_size)
+    def __init__(self, directory: Path, sampling: Sampling, images: int, batch_size: int) -> None:
+        self.directory, self.sampling, self.images, self.batch_size = directory, sampling, images, batch_size
+        self.shape, self.dtype = sampling.model.image, sampling.model.output.dtype
+        self.shard = self.shard_size()
         self._begun = self._new = False
 
     @abstractmethod
-    def shard_size(self, batch_size: int) -> int:
+    def shard_size(self) -> int:
         """How many images are written together, and at most lost when writing is interrupted."""
 
-    def begin(self, sampling: Sampling, batch_size: int, processes: int = 1) -> None:
-        """Make the directory, or see that it was begun with the same request.
-
-        Args:
-            sampling: the request.
-            batch_size: how many are made at a time.
-            processes: how many write there now.
-        """
+    def begin(self, processes: int = 1) -> None:
+        """Make the directory, or see that it was begun with the same request; so many processes write there now."""
         self.check()
         path = self.directory / PROTOCOL
-        wanted = {"format": self.kind, "images": self.images} | self.request() | sampling.protocol()
+        wanted = {"format": self.kind, "images": self.images} | self.request() | self.sampling.protocol()
         if path.exists():
             if found := differences(read_json(path, then="; give another --out"), wanted):
                 raise InputError(
@@ -76,10 +66,13 @@ class Store(ABC):
             with explained(path):
                 self.directory.mkdir(parents=True, exist_ok=True)
             # what is chosen by measurement is chosen before it is written down
-            batches = -(-self.images // (batch_size * processes))
-            sampling.prepare(min(batch_size, self.images), batches * sampling.sampler.evaluations)
-            write_json(path, wanted | sampling.computed())
+            self.prepare(-(-self.images // (self.batch_size * processes)))
+            write_json(path, wanted | self.sampling.computed())
         sweep(self.directory)
+
+    def prepare(self, batches: int) -> None:
+        """Get ready to make so many batches."""
+        self.sampling.prepare(min(self.batch_size, self.images), batches * self.sampling.sampler.evaluations)
 
     def withdraw(self) -> None:
         """Undo what `begin` made, where nothing was written since: it would stand in the way of another request."""
@@ -121,9 +114,9 @@ class Png(Store):
 
     kind = "png"
 
-    def shard_size(self, batch_size: int) -> int:
+    def shard_size(self) -> int:
         """Every batch is written as it is made."""
-        return batch_size
+        return self.batch_size
 
     def check(self) -> None:
         """Only grey and colour pictures."""
@@ -161,7 +154,7 @@ class Npz(Store):
     file: ClassVar[str] = "images.npz"
     most: ClassVar[int] = 512
 
-    def shard_size(self, batch_size: int) -> int:
+    def shard_size(self) -> int:
         """512 images, or as many as 64 MiB hold, whatever the batch: the shards are the same when it changes."""
         return max(1, min(self.most, 2**26 // (int(np.prod(self.shape)) * self.dtype.itemsize)))
 
@@ -229,8 +222,8 @@ class Npz(Store):
             np.lib.format.write_array_header_2_0(file, header)
             for block in blocks:
                 file.write(np.load(self.path(block)).tobytes())
-        if self.labels is not None:
-            every = np.resize(np.array(self.labels, dtype=np.int64), self.images)
+        if (labels := self.sampling.labels) is not None:
+            every = np.resize(np.array(labels, dtype=np.int64), self.images)
             with archive.open("labels.npy", "w") as file:
                 np.lib.format.write_array(file, every)
 
