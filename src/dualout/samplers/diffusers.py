@@ -239,9 +239,10 @@ def _ready(scheduler: Any, schedule: Schedule, steps: int, times: Sequence[int] 
             raise InputError(f"{name} cannot be told its time steps, only a spacing: {', '.join(_SETTINGS)}")
         scheduler.register_to_config(timestep_spacing=spacing)
     try:
-        scheduler.set_timesteps(timesteps=list(times)) if takes and times is not None else scheduler.set_timesteps(
-            steps
-        )
+        if takes and times is not None:
+            scheduler.set_timesteps(timesteps=list(times))
+        else:
+            scheduler.set_timesteps(steps)
     except ValueError as error:
         raise InputError(f"{name} cannot take these {steps} steps: {error}") from error
     if times is not None and (own := scheduler.timesteps.tolist()) != list(times):
