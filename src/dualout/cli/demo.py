@@ -69,7 +69,6 @@ def run(arguments: list[str]) -> int | None:
 
     began = time.monotonic()
     models = [Model(name, out, options) for name in MODELS]
-    workers = [m.worker for m in models]
     together = min(len(models), cores())
     console.say(
         f"Two models of 8×8 digits, dual and eps: the same network, data order and {options.steps} steps of {BATCH} "
@@ -77,7 +76,7 @@ def run(arguments: list[str]) -> int | None:
     )
     stopped: list[bool] = []
     with interruptible(lambda: stopped.append(True)) as asked:
-        _watch(models, workers, together, stopped)
+        _watch(models, together, stopped)
     if stopped:
         console.say("stopped: the same command goes on from there")
         return asked.code
@@ -178,14 +177,14 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return read_json(file, list) if file.exists() else []
 
 
-def _watch(models: Sequence[Model], workers: Sequence[Worker], together: int, stopped: Sequence[bool]) -> None:
+def _watch(models: Sequence[Model], together: int, stopped: Sequence[bool]) -> None:
     began = logged = time.monotonic()
     before = sum(m.progress()[0] for m in models)
     total = sum(sum(m.work) for m in models)
     with console.progress("doing") as bar:
         tasks = [bar.add_task(m.name, total=sum(m.work), doing="") for m in models]
         whole = bar.add_task("both", total=total, doing="")
-        for _ in watch(workers, together, lambda: bool(stopped)):
+        for _ in watch([m.worker for m in models], together, lambda: bool(stopped)):
             states = [m.progress() for m in models]
             done = sum(work for work, _ in states)
             passed = time.monotonic() - began
