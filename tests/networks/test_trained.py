@@ -61,7 +61,8 @@ def test_a_schedule_is_the_schedulers_own_or_is_refused(name: str) -> None:
         except InputError:
             # what has betas of a known kind is not
             kinds = ("linear", "scaled_linear", "squaredcos_cap_v2")
-            assert not (known and said.get("beta_schedule") in kinds and "snr_shift_scale" not in arguments(name))
+            others = name in ("LCMScheduler", "TCDScheduler") or "snr_shift_scale" in arguments(name)
+            assert others or not (known and said.get("beta_schedule") in kinds)
             continue
         assert known
         table = getattr(scheduler, "alphas_cumprod", None)
@@ -209,3 +210,15 @@ def test_a_variance_that_is_said_itself_is_refused(tmp_path: Path) -> None:
     assert foreign.load(tmp_path / "learned_range").parameterization.spec == "learned"
     with pytest.raises(InputError, match=r"variance_type 'learned': .* which is variance_type 'learned_range'"):
         foreign.load(tmp_path / "learned")
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_a_distilled_network_is_no_epsilon_network(name: str, tmp_path: Path) -> None:
+    _, scheduler = pipeline(tmp_path, prediction_type="epsilon", rescale_betas_zero_snr=False)
+    distilled = getattr(diffusers, name).from_config(scheduler.config)
+    distilled.save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(InputError, match=rf"{name} samples networks that were distilled into consistency models"):
+        foreign.load(tmp_path)
+    # what the message says to do for a network that was not
+    diffusers.DDPMScheduler.from_config(distilled.config).save_pretrained(tmp_path / "scheduler")
+    assert isinstance(foreign.load(tmp_path).parameterization, dualout.Epsilon)

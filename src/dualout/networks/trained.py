@@ -17,16 +17,26 @@ _IN_PYTHON = (
     "In Python, dualout.training.upgrade.upgrade takes any denoiser: Denoiser(network, Flow(), RectifiedFlow()) for "
     "rectified flow, with Karras() and EDM() for EDM, and adapters of dualout.networks for what the network is told"
 )
+_DISTILLED = ("LCMScheduler", "TCDScheduler")
+"""Of consistency models (arXiv 2310.04378, 2402.19159): the networks give ε of where their path ends, which at high
+noise is an image, where least squares gives the mean of all."""
 
 
 def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
     """What a diffusers scheduler's configuration says of the training.
 
     Raises:
-        InputError: for a prediction type or a noise schedule that is not known, or a scheduler that counts its noise
-            otherwise than by β.
+        InputError: for a prediction type or a noise schedule that is not known, a scheduler that counts its noise
+            otherwise than by β, or one of distilled networks.
     """
     config = _with_defaults(config)
+    if (name := config.get("_class_name")) in _DISTILLED:
+        raise InputError(
+            f"{name} samples networks that were distilled into consistency models: these predict where a sampling path "
+            "ends, and not the mean of the images that x_t may come from, to which least squares would blur them. "
+            "Upgrade the network that was distilled; if this is none, put the scheduler of its training in this one's "
+            "place, say pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)"
+        )
     _check_betas(config)
     kinds = {"epsilon": Epsilon, "sample": CleanImage, "v_prediction": Velocity}
     prediction = config.get("prediction_type", "epsilon")
