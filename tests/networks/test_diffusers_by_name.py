@@ -512,7 +512,23 @@ def test_one_derived_from_a_known_network_is_adapted_as_it() -> None:
         assert dualout.widen(network, 9, example=(x, t, conditions))(x, t, **conditions).sample.shape[1] == 9
 
 
+def test_one_of_diffusers_that_derives_from_a_known_one_is_not_called_as_that() -> None:
+    class Dream(diffusers.UNet2DConditionModel):
+        """DreamLite's, of rectified flow, derives from Stable Diffusion's."""
+
+    Dream.__module__ = "diffusers.models.unets.unet_dream"
+    with pytest.raises(InputError, match="how a Dream is called is not known here"):
+        adapted(Dream(**CASES["UNet2DConditionModel"].arguments), FLOW)
+
+
 SOUND = {
+    "MiniMaxMusic3Transformer1DModel": (
+        {
+            "in_channels": 4, "condition_dim": 12, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8,
+            "ff_inner_dim": 16, "rotary_dim": 4, "fourier_embedding_dim": 8,
+        },
+        {"encoder_hidden_states": like_normal(2, 16, 12)},
+    ),
     "StableAudioDiTModel": (
         {
             **HEADS, **BOTH, "sample_size": 16, "num_key_value_attention_heads": 2, "cross_attention_dim": 8,
@@ -541,10 +557,11 @@ def test_new_channels_of_sound_go_past_what_mixes_the_old(name: str, tmp_path: P
     for parameter in network.parameters():
         parameter.normal_(0, 0.1)
     x, t = like_normal(2, 4, 16), torch.tensor([0.3, 0.7])
-    before = network(x, t, **TEXT, **conditions).sample
+    conditions = TEXT | conditions
+    before = network(x, t, **conditions).sample
     # an x0-network's places, and once more as many
     wide = dualout.widen(dualout.widen(network, 9, places=[4, 5, 6, 7]), 12)
-    after = wide(x, t, **TEXT, **conditions).sample
+    after = wide(x, t, **conditions).sample
     assert after.shape == (2, 12, 16)
     assert torch.equal(after[:, 4:8], before)
     assert not after[:, [0, 1, 2, 3, 8, 9, 10, 11]].any()
@@ -552,7 +569,7 @@ def test_new_channels_of_sound_go_past_what_mixes_the_old(name: str, tmp_path: P
     model = dualout.Denoiser(wide, dualout.Dual(), dualout.schedules.Cosine())
     model.save_pretrained(tmp_path)
     loaded = dualout.Denoiser.from_pretrained(tmp_path).network
-    assert torch.equal(loaded(x, t, **TEXT, **conditions).sample, after)  # type: ignore[operator]
+    assert torch.equal(loaded(x, t, **conditions).sample, after)  # type: ignore[operator]
 
 
 @torch.no_grad()

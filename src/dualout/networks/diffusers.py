@@ -165,8 +165,9 @@ def elsewhere(network: nn.Module) -> str:
 
 
 def _known(network: nn.Module) -> Convention | None:
-    names = (cls.__name__ for cls in type(network).__mro__ if named(cls) == f"diffusers.{cls.__name__}")
-    return next((CONVENTIONS[name] for name in names if name in CONVENTIONS), None)
+    # of a class of diffusers that derives from another, that one's says nothing: DreamLite's UNet is of rectified flow
+    own = (cls for cls in type(network).__mro__ if named(cls) == f"diffusers.{cls.__name__}" and hasattr(cls, "config"))
+    return next((CONVENTIONS.get(cls.__name__) for cls in own), None)
 
 
 _LAYERS = {
@@ -262,7 +263,11 @@ class Patches(Interleaved):
 class Audio(Interleaved):
     """Transformers of sound end with a linear map, and a convolution that is added to its result."""
 
-    classes = ("diffusers.StableAudioDiTModel", "diffusers.StableAudio3DiTModel")
+    classes = (
+        "diffusers.MiniMaxMusic3Transformer1DModel",
+        "diffusers.StableAudioDiTModel",
+        "diffusers.StableAudio3DiTModel",
+    )
     layer: str = "proj_out"
     past: tuple[str, ...] = ("postprocess_conv",)
 
