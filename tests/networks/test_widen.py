@@ -269,7 +269,9 @@ def test_networks_without_numbers_yet() -> None:
     assert widen(network, 5).last.out_channels == 5
 
 
-@pytest.mark.parametrize("example", [(torch.randn(1, 2, 8, 8),), torch.randn(2, 2, 8, 8), (*[torch.ones(1)] * 3,)])
+@pytest.mark.parametrize(
+    "example", [(torch.randn(1, 2, 8, 8),), torch.randn(2, 2, 8, 8), (*[torch.ones(1)] * 3,), (1, 2)]
+)
 def test_an_example_that_is_none(example: Any) -> None:
     with pytest.raises(InputError, match=r"an example is \(x_t, t\) or"):
         widen(Plain(), 5, example=example)
@@ -572,6 +574,7 @@ def test_arguments_that_are_refused(tiny: nn.Module) -> None:
         (skipping, 7, {}, "skip blocks"),
         (denoiser, 7, {}, "denoiser.network"),
         (nn.DataParallel(tiny), 7, {}, "network.module"),
+        (torch.compile(nn.DataParallel(tiny)), 7, {}, "network.module"),
         (lambda x, t: x, 7, {}, "only a torch.nn.Module"),
         (ScaledTime(lambda x, t: x, 1.0), 7, {}, "only a torch.nn.Module"),
     ]:
@@ -596,6 +599,76 @@ def test_networks_whose_layers_are_not_their_own_are_refused(tiny: nn.Module) ->
     ]:
         with pytest.raises(InputError, match=message):
             widen(network, 7)
+
+
+def test_an_average_beside_its_network_is_widened_alone(tiny: nn.Module) -> None:
+    class EMA(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.online_model, self.ema_model = tiny, copy.deepcopy(tiny)
+
+        def forward(self, *arguments: Any) -> Any:
+            return self.ema_model(*arguments)
+
+    with pytest.raises(InputError, match=r"the network inside EMA: widen\(network.ema_model"):
+        widen(EMA(), 7, inplace=True)
+
+
+class Adapted(nn.Module):
+    """As PEFT puts a LoRA around a convolution."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = nn.ModuleDict({"default": nn.Conv2d(layer.in_channels, 2, 3, padding=1, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Conv2d(2, layer.out_channels, 1, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+@pytest.mark.parametrize("layer", [None, "last", "last.base_layer"])
+def test_an_output_layer_under_a_lora_is_refused(layer: str | None) -> None:
+    network: Any = Plain().eval()
+    network.last = Adapted(network.last)
+    with pytest.raises(InputError, match=r"layer 'last' of this Plain is under a LoRA .*network.merge_and_unload\(\)"):
+        widen(network, 5, layer=layer)
+    known: Any = build("tiny", 2, 8, 2)
+    known.conv_out = Adapted(known.conv_out)
+    with pytest.raises(InputError, match="layer 'conv_out' of this UNet2DModel is under a LoRA"):
+        widen(known, 5)
+    # elsewhere it is no matter
+    network = Plain().eval()
+    network.first = Adapted(network.first)
+    same_first(widen(network, 5), network, 5, torch.randn(2, 2, 8, 8), torch.tensor([1, 700]))
+
+
+def test_a_learned_variance_is_not_taken_for_x0() -> None:
+    network, x, t = build("tiny", 3, 8, 6).eval(), torch.randn(2, 3, 8, 8), torch.tensor([1, 700])
+    for example in (None, (x, t)):
+        with pytest.raises(InputError, match=r"6 output channels for images of 3, as networks of ε and a learned var"):
+            widen(network, 7, example=example)
+    same_first(widen(network, 7, places=range(6)), network, 7, x, t)
+    same_first(widen(network, 10), network, 10, x, t)
+
+
+def test_what_is_no_network_is_told_as_such() -> None:
+    class Loss(Plain):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x, t).mean()
+
+    class Picky(Plain):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            if len(x) == 1:
+                raise AssertionError
+            return super().forward(x, t)
+
+    with pytest.raises(InputError, match=r"gives a tensor of shape \(\), which has no channels. A wrapper that"):
+        widen(Loss(), 5)
+    with pytest.raises(InputError, match=r"this Picky cannot be called as \(x_t, t\) with x_t of shape .* Assertion"):
+        widen(Picky(), 5)
+    network, example = Picky().eval(), (torch.randn(2, 2, 8, 8), torch.tensor([1, 700]))
+    same_first(widen(network, 5, example=example), network, 5, *example)
 
 
 def test_what_gives_the_output_is_named_where_it_is_no_layer_that_can_be_widened() -> None:

@@ -61,13 +61,14 @@ def trace(network: nn.Module, inner: nn.Module, example: Example) -> Output:
             f"{error}. So which layer makes the output cannot be seen: say layer=NAME, or example=(x_t, t, {{…}}). "
             f"The last layers are (with their rows) {listed(inner)}"
         ) from error
-    channels = output.shape[1] if output.ndim > 1 else 1
-    layers = layers_of(inner)
+    channels, layers = output.shape[1], layers_of(inner)
     once = [name for name, ys in calls.items() if len(ys) == 1]
     fitting = [name for name in once if rows_of(layers[name]) == channels]
     found = [name for name in fitting if calls[name][0] is output]
     shown = output.device.type != "meta"
     found = found or [name for name in fitting if shown and _leads(network, inner, name, example, output)]
+    # the parts of a LoRA lead there as the layer does that they are put around
+    found = [name for name in found if name.endswith(".base_layer")] or found
     if len(found) == 1:
         return Plain(layer=found[0])
     if found:
@@ -102,7 +103,7 @@ def folded(network: nn.Module, inner: nn.Module, name: str, example: Example, ou
     Returns:
         None where more is done to the result, or channels lie in no known order.
     """
-    layer, channels = layers_of(inner)[name], output.shape[1] if output.ndim > 1 else 1
+    layer, channels = layers_of(inner)[name], output.shape[1]
     count = rows_of(layer)
     each, left = divmod(count, channels)
     if left or not each:
@@ -228,11 +229,12 @@ def call(network: nn.Module, example: Example) -> Tensor:
     """The network's output for an example, in the network's precision, with dropout and the like off.
 
     Raises:
-        InputError: when it cannot be called so, or gives something else than a tensor, or NaN.
+        InputError: when it cannot be called so, or gives something else than a tensor of channels, or NaN.
     """
     if (
         isinstance(example, Tensor)
         or len(example) not in (2, 3)
+        or not isinstance(example[0], Tensor)
         or not all(isinstance(c, Mapping) for c in example[2:])
     ):
         raise InputError("an example is (x_t, t) or (x_t, t, {name: condition})")
@@ -243,13 +245,18 @@ def call(network: nn.Module, example: Example) -> Tensor:
     try:
         with evaluating(network):
             output = network(x_t, t, **(rest[0] if rest else {}))
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+    except Exception as error:  # networks raise whatever unfit arguments lead them to
         named = "".join(f", {name}" for name in (rest[0] if rest else {}))
         raise InputError(
             f"this {type(network).__name__} cannot be called as (x_t, t{named}) with x_t of shape {tuple(x_t.shape)}: "
-            f"{error}"
+            f"{str(error) or type(error).__name__}"
         ) from error
     tensor = tensor_of(output)
+    if tensor.ndim < 2:
+        raise InputError(
+            f"this {type(network).__name__} gives a tensor of shape {tuple(tensor.shape)}, which has no channels. A "
+            "wrapper that computes the loss is left out: widen(wrapper.model, …)"
+        )
     if tensor.device.type != "meta" and tensor.isnan().any():
         raise InputError(
             f"this {type(network).__name__} gives NaN for x_t of shape {tuple(x_t.shape)} and t = {t.tolist()}, where "

@@ -25,6 +25,11 @@ ROUNDING = 1e-2
 call, some of which round to 10 bits: the root mean square, of that of the channels. Those of a wrong layer are not as
 near. The weights are the same, bit for bit, everywhere; on a processor so are the channels."""
 
+_ADAPTED = (
+    "layer {!r} of this {} is under a LoRA or another adapter of PEFT, which is of its shape: merge that first, by "
+    "network.merge_and_unload() in PEFT, or pipeline.fuse_lora() and pipeline.unload_lora_weights() in diffusers"
+)
+
 
 def widen(
     network: nn.Module,
@@ -54,7 +59,8 @@ def widen(
         inplace: change the network itself instead of a copy.
 
     Returns:
-        the widened network. Its output layer is a `dualout.networks.wide` layer, with the plain layer's weights.
+        the widened network. Its output layer is a `dualout.networks.wide` layer, with the plain layer's weights; where
+        that was frozen, as under a LoRA, so is this one, and its new rows learn after ``requires_grad_(True)``.
 
     Raises:
         InputError: when the layer cannot be found (the candidates are named) or widened.
@@ -73,6 +79,8 @@ def widen(
     _check_present(inner, output.layer)
     before = None if example is None else call(network, example)
     count = output.channels(inner)
+    if places is None:
+        _check_variance(inner, count, channels, guess(inner, network) if example is None else example)
     if before is not None and before.shape[1:2] != (count,):
         raise InputError(
             f"layer {output.layer!r} makes {count} channels, and this {type(inner).__name__} gives an output of shape "
@@ -104,12 +112,15 @@ def _plain(network: nn.Module) -> nn.Module:
     """The module that torch.compile wrapped; refuses what holds a network otherwise."""
     if isinstance(network, Denoiser):
         raise InputError("widen takes the network, not the denoiser around it: widen(denoiser.network, …)")
-    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise InputError(f"widen takes the network inside {type(network).__name__}: widen(network.module, …)")
     network = getattr(network, "_orig_mod", network)
     if not isinstance(network, nn.Module):
         raise InputError(f"only a torch.nn.Module has a layer that can be widened; got {network!r}")
     kind = type(network).__name__
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError(f"widen takes the network inside {kind}: widen(network.module, …)")
+    if isinstance(getattr(network, "ema_model", None), nn.Module):
+        # beside it is the network that it averages, which has to stay of the same shape
+        raise InputError(f"widen takes the network inside {kind}: widen(network.ema_model, …)")
     if isinstance(network, torch.jit.ScriptModule):
         raise InputError(f"the layers of a {kind} cannot be exchanged: widen the module that it was compiled from")
     if {c.__name__ for c in type(network).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}:
@@ -192,7 +203,20 @@ def _where(
     return output, example
 
 
+def _check_variance(network: nn.Module, count: int, channels: int, example: Example) -> None:
+    """Refuse to make x0 of a learned variance, where 2C channels shall become 2C + 1."""
+    seen = example[0].shape[1]
+    if count == 2 * seen == channels - 1:
+        raise InputError(
+            f"this {type(network).__name__} has {count} output channels for images of {seen}, as networks of ε and a "
+            "learned variance have: dualout.training.upgrade.upgrade(Denoiser(network, LearnedVariance(Epsilon()), "
+            f"schedule)) gives those their second output. Where they are ε and x0, say places=range({count})"
+        )
+
+
 def _check_present(network: nn.Module, layer: str) -> None:
+    if f"{layer}.base_layer" in layers_of(network):
+        raise InputError(_ADAPTED.format(layer, type(network).__name__))
     if layer not in layers_of(network):
         raise InputError(
             f"this {type(network).__name__} has no convolution or linear layer {layer!r}; its last layers are (with "
@@ -238,6 +262,8 @@ def _check_layer(network: nn.Module, layer: nn.Module, name: str, output: Output
         reason = f"it is under {norm}: torch.nn.utils.remove_{norm} makes it plain"
     elif type(layer) not in KINDS and not isinstance(layer, Wide) and named(type(layer)) not in output.same:
         reason = f"a {type(layer).__name__} is none of {', '.join(kind.__name__ for kind in KINDS)}"
+    elif name.endswith(".base_layer"):
+        raise InputError(_ADAPTED.format(name.removesuffix(".base_layer"), type(network).__name__))
     elif getattr(layer, "groups", 1) != 1:
         reason = f"its rows are in {layer.groups} groups, each of which sees a part of the input only"
     elif layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
