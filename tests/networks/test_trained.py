@@ -222,3 +222,22 @@ def test_a_distilled_network_is_no_epsilon_network(name: str, tmp_path: Path) ->
     # what the message says to do for a network that was not
     diffusers.DDPMScheduler.from_config(distilled.config).save_pretrained(tmp_path / "scheduler")
     assert isinstance(foreign.load(tmp_path).parameterization, dualout.Epsilon)
+
+
+def test_a_network_of_which_a_part_is_always_float32_is_read(tmp_path: Path) -> None:
+    network = diffusers.WanTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, text_dim=12,
+        freq_dim=8, ffn_dim=16, rope_max_seq_len=32,
+    )  # fmt: skip
+    network.save_pretrained(tmp_path)
+    read = foreign.diffusers_model(tmp_path)
+    assert all(torch.equal(value, read.state_dict()[name]) for name, value in network.state_dict().items())
+    assert {tensor.device.type for tensor in (*read.parameters(), *read.buffers())} == {"cpu"}
+
+
+def test_a_scheduler_is_refused_before_its_network_is_read(tmp_path: Path) -> None:
+    pipeline(tmp_path)
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has no beta_schedule"):
+        foreign.load(tmp_path)

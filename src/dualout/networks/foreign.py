@@ -150,9 +150,9 @@ def _place(directory: Path, part: str) -> Path:
 def _from_pipeline(directory: Path, named: str) -> Denoiser:
     """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
     parts, name = _parts(directory)
-    network = diffusers_model(_place(directory, name))
     config = _json(_place(directory, "scheduler") / "scheduler_config.json")
     parameterization, schedule = trained_by(config)
+    network = diffusers_model(_place(directory, name))
     read = _with_variance(network, parameterization)
     if isinstance(read, LearnedVariance) and config.get("variance_type") == "learned":
         raise InputError(
@@ -203,12 +203,14 @@ def diffusers_model(directory: Path, **options: Any) -> Any:
     variant = None if None in variants else variants.pop()
     # or else diffusers logs an error where it then reads a .bin
     safe = any(found["variant"] == variant and found["kind"] == "safetensors" for found in named)
-    options = {"use_safetensors": safe, "variant": variant} | options
+    # diffusers insists on it for classes of which a part is float32 always
+    meta = getattr(cls, "_keep_in_fp32_modules", None) is not None
+    options = {"use_safetensors": safe, "variant": variant, "low_cpu_mem_usage": meta} | options
     try:
         # a number takes a byte or more
         with bounded.no_more_than(sum(p.stat().st_size for p in weights), str(directory)):
             network, told = cls.from_pretrained(
-                str(directory), output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True, **options
+                str(directory), output_loading_info=True, local_files_only=True, **options
             )
     except InputError:
         raise
