@@ -120,6 +120,14 @@ def test_two_outputs_are_not_upgraded_again(source) -> None:
         upgrade(upgrade(trained(Epsilon())))
 
 
+def test_a_learned_variance_is_no_more_channels_of_images() -> None:
+    network = trained(LearnedVariance()).network
+    with pytest.raises(InputError, match=r"takes 1 channels and gives 2, .* LearnedVariance\(Epsilon\(\)\)"):
+        upgrade(Denoiser(network, Epsilon(), SCHEDULE))
+    with pytest.raises(InputError, match="one that learned a variance too is read by LearnedVariance"):
+        Denoiser(network, Epsilon(), SCHEDULE)(noises(), 3)
+
+
 class Told(nn.Module):
     """Is told something that nobody can guess."""
 

@@ -166,8 +166,11 @@ def check_channels(raw: Tensor, x_t: Tensor, allowed: tuple[int, ...], name: str
     shape, images = raw.shape, x_t.shape
     if len(shape) < 2 or shape[1] not in allowed or shape[0] != images[0] or shape[2:] != images[2:]:
         need = " or ".join(f"({', '.join(map(str, (images[0], c, *images[2:])))})" for c in allowed)
+        what = "dualout.widen gives a network more output channels"
+        if len(shape) > 1 and shape[1] - images[1] in allowed:
+            what = "one that learned a variance too is read by LearnedVariance"
         raise InputError(
             f"parameterization {name!r} of {images[1]}-channel images needs a network output of shape {need}, "
-            f"got {tuple(shape)}; dualout.widen gives a network more output channels"
+            f"got {tuple(shape)}; {what}"
         )
     return shape[1]
