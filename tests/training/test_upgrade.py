@@ -521,6 +521,16 @@ def test_a_ratio_has_to_help_images_that_it_was_not_found_with(other, ratio, fir
     assert opening.opened(errors_of(trained, new), 0.0) == [pytest.approx(ratio)]
 
 
+@pytest.mark.parametrize(("there", "opens"), [(0.0, True), (3.0, False)])
+def test_one_time_steps_error_does_not_hide_what_helps_all_others(there, opens) -> None:
+    # as at the end of a cosine schedule: of 64 images two, one in each half, are at a time step that errs far more
+    generator = torch.Generator().manual_seed(1)
+    trained, new = torch.randn(2, 1, 64, 50, generator=generator, dtype=torch.float64)
+    trained[:, :2] *= 1e3
+    new = torch.cat([there * trained[:, :2], 0.5 * new[:, 2:]], 1)
+    assert (opening.opened(errors_of(trained, new), 0.0) != [0.0]) == opens
+
+
 @pytest.mark.parametrize(("helped", "opens"), [(3, False), (4, True)])
 def test_the_gate_opens_beyond_two_standard_errors(helped, opens) -> None:
     # what helps k of n images by as much lies √(k·(n − 1) / (n − k)) standard errors from none, n in each half

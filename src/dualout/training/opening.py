@@ -62,8 +62,13 @@ def opened(errors: Errors, closed: float) -> list[float]:
     wins = torch.ones(len(trained), dtype=torch.bool)
     halves = slice(0, None, 2), slice(1, None, 2)
     for found, tried in (halves, halves[::-1]):
-        gain = (trained - errors.of(errors.best(found)))[:, tried]
-        wins &= (gain.mean(1) > SURE * standard_error(gain)).cpu()
+        blend = errors.of(errors.best(found))
+        gain = (trained - blend)[:, tried]
+        # the last time step of a cosine schedule errs a thousand times as much as the one before: a mean over both is
+        # never sure, where every image's share of its own errors may be
+        share = gain / (trained + blend)[:, tried].clamp(min=1e-300)
+        sure = (gain.mean(1) > SURE * standard_error(gain)) | (share.mean(1) > SURE * standard_error(share))
+        wins &= (sure & (gain.mean(1) > 0)).cpu()
     ratios = errors.best(slice(None))
     return [float(r) if win else closed for r, win in zip(ratios, wins, strict=True)]
 
