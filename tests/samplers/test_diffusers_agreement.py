@@ -238,6 +238,11 @@ def test_clipping_is_the_schedulers_where_it_has_it() -> None:
         assert FromDiffusers(name, steps=4, clip=None).sample(denoiser, start()).abs().max() > 1
     with pytest.raises(InputError, match="symmetric range"):
         FromDiffusers("DDIMScheduler", steps=4, clip=(0.0, 1.0)).sample(denoiser, start())
+    # which has the settings, and reads neither
+    for settings in ({}, {"clip_sample": True}, {"thresholding": True}):
+        scheduler = diffusers.TCDScheduler(**LINEAR, **settings)
+        assert FromDiffusers(scheduler, steps=4, clip=(-0.5, 0.5)).sample(denoiser, start()).abs().max() <= 0.55
+        assert FromDiffusers(scheduler, steps=4, clip=None).sample(denoiser, start()).abs().max() > 1
 
 
 def test_dynamic_thresholding_is_the_schedulers() -> None:

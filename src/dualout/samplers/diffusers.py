@@ -107,6 +107,8 @@ class FromDiffusers(Sampler):
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 NEARLY_ZERO = 2.0**-24
 """What some schedulers have in the place of a last ᾱ of 0 (rescale_betas_zero_snr), and read the network by."""
+_NEVER_CLIP = ("TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""Have the settings `clip_sample` or `thresholding`, and read neither."""
 _SETTINGS = ("trailing", "leading", "linspace")
 """What `timestep_spacing` may be."""
 
@@ -146,13 +148,14 @@ def model_output(p: Prediction, scheduler: Any, clip: tuple[float, float] | None
 
 @cache
 def clips_itself(scheduler: type) -> bool:
-    """Whether a class of schedulers has a setting `clip_sample`; from_config leaves others' in every config."""
-    return "clip_sample" in inspect.signature(scheduler).parameters
+    """Whether a class of schedulers goes by a setting `clip_sample`; from_config leaves others' in every config."""
+    return "clip_sample" in inspect.signature(scheduler).parameters and scheduler.__name__ not in _NEVER_CLIP
 
 
 def _thresholds(scheduler: Any) -> bool:
     """Whether a scheduler bounds each image by a quantile of its own, of which clipping would leave nothing."""
-    return bool(scheduler.config.get("thresholding")) and hasattr(scheduler, "_threshold_sample")
+    unread = type(scheduler).__name__ in _NEVER_CLIP
+    return bool(scheduler.config.get("thresholding")) and hasattr(scheduler, "_threshold_sample") and not unread
 
 
 def clip_settings(clip: tuple[float, float] | None) -> dict[str, Any]:
