@@ -537,6 +537,24 @@ def test_arguments_that_cannot_be_used(options: dict[str, Any], says: str) -> No
         out(pipe(denoiser_of()), **options)
 
 
+def test_latents_are_no_pictures() -> None:
+    denoiser = denoiser_of()
+    denoiser.card = {"latents of": "vae"}
+    pipeline = pipe(denoiser, samplers.DDIM(5, clip=None))
+    assert out(pipeline).shape == (3, *SHAPE)
+    for kind in ("pil", "np", "pt"):
+        with pytest.raises(InputError, match='output_type="latent", and decode'):
+            out(pipeline, output_type=kind)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"), [(["cat"] * 3, "numbers of classes"), ([0, 1, 3], "from 0 to 2"), (-1, "from 0 to 2")]
+)
+def test_class_labels_are_numbers_of_classes(labels: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        out(pipe(denoiser_of(classes=3)), class_labels=labels)
+
+
 def test_eta_is_for_schedulers_that_take_it() -> None:
     denoiser = denoiser_of()
     got = out(pipe(denoiser, samplers.DDIM(5)), latents=start(1), eta=0.7, generator=torch.Generator().manual_seed(2))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dualout import checkpoint, hub
 from dualout.calibrated import Calibrated, Calibration
-from dualout.card import public, render
+from dualout.card import LATENTS, public, render
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
 from dualout.export.directory import whole
@@ -220,6 +220,11 @@ class DualOutputPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUTS:
             raise unknown("output_type", output_type, OUTPUTS)
+        if output_type != "latent" and LATENTS in self.config["card"]:
+            raise InputError(
+                f"this model makes latents, and its pipeline has no autoencoder: output_type {output_type!r} shows "
+                'them as they are; say output_type="latent", and decode what it gives'
+            )
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise unknown("tensor for callback_on_step_end:", name, self._callback_tensor_inputs)
@@ -268,7 +273,13 @@ class DualOutputPipeline(DiffusionPipeline):
     def _labels(self, labels: Any, count: int, device: torch.device) -> dict[str, Any]:
         if labels is None:
             return {}
-        labels = torch.as_tensor(labels, device=device)
+        try:
+            labels = torch.as_tensor(labels, device=device)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"class_labels are numbers of classes, from 0; got {labels!r}") from error
+        known = self.unet.config.get("num_class_embeds")
+        if known and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < known:
+            raise InputError(f"class_labels are from 0 to {known - 1}; got {labels.tolist()}")
         if labels.ndim and len(labels) != count:
             raise InputError(f"{len(labels)} class_labels for {count} images: give one an image, or one for all")
         return {"class_labels": labels.expand(count)}
