@@ -38,8 +38,8 @@ noise = dualout.noise(range(16), {shape})
 images = dualout.samplers.DDIM(steps=10{unclipped}).sample(denoiser, noise{conditions})
 ```
 
-Or with any ONNX runtime: `model.onnx` takes noisy images `x_t` (B, C, H, W) and their time steps `t` (B,), 0 … T−1, and
-gives the clean images `x0` and the noise `eps` that it predicts. Its metadata `dualout` hold the noise schedule.""",
+Or with any ONNX runtime: `model.onnx` takes noisy images `x_t` (B, C, H, W), their time steps `t` (B,), 0 … T−1{told}.
+It gives the clean images `x0` and the noise `eps` that it predicts. Its metadata `dualout` hold the noise schedule.""",
 }
 _CLASSES = """
 
@@ -86,6 +86,7 @@ def render(config: dict[str, Any], library: str = "dualout") -> str:
 
 def _use(library: str, path: str, shape: tuple[int, ...], classes: int | None, latents: bool) -> str:
     given = {"path": path, "shape": shape, "unclipped": ", clip=None" if latents else ""}
+    given["told"] = "" if classes is None else ", and `class_labels` (B,)"
     output = ', output_type="latent"' if latents and library == "diffusers" else ""
     if classes is None:
         return "## Use\n\n" + _USES[library].format(**given, conditions=output)
