@@ -66,6 +66,22 @@ def test_scales_of_guidance_are_not_averaged():
     assert (cell["dual, guidance 1"], cell["dual, guidance 2.5"]) == (4.0, 10.0)
 
 
+def test_dual_output_is_compared_whatever_a_grid_calls_it():
+    named = {"v": "velocity", "blend": "dual:gate=balanced"}
+    both = [r | {"method": r["parameterization"], "parameterization": named[r["parameterization"]]}
+            for r in rows({("v", 5): 2.0, ("blend", 5): 1.0})]  # fmt: skip
+    assert reading.compare(both)[0].startswith("**blend** against **v**: blend is better everywhere")
+    assert reading.cells(both)[0]["blend / v"] == 0.5
+
+
+def test_another_model_is_compared_before_the_same_one_guided_otherwise():
+    both = [r for g in (1.0, 2.0) for r in rows({("velocity", 5): 3.0, ("dual", 5): 1.0 + g}, guidance=g)]
+    first, *_, last = [s for s in reading.compare(both) if " against " in s and s.startswith("**")]
+    assert first.startswith("**dual, guidance 1** against **velocity, guidance 1**")
+    assert last.startswith("**dual, guidance 1** against **dual, guidance 2**")
+    assert reading.verdict(both, []) == [first]
+
+
 def test_tables_are_written_for_every_reader():
     assert csv_text([{"a": 1, "b": [1, 2]}, {"c": "x,y"}]) == 'a,b,c\n1,"[1, 2]",\n,,"x,y"\n'
     assert json_text({"a": math.nan, "b": [math.inf, 1.0]}) == '{\n "a": null,\n "b": [\n  null,\n  1.0\n ]\n}\n'

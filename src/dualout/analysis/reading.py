@@ -35,9 +35,15 @@ def named(rows: Sequence[Row]) -> list[Row]:
     return [r | {"method": method(r)} for r in rows]
 
 
-def order(methods: Sequence[str]) -> list[str]:
-    """Dual output first, then as they came."""
-    return sorted(dict.fromkeys(methods), key=lambda m: not m.startswith("dual"))
+def methods_of(rows: Sequence[Row]) -> list[str]:
+    """What the rows' models are called: dual output first, whatever it is called, then as they came."""
+    models = _models(rows)
+    return sorted(models, key=lambda m: not (m.startswith("dual") or models[m].startswith("dual")))
+
+
+def _models(rows: Sequence[Row]) -> dict[str, str]:
+    """The parameterization of each method."""
+    return {(name := method(r)): str(r.get("parameterization") or name) for r in rows}
 
 
 def cells(rows: Sequence[Row]) -> list[Row]:
@@ -46,7 +52,7 @@ def cells(rows: Sequence[Row]) -> list[Row]:
     It has one column a method, the mean over seeds (`spreads` has their standard deviations), and one column for the
     ratio of the first method to each other.
     """
-    methods = order([method(r) for r in rows])
+    methods = methods_of(rows)
     table: list[Row] = []
     keys = grouped(rows, lambda r: tuple(r.get(k) for k in CELL))
     for key in sorted(keys, key=lambda k: (str(k[0]), str(k[1]), k[2] if isinstance(k[2], int) else 0)):
@@ -68,9 +74,11 @@ def ratio_name(first: str, other: str) -> str:
 
 def compare(rows: Sequence[Row]) -> list[str]:
     """Which of the methods has the lower score where, honestly."""
-    methods = order([method(r) for r in rows])
+    methods, models = methods_of(rows), _models(rows)
     table = cells(rows)
-    found = [s for other in methods[1:] if (s := _against(table, methods[0], other))]
+    # the same model read or guided otherwise is what is asked last
+    others = sorted(methods[1:], key=lambda m: models[m] == models[methods[0]])
+    found = [s for other in others if (s := _against(table, methods[0], other))]
     return [*found, *([solver] if (solver := _solver(table, methods)) else []), *_caution(rows)]
 
 

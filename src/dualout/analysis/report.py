@@ -109,7 +109,7 @@ def _scores(judged: Mapping[str, Sequence[Row]], command: str) -> list[str]:
 def comparison(rows: Sequence[Row], features: str) -> str:
     """Fréchet distances side by side, and their ratios."""
     table = reading.cells(rows)
-    methods = reading.order([r["method"] for r in rows])
+    methods = reading.methods_of(rows)
     ratios = [reading.ratio_name(methods[0], other) for other in methods[1:]]
     shown = []
     for row in table:
