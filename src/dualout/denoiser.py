@@ -176,7 +176,8 @@ class Denoiser(nn.Module):
         Args:
             path: the directory, made if it is missing.
             extra: further JSON values for config.json, say image={"channels": C, "size": [H, W]} where the network
-                does not say what images it makes.
+                does not say what images it makes, and "latents": True in it where they are latents, which commands
+                neither clip nor show.
 
         Raises:
             InputError: when the network's class is not one that can be rebuilt from its configuration, or the
