@@ -65,9 +65,9 @@ def opened(errors: Errors, closed: float) -> list[float]:
         blend = errors.of(errors.best(found))
         gain = (trained - blend)[:, tried]
         # the last time step of a cosine schedule errs a thousand times as much as the one before: a mean over both is
-        # never sure, where every image's share of its own errors may be
+        # never sure, where every image's share of its own errors may be; of two looks the second has to be surer
         share = gain / (trained + blend)[:, tried].clamp(min=1e-300)
-        sure = (gain.mean(1) > SURE * standard_error(gain)) | (share.mean(1) > SURE * standard_error(share))
+        sure = (gain.mean(1) > SURE * standard_error(gain)) | (share.mean(1) > (SURE + 1) * standard_error(share))
         wins &= (sure & (gain.mean(1) > 0)).cpu()
     ratios = errors.best(slice(None))
     return [float(r) if win else closed for r, win in zip(ratios, wins, strict=True)]
