@@ -128,10 +128,29 @@ class Registered:
     @property
     def spec(self) -> str:
         """The short written form, which `parse` reads back."""
+        return self._written(self.name, {}, lambda thing: thing.spec)
+
+    @property
+    def short(self) -> str:
+        """The spec as people read it: by the name of a preset, where it has all that this sets. `parse` reads it too;
+        a spec goes on to mean the same, should the preset ever set something else."""
+        alike = (p for p in self.presets.items() if all(getattr(self, k) == v for k, v in p[1].items()))
+        return self._written(*next(alike, (self.name, {})), lambda thing: thing.short)
+
+    def _written(self, name: str, told: Mapping[str, Any], of: Callable[[Registered], str]) -> str:
+        """The name, and the fields that it does not tell. Args: of: how a field that is such a thing is written."""
         # what has no default is what it is made of: folder:path=pictures:size=8
         fields = sorted(self.fields().items(), key=lambda item: self._default(item[0]) is not dataclasses.MISSING)
-        changed = [f"{k}={_text(v)}" for k, v in fields if v != self._default(k)]
-        return ":".join([self.name, *changed])
+        changed = [f"{k}={_text(v, of)}" for k, v in fields if k not in told and v != self._default(k)]
+        return ":".join([name, *changed])
+
+    @classmethod
+    def shortened(cls, spec: str) -> str:
+        """The short form of a spec, or the text as it is where it is none of a class that is known here."""
+        try:
+            return cls.parse(spec).short
+        except InputError:
+            return spec
 
     def fields(self) -> dict[str, Any]:
         """The constructor's arguments, by name."""
@@ -251,14 +270,15 @@ def value_of(text: str) -> Any:
         return text
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, of: Callable[[Registered], str]) -> str:
     if isinstance(value, Registered):
-        return f"({value.spec})" if ":" in value.spec else value.spec
+        text = of(value)
+        return f"({text})" if ":" in text else text
     value = _plain(value)
     if value is None:
         return "null"
     if isinstance(value, list):
-        return f"[{'+'.join(map(_text, value))}]"
+        return f"[{'+'.join(_text(item, of) for item in value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -166,6 +166,17 @@ def test_a_preset_is_its_class_with_fields_set() -> None:
     assert Parameterization.from_config(blend.config()) == blend
 
 
+def test_a_preset_is_read_by_its_name_and_written_down_without() -> None:
+    blend = Parameterization.parse("dual-blend:second=velocity:ratio=image")
+    assert blend.spec == "dual:ratio=image:gate=balanced:eps_weight=0.3:blend_weight=1.0:second=velocity"
+    assert blend.short == Parameterization.shortened(blend.spec) == "dual-blend:ratio=image:second=velocity"
+    assert Parameterization.parse(blend.short) == blend
+    # without one of the preset's fields it is none
+    assert Dual(gate="balanced", blend_weight=1.0).short == "dual:gate=balanced:blend_weight=1.0"
+    assert Parameterization.parse("learned:base=dual-blend").short == "learned:base=dual-blend"
+    assert Parameterization.shortened("another's") == "another's"
+
+
 def test_a_new_class_is_known_by_being_written() -> None:
     class Animal(Registered):
         kind = "animal"

@@ -9,6 +9,7 @@ from statistics import fmean, median
 from dualout.analysis.study import Study
 from dualout.analysis.tables import Row, Spread, grouped, measured, number, spread
 from dualout.evaluation.protocol import ENOUGH
+from dualout.parameterizations import Parameterization
 
 CELL = ("sampler", "spacing", "steps")
 """What is equal between methods that are compared."""
@@ -18,7 +19,7 @@ EVEN = 0.02
 
 def method(row: Row) -> str:
     """What a row's model is called: its parameterization, and how it was read where that is not as trained."""
-    name = str(row.get("method") or row.get("parameterization") or "model")
+    name = str(row.get("method") or Parameterization.shortened(str(row.get("parameterization") or "model")))
     route = row.get("route")
     if "method" not in row and route not in (None, "", "mix"):
         name += f" ({route} route)"

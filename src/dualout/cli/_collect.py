@@ -86,7 +86,7 @@ def _spec(config: Row) -> str | None:
     if not isinstance(written, dict):
         return None
     try:
-        return Parameterization.from_config(written).spec
+        return Parameterization.from_config(written).short
     except InputError:
         return str(written.get("name"))
 
@@ -145,7 +145,8 @@ def _with_methods(rows: list[Row], names: Mapping[Path, str]) -> list[Row]:
         if all(settings.get(other) == settings.get(own) for other in others) and (own in settings or len(others) == 1):
             found.append(row)
         else:
-            found.append(row | {"parameterization": names_of.get(own, f"{spec} [{own}]")})
+            name = f"{Parameterization.shortened(str(spec))} [{own}]"
+            found.append(row | {"parameterization": names_of.get(own, name)})
     return found
 
 

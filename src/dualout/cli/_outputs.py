@@ -120,7 +120,8 @@ def _calibrations(path: Path) -> dict[str, Any] | None:
 def _model(told: Mapping[str, Any]) -> str:
     model = entry(told, "model")
     try:
-        return f"{model.get('run', model.get('name'))} ({Parameterization.from_config(model['parameterization']).spec})"
+        name = Parameterization.from_config(model["parameterization"]).short
+        return f"{model.get('run', model.get('name'))} ({name})"
     except (InputError, KeyError):
         return str(model.get("name"))
 

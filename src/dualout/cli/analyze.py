@@ -99,7 +99,7 @@ def run(arguments: list[str]) -> int | None:
     grey = None if model.latents else {1: True, 3: False}.get(model.shape[0])
     dataset, split = real_images(spec, model.shape, options.split, latents=model.latents, grey=grey)
     study = measure(replace(options, split=split), model, dataset, sampler)
-    written = _study.write(study, out, model.denoiser.parameterization.spec)
+    written = _study.write(study, out, model.denoiser.parameterization.short)
     _tell(study)
     console.wrote(out, f"{console.count(len(written), 'file')}: tables (CSV, JSON), arrays, {_study.FIGURES}/")
     console.say(f"took {time.perf_counter() - began:.0f} s")

@@ -171,7 +171,9 @@ def _release(sampling: Sampling, left: Sequence[Scoring]) -> None:
 def _print(rows: Sequence[Row], options: Options) -> None:
     """The table; what is equal in all rows is said above it."""
     from dualout.evaluation.scoring import COLUMNS, KEY, OPTIONAL
+    from dualout.parameterizations import Parameterization
 
+    rows = [row | {"parameterization": Parameterization.shortened(str(row["parameterization"]))} for row in rows]
     told = [column for column in KEY if len({str(row.get(column)) for row in rows}) == 1]
     hidden = set(told) | ({"nfe"} if all(row["nfe"] == row["steps"] for row in rows) else set())
     said = {c: rows[0].get(c) for c in told if c != "images"}

@@ -194,7 +194,7 @@ def _spec(kind: str, config: dict[str, Any]) -> str:
     from dualout.schedules import Schedule
 
     found = {"parameterization": Parameterization, "schedule": Schedule}[kind].from_config(config[kind])
-    return str(found) if isinstance(found, Schedule) else found.spec
+    return str(found) if isinstance(found, Schedule) else found.short
 
 
 def _changed(config: dict[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def _announce(training: Run) -> None:
     if not training.main:
         return
     job = training.job
-    parameters, schedule = sum(p.numel() for p in job.denoiser.parameters()), job.denoiser.schedule
+    kind, schedule = job.denoiser.parameterization.short, job.denoiser.schedule
+    parameters = sum(p.numel() for p in job.denoiser.parameters())
     last = schedule.scalars(schedule.steps - 1)
     console.say(repr(job.dataset))
     for note in job.dataset.notes:
@@ -110,7 +111,7 @@ def _announce(training: Run) -> None:
     if training.config.conditional and (empty := [job.dataset.classes[c] for c in job.dataset.empty_classes]):
         console.say(f"no image is of class {some(empty)}: that is not learned, and sampled only where it is asked for")
     console.say(
-        f"{job.denoiser.parameterization.spec}, {type(job.denoiser.network).__name__} of {parameters:,} parameters, on "
+        f"{kind}, {type(job.denoiser.network).__name__} of {parameters:,} parameters, on "
         f"{job.device}{f' and {n - 1} more' if (n := _processes(job)) > 1 else ''}, "
         f"{job.precision.name} ({job.precision.why})"
     )

@@ -82,7 +82,7 @@ class Scoring:
     def title(self) -> str:
         """The combination in a few words."""
         sampling = self.sampling
-        name, route = sampling.model.denoiser.parameterization.spec, sampling.route
+        name, route = sampling.model.denoiser.parameterization.short, sampling.route
         how = f"{_named(sampling)} {sampling.sampler.config()['spacing']} {sampling.sampler.steps} steps"
         how += f" guidance {sampling.guidance:g}" if sampling.guidance is not None else ""
         how += " calibrated" if sampling.calibrated else ""
