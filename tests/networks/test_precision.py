@@ -11,6 +11,20 @@ from dualout.networks import precision
 from dualout.networks.precision import Precision, choose
 
 CPU = torch.device("cpu")
+ATTENTION = F.scaled_dot_product_attention
+
+
+class Watch(torch.overrides.TorchFunctionMode):
+    """What attention is computed of, call by call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[torch.Tensor]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is ATTENTION:
+            self.seen.append([v for v in [*args, *(kwargs or {}).values()] if isinstance(v, torch.Tensor)])
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("amx", "avx", "name", "why"), [
@@ -36,21 +50,12 @@ def test_what_cannot_be_computed_is_refused():
 
 def test_attention_is_float32_and_the_rest_is_not():
     query, key, value = torch.randn(3, 2, 1, 5, 4)
-    seen = []
-    real = F.scaled_dot_product_attention
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is real:
-                seen.append({v.dtype for v in [*args, *(kwargs or {}).values()] if isinstance(v, torch.Tensor)})
-            return func(*args, **(kwargs or {}))
-
-    expected = real(query, key, value, scale=0.3)
-    with Watch(), Precision("bf16", CPU, "").autocast():
+    expected = F.scaled_dot_product_attention(query, key, value, scale=0.3)
+    with Watch() as watch, Precision("bf16", CPU, "").autocast():
         by_place = F.scaled_dot_product_attention(query, key, value, scale=0.3)
         by_name = F.scaled_dot_product_attention(query=query, key=key, value=value, scale=0.3)
         product = query[0, 0] @ key[0, 0].T
-    assert seen == [{torch.float32}, {torch.float32}]
+    assert [{tensor.dtype for tensor in call} for call in watch.seen] == [{torch.float32}, {torch.float32}]
     torch.testing.assert_close(by_place, expected)
     assert torch.equal(by_name, by_place)
     assert product.dtype == torch.bfloat16
@@ -87,20 +92,11 @@ def test_a_mask_of_attention_may_be_half_or_of_bools():
 )
 def test_narrow_heads_are_widened_and_their_output_and_gradients_stay(scale, width, values, widths):
     given = [torch.randn(2, 3, 5, w, requires_grad=True) for w in (width, width, values)]
-    seen: set[int] = set()
-    real = F.scaled_dot_product_attention
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is real:
-                seen.update(v.shape[-1] for v in (kwargs or {}).values() if isinstance(v, torch.Tensor))
-            return func(*args, **(kwargs or {}))
-
-    expected = real(*given, scale=scale)
+    expected = F.scaled_dot_product_attention(*given, scale=scale)
     of = torch.randn_like(expected)
-    with Watch(), Precision("bf16", CPU, "").autocast():
+    with Watch() as watch, Precision("bf16", CPU, "").autocast():
         found = F.scaled_dot_product_attention(*given, scale=scale)
-    assert seen == widths
+    assert [{tensor.shape[-1] for tensor in call} for call in watch.seen] == [widths]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, given, of), torch.autograd.grad(expected, given, of))
 

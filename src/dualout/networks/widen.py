@@ -25,11 +25,6 @@ ROUNDING = 1e-2
 call, some of which round to 10 bits: the root mean square, of that of the channels. Those of a wrong layer are not as
 near. The weights are the same, bit for bit, everywhere; on a processor so are the channels."""
 
-_ADAPTED = (
-    "layer {!r} of this {} is under a LoRA or another adapter of PEFT, which is of its shape: merge that first, by "
-    "network.merge_and_unload() in PEFT, or pipeline.fuse_lora() and pipeline.unload_lora_weights() in diffusers"
-)
-
 
 def widen(
     network: nn.Module,
@@ -74,13 +69,13 @@ def widen(
         network = _copied(network)
     inner = _innermost(network)
     _uncompile(inner)
-    output, example = _where(network, inner, layer, example)
+    output, example = _output(network, inner, layer, example)
     output.check(inner)
     _check_present(inner, output.layer)
     before = None if example is None else call(network, example)
     count = output.channels(inner)
     if places is None:
-        _check_variance(inner, count, channels, guess(inner, network) if example is None else example)
+        _check_variance(network, inner, count, channels, example)
     if before is not None and before.shape[1:2] != (count,):
         raise InputError(
             f"layer {output.layer!r} makes {count} channels, and this {type(inner).__name__} gives an output of shape "
@@ -177,7 +172,7 @@ def _uncompile(network: nn.Module) -> None:
         network.set_submodule(name, network.get_submodule(f"{name}._orig_mod"), strict=True)
 
 
-def _where(
+def _output(
     network: nn.Module, inner: nn.Module, layer: str | None, example: Example | None
 ) -> tuple[Output, Example | None]:
     """The layer that makes the output, by its name, its architecture or a trace; and what to hold the result to, where
@@ -203,20 +198,30 @@ def _where(
     return output, example
 
 
-def _check_variance(network: nn.Module, count: int, channels: int, example: Example) -> None:
+def _check_variance(network: nn.Module, inner: nn.Module, count: int, channels: int, example: Example | None) -> None:
     """Refuse to make x0 of a learned variance, where 2C channels shall become 2C + 1."""
-    seen = example[0].shape[1]
-    if count == 2 * seen == channels - 1:
+    if count % 2 or channels != count + 1:
+        return
+    seen = (guess(inner, network) if example is None else example)[0].shape[1]
+    if count == 2 * seen:
         raise InputError(
-            f"this {type(network).__name__} has {count} output channels for images of {seen}, as networks of ε and a "
+            f"this {type(inner).__name__} has {count} output channels for images of {seen}, as networks of ε and a "
             "learned variance have: dualout.training.upgrade.upgrade(Denoiser(network, LearnedVariance(Epsilon()), "
             f"schedule)) gives those their second output. Where they are ε and x0, say places=range({count})"
         )
 
 
+def _under_lora(network: nn.Module, layer: str) -> InputError:
+    return InputError(
+        f"layer {layer!r} of this {type(network).__name__} is under a LoRA or another adapter of PEFT, which is of its "
+        "shape: merge that first, by network.merge_and_unload() in PEFT, or pipeline.fuse_lora() and "
+        "pipeline.unload_lora_weights() in diffusers"
+    )
+
+
 def _check_present(network: nn.Module, layer: str) -> None:
     if f"{layer}.base_layer" in layers_of(network):
-        raise InputError(_ADAPTED.format(layer, type(network).__name__))
+        raise _under_lora(network, layer)
     if layer not in layers_of(network):
         raise InputError(
             f"this {type(network).__name__} has no convolution or linear layer {layer!r}; its last layers are (with "
@@ -263,7 +268,7 @@ def _check_layer(network: nn.Module, layer: nn.Module, name: str, output: Output
     elif type(layer) not in KINDS and not isinstance(layer, Wide) and named(type(layer)) not in output.same:
         reason = f"a {type(layer).__name__} is none of {', '.join(kind.__name__ for kind in KINDS)}"
     elif name.endswith(".base_layer"):
-        raise InputError(_ADAPTED.format(name.removesuffix(".base_layer"), type(network).__name__))
+        raise _under_lora(network, name.removesuffix(".base_layer"))
     elif getattr(layer, "groups", 1) != 1:
         reason = f"its rows are in {layer.groups} groups, each of which sees a part of the input only"
     elif layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
