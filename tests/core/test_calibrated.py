@@ -218,7 +218,8 @@ def test_noises_that_decide_are_none_of_those_that_are_fitted_by_and_follow_the_
     assert len(torch.unique(torch.cat(made).flatten(1), dim=0)) == 6 * 50
 
 
-def test_a_fit_makes_as_many_images_as_it_says():
+def test_a_fit_makes_as_many_images_as_it_says(monkeypatch):
+    monkeypatch.setattr(calibrating, "KEPT", -1)
     data, looks = MEAN + SPREAD * noise(range(80), (1, 2, 2)), 0
 
     class Counting(Exact):
@@ -231,8 +232,8 @@ def test_a_fit_makes_as_many_images_as_it_says():
         nonlocal looks
         looks, how = 0, Fit(patience=9, own_features=False, distance="energy", **settings)
         list(fit(Denoiser(Counting(), CleanImage(), SCHEDULE), samplers.DDIM(steps=3), data, how))
-        # an update makes its images, makes the steps that have a gradient again, and the gradient counts as two
-        return looks / 3 + (2 + 1 / 3) * (1 + RACE) * how.iterations * how.batch, how.trajectories(3)
+        # one batch is a trial; an update makes its images, those steps that have a gradient twice, and that costs two
+        return (looks - how.batch) / 3 + (2 + 1 / 3) * (1 + RACE) * how.iterations * how.batch, how.trajectories(3)
 
     for settings in ({"batch": 40, "held_out": 16, "check_every": 2}, {"batch": 2, "held_out": 50, "check_every": 1}):
         found, said = made(iterations=4, move_times=0, **settings)
@@ -240,6 +241,28 @@ def test_a_fit_makes_as_many_images_as_it_says():
     settings = {"iterations": 2, "batch": 2, "held_out": 16, "check_every": 1}
     (unmoved, least), (moved, most) = (made(move_times=n, **settings) for n in (0, 1))
     assert 0.7 * (most - least) < moved - unmoved <= most - least
+
+
+@pytest.mark.parametrize("sampler", [samplers.DDIM(steps=3), samplers.Heun(steps=3)])
+def test_activations_that_need_little_memory_are_kept_and_the_numbers_are_the_same(sampler, monkeypatch):
+    denoiser = Denoiser(build("tiny:width=8", 1, 8, 3), Dual(), SCHEDULE).eval()
+    how, data = Fit(iterations=2, batch=4, held_out=16, move_times=0), noise(range(64), (1, 8, 8))
+    looks, found, kept = 0, [], []
+
+    def count(*_):
+        nonlocal looks
+        looks += 1
+
+    denoiser.network.register_forward_pre_hook(count)
+    for most in (-1, 100_000, 2**30):  # the network keeps some hundreds of kilobytes
+        monkeypatch.setattr(calibrating, "KEPT", most)
+        looks = 0
+        found.append([p.calibration.values for p in fit(denoiser, sampler, data, how)][-1])
+        kept.append(looks)
+    assert found[0] == found[1] == found[2]
+    # all looks of an update but the first have a gradient
+    starts = 2 if sampler.order == 1 else 1
+    assert kept[0] == kept[1] == kept[2] + starts * how.iterations * (sampler.evaluations - 1)
 
 
 def test_moving_time_steps_looks_at_no_images_twice():
@@ -541,8 +564,18 @@ def test_the_networks_own_features_are_those_of_its_bottom():
     images = torch.randn(3, 1, 16, 16)
     denoiser(within.alpha * images, within.t)
     handle.remove()
-    assert torch.equal(within(images), seen[0].flatten(1))
     assert seen[0][0, 0].numel() < 16 * 16
+    # and nothing of what comes after is computed
+    denoiser.network.get_submodule("up_blocks.0").register_forward_pre_hook(lambda *_: pytest.fail("went on"))
+    assert torch.equal(within(images), seen[0].flatten(1))
+
+
+def test_features_of_a_compiled_network_are_those_of_the_network():
+    network, images = build("tiny:width=8", 1, (8, 8), 3), torch.randn(3, 1, 8, 8)
+    compiled = Denoiser(torch.compile(network, backend="eager"), Dual(), SCHEDULE)
+    within = Within.of(compiled, images)
+    for _ in range(2):
+        assert torch.equal(within(images), Within.of(Denoiser(network, Dual(), SCHEDULE), images)(images))
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, schedules.RectifiedFlow()], ids=lambda s: s.name)

@@ -143,7 +143,7 @@ def _dry_run(options: Options, model: Model) -> None:
     rows = {
         "network": f"{type(model.denoiser.network).__name__}, {found.parameters:,} parameters, none of them changed",
         "fitted": f"{len(names)} numbers at each of {console.count(options.steps, 'step')}: {', '.join(names)}",
-        "memory": f"about {found.memory / 2**20:,.0f} MiB to sample a batch, and what one step keeps for its gradient",
+        "memory": f"about {found.memory / 2**20:,.0f} MiB to sample a batch; gradients, up to 1 GiB or one step's more",
         "work": f"as much as at most {images:,.0f} images take",
         "time": f"at most about {console.duration(found.seconds * images / how.batch)}",
     }

@@ -1,10 +1,11 @@
 """K-step calibration: fit a few numbers for each step of a K-step trajectory.
 
 The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, against a
-distance between made and real images; each step is recomputed in the backward pass, so that memory does not grow with
-K. There are two starts: the uncalibrated one, its time steps moved, and for samplers of first order that of
-DPM-Solver++ 2M, for those of higher order the uncalibrated one as it is. Which of the two goes on halfway, and when to
-stop, is decided by noise that the fit never sees and by all real images, held-out ones included.
+distance between made and real images; where the activations of all steps would take more than `KEPT`, each step is
+recomputed in the backward pass, so that memory does not grow with K. There are two starts: the uncalibrated one, its
+time steps moved, and for samplers of first order that of DPM-Solver++ 2M, for those of higher order the uncalibrated
+one as it is. Which of the two goes on halfway, and when to stop, is decided by noise that the fit never sees and by all
+real images, held-out ones included.
 
 Trained samplers of single-output models: DDSS (Watson et al. 2022, arXiv 2202.05830), iDDIM, bespoke solvers (Shaul
 et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
@@ -13,13 +14,13 @@ et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from dualout.calibrated import NEUTRAL, Calibrated, Calibration
 from dualout.data.dataset import Dataset
@@ -39,6 +40,9 @@ from dualout.training.told import Told
 
 RACE = 0.5
 """The part of the updates that is made from both starts; then the better goes on."""
+
+KEPT = 2**30
+"""Bytes that the activations of all steps may take; with more, they are computed again in the backward pass."""
 
 
 def way(sampler: Sampler) -> int:
@@ -88,7 +92,7 @@ class Fit:
 
     def trajectories(self, steps: int) -> float:
         """How many images are made through all steps, at most; what gradients cost is counted as such."""
-        # an update makes its images, makes each step again in the backward pass, and that costs two more
+        # an update makes its images, may make each step again in the backward pass, and that costs two more
         updates = 4 * (1 + RACE) * self.iterations * self.batch
         # from two starts and halfway one whole trajectory, and in a round two for every step k that is moved, of which
         # the k steps before are known: 2·(K + … + 1) steps
@@ -142,7 +146,8 @@ def fit(
     for name in names:
         if name not in parameters_of(denoiser):
             raise unknown("number of a calibration of this model:", name, parameters_of(denoiser))
-    plain = _Recomputed(denoiser, precision or Precision("fp32", images.device, "the default"))
+    precision = precision or Precision("fp32", images.device, "the default")
+    plain = _Economical(denoiser, precision, sampler.evaluations)
     comparison = Comparison(denoiser, images, how, told)
     uncalibrated = Start(names, sampler.timesteps(denoiser.schedule), moves=how.move_times > 0)
     before = comparison.held_out(plain, sampler)
@@ -314,33 +319,57 @@ class _Descent:
         return mean
 
 
-class _Recomputed(nn.Module):
-    """A denoiser, computed in a number format, whose activations are recomputed in the backward pass, not kept."""
+class _Economical(nn.Module):
+    """A denoiser, computed in a number format, whose activations are kept for the backward pass where those of all
+    looks of a trajectory take no more than `KEPT`, and computed again in it otherwise."""
 
-    def __init__(self, denoiser: Denoises, precision: Precision) -> None:
+    def __init__(self, denoiser: Denoises, precision: Precision, looks: int) -> None:
         super().__init__()
-        self.denoiser, self.precision = denoiser, precision
+        self.denoiser, self.precision, self.looks = denoiser, precision, looks
+        self._keeps: bool | None = None
 
     @property
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
 
     def forward(self, x_t: Tensor, t: int, **conditions: Any) -> Prediction:
-        if not (torch.is_grad_enabled() and x_t.requires_grad):
-            with torch.no_grad(), self.precision.autocast():
-                return self.denoiser(x_t, t, **conditions)
-
-        level: list[Level] = []
-
-        def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            # in here, so that it is around the second computation too
+        def look(x: Tensor) -> Prediction:
             with self.precision.autocast():
-                p = self.denoiser(x, t, **conditions)
-            level[:] = [p.level]
-            return p.x0, dict(p.parts)
+                return self.denoiser(x, t, **conditions)
 
-        x0, parts = recomputed(run, x_t, use_reentrant=False)
-        return Prediction(x_t, level[0], x0, parts)
+        if not (torch.is_grad_enabled() and x_t.requires_grad):
+            with torch.no_grad():
+                return look(x_t)
+        if self._keeps is None:
+            self._keeps = self.looks * _kept(lambda: look(x_t)) <= KEPT
+        return look(x_t) if self._keeps else _recomputed(look, x_t)
+
+
+def _kept(run: Callable[[], object]) -> int:
+    """The bytes that a computation keeps for its backward pass."""
+    sizes: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _alive = run()
+    return sum(sizes.values())
+
+
+def _recomputed(look: Callable[[Tensor], Prediction], x_t: Tensor) -> Prediction:
+    """A look whose activations are computed again in the backward pass, not kept."""
+    level: list[Level] = []
+
+    def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        p = look(x)
+        level[:] = [p.level]
+        return p.x0, dict(p.parts)
+
+    x0, parts = checkpoint(run, x_t, use_reentrant=False)
+    return Prediction(x_t, level[0], x0, parts)
 
 
 def _floats(values: dict[str, Tensor]) -> dict[str, list[float]]:

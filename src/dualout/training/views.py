@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualout.denoiser import Denoiser
+from dualout.errors import InputError
 from dualout.networks.trace import deepest, first
 from dualout.randomness import mix
 from dualout.schedules import Schedule
@@ -115,11 +116,26 @@ class Within:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
-        seen: list[Tensor] = []
         module = self.denoiser.network.get_submodule(self.layer)  # type: ignore[union-attr]
-        with module.register_forward_hook(lambda _, __, y: seen.append(first(y))):
-            self.denoiser(self.alpha * images, self.t, **(self.told.nothing(len(images)) if self.told else {}))
-        return seen[0].float().flatten(1)
+        try:
+            # a compiled network would not ask the hook
+            with module.register_forward_hook(_stop), torch.compiler.set_stance("force_eager"):
+                self.denoiser(self.alpha * images, self.t, **(self.told.nothing(len(images)) if self.told else {}))
+        except _Enough as enough:
+            return enough.seen.float().flatten(1)
+        raise InputError(f"the network left out its layer {self.layer}, which is looked at; take --own_features false")
+
+
+class _Enough(Exception):
+    """What a layer gives; nothing of what the network would go on to compute is needed."""
+
+    def __init__(self, seen: Tensor) -> None:
+        super().__init__()
+        self.seen = seen
+
+
+def _stop(module: nn.Module, args: object, output: object) -> None:
+    raise _Enough(first(output))
 
 
 def _low_noise(schedule: Schedule) -> tuple[int, float]:
