@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
-from dualout.analysis import compare
+from dualout.analysis import compare, reading
 from dualout.analysis.grid import Grid
+from dualout.cli._collect import collect
 from dualout.cli.compare import Options
 from dualout.cli.main import main
 from dualout.cli.options import parse
@@ -25,18 +26,18 @@ def row(method, spacing, seed, fd, training_seed=0):
     return {
         "method": method, "training_seed": training_seed, "sampler": "ddim", "spacing": spacing, "steps": 5,
         "calibrated": False, "features": "digits", "seed": seed, "fd": fd, "nfe": 5, "precision": 1.0, "recall": 1.0,
+        "reported": seed == 1,
     }  # fmt: skip
 
 
 def test_the_spacing_is_chosen_on_other_samples_than_are_reported():
-    grid = Grid()
     rows = [
         row("eps", "trailing", 0, 1.0), row("eps", "linspace", 0, 2.0),
         row("eps", "trailing", 1, 9.0), row("eps", "linspace", 1, 3.0),
         row("dual", "trailing", 0, 5.0), row("dual", "linspace", 0, 4.0),
         row("dual", "trailing", 1, 1.0), row("dual", "linspace", 1, 6.0),
     ]  # fmt: skip
-    best = compare.chosen(rows, grid)
+    best = compare.chosen(rows)
     assert {(r["method"], r["spacing"], r["fd"]) for r in best} == {("eps", "trailing", 9.0), ("dual", "linspace", 6.0)}
 
 
@@ -48,6 +49,18 @@ def test_ratios_are_paired_by_training_seed():
     assert by_method["dual"]["ratio_sd"] == pytest.approx(0.1)
     assert by_method["eps"]["ratio"] == 1
     assert by_method["dual"]["fd"] == pytest.approx(15)
+
+
+def test_a_report_says_the_numbers_of_the_summary(tmp_path):
+    choosing = [row(m, "trailing", 0, 1.0, s) for m in ("dual", "eps") for s in range(3)]
+    rows = [row("eps", "trailing", 1, fd, s) for s, fd in enumerate((10.0, 20.0, 40.0))]
+    rows += [row("dual", "trailing", 1, fd, s) for s, fd in enumerate((5.0, 12.0, 28.0))]
+    (tmp_path / "results.json").write_text("[]")
+    (tmp_path / "table.json").write_text(json.dumps([*choosing, *rows]))
+    _, scores = collect([str(tmp_path)])
+    (shown,), summed = reading.cells(scores), {r["method"]: r for r in compare.summary(rows, "eps")}
+    assert {m: shown["spreads"][m] for m in summed} == {m: (r["fd"], r["fd_sd"], 3) for m, r in summed.items()}
+    assert shown["dual / eps"] == summed["dual"]["ratio"]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +135,7 @@ def test_a_grid_costs_only_what_is_new(grid_file, capsys):
     first = json.loads((out / "table.json").read_text())
     # 2 spacings × 2 sets of samples × (eps, eps calibrated, dual, dual's x0, dual calibrated)
     assert len(first) == 20
+    assert {r["seed"]: r["reported"] for r in first} == {0: False, 1: True}
     assert {r["method"] for r in first} == {"eps", "dual", "dual (x0)"}
     assert all(r["protocol"]["sampler"]["steps"] == 1 for r in first)
     text = (out / "summary.md").read_text()

@@ -19,7 +19,7 @@ import torch
 
 from dualout import data
 from dualout.analysis.grid import Grid, Training
-from dualout.analysis.tables import Row, cell, grouped, number, spread
+from dualout.analysis.tables import Row, by_training, cell, grouped, number, paired, spread
 from dualout.calibrated import Calibration
 from dualout.errors import InputError
 from dualout.evaluation.autoencoder import Autoencoder
@@ -144,8 +144,11 @@ def _score(grid: Grid, training: Training, scoring: Scoring, results: Results) -
         for count in scoring.run(grid.batch_size):
             yield Doing(f"{training.method} seed {training.seed}: {scoring.title}", count, grid.images)
         results.add(scoring.rows())
-    rows = [row for key in scoring.pending() if (row := results.find(key))]
-    return [{"method": _method(training, r), "training_seed": training.seed, **r} for r in rows]
+    rows, seed = [row for key in scoring.pending() if (row := results.find(key))], scoring.seed
+    return [
+        {"method": _method(training, r), "training_seed": training.seed, "reported": seed in grid.report_seeds, **r}
+        for r in rows
+    ]
 
 
 def _method(training: Training, row: Row) -> str:
@@ -237,19 +240,18 @@ def _references(grid: Grid, model: Model) -> list[Reference]:
 SETTING = ("features", "sampler", "steps", "calibrated")
 
 
-def chosen(rows: Sequence[Row], grid: Grid) -> list[Row]:
+def chosen(rows: Sequence[Row]) -> list[Row]:
     """The reported rows of each method's best spacing, in each setting."""
     best = {}
     for key, own in grouped(rows, lambda r: (r["method"], r["sampler"], r["steps"], r["calibrated"])).items():
-        judged = [r for r in own if r["features"] == own[0]["features"] and r["seed"] in grid.choose_seeds]
+        judged = [r for r in own if r["features"] == own[0]["features"] and not r["reported"]]
         by_spacing = {s: spread(r["fd"] for r in of) for s, of in grouped(judged, lambda r: r["spacing"]).items()}
         known = {s: v.mean for s, v in by_spacing.items() if v is not None}
         best[key] = min(known, key=known.__getitem__) if known else own[0]["spacing"]
     return [
         row
         for row in rows
-        if row["seed"] in grid.report_seeds
-        and row["spacing"] == best[row["method"], row["sampler"], row["steps"], row["calibrated"]]
+        if row["reported"] and row["spacing"] == best[row["method"], row["sampler"], row["steps"], row["calibrated"]]
     ]
 
 
@@ -259,11 +261,9 @@ def summary(rows: Sequence[Row], baseline: str) -> list[Row]:
     found: list[Row] = []
     for setting, own in grouped(rows, lambda r: tuple(r[k] for k in SETTING)).items():
         by_method = grouped(own, lambda r: r["method"])
-        base = _by_seed(by_method.get(baseline, []))
+        base = by_method.get(baseline, [])
         for method, of in by_method.items():
-            fd = spread(r["fd"] for r in of)
-            seeds = _by_seed(of)
-            ratio = spread(seeds[s] / base[s] for s in seeds if base.get(s))
+            fd, ratio = spread(r["fd"] for r in of), paired(of, base)
             if fd is None:
                 continue
             found.append(
@@ -276,17 +276,12 @@ def summary(rows: Sequence[Row], baseline: str) -> list[Row]:
                     "fd_sd": fd.sd,
                     "ratio": None if ratio is None else ratio.mean,
                     "ratio_sd": None if ratio is None else ratio.sd,
-                    "training_seeds": len(seeds),
+                    "training_seeds": len(by_training(of)),
                     "precision": _mean(of, "precision"),
                     "recall": _mean(of, "recall"),
                 }
             )
     return found
-
-
-def _by_seed(rows: Sequence[Row]) -> dict[int, float]:
-    groups = grouped(rows, lambda r: r["training_seed"])
-    return {seed: value.mean for seed, own in groups.items() if (value := spread(r["fd"] for r in own)) is not None}
 
 
 def _mean(rows: Sequence[Row], column: str) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 
 from dualout.analysis.study import Study
-from dualout.analysis.tables import Row, Spread, grouped, measured, number, spread
+from dualout.analysis.tables import Row, Spread, grouped, measured, number, paired, spread
 from dualout.evaluation.protocol import ENOUGH
 from dualout.parameterizations import Parameterization
 
@@ -51,19 +51,20 @@ def cells(rows: Sequence[Row]) -> list[Row]:
     """One row for each sampler, spacing and number of steps.
 
     It has one column a method, the mean over seeds (`spreads` has their standard deviations), and one column for the
-    ratio of the first method to each other.
+    ratio of the first method to each other, paired by training seed where rows tell theirs.
     """
     methods = methods_of(rows)
     table: list[Row] = []
     keys = grouped(rows, lambda r: tuple(r.get(k) for k in CELL))
     for key in sorted(keys, key=lambda k: (str(k[0]), str(k[1]), k[2] if isinstance(k[2], int) else 0)):
-        found = {m: spread(r.get("fd") for r in keys[key] if method(r) == m) for m in methods}
+        own = {m: [r for r in keys[key] if method(r) == m] for m in methods}
+        found = {m: spread(r.get("fd") for r in of) for m, of in own.items()}
         row: Row = dict(zip(CELL, key, strict=True))
         row |= {m: s.mean for m, s in found.items() if s is not None}
         row["spreads"] = {m: s for m, s in found.items() if s is not None}
         for other in methods[1:]:
-            if (a := found[methods[0]]) and (b := found[other]) and b.mean > 0:
-                row[ratio_name(methods[0], other)] = a.mean / b.mean
+            if ratio := paired(own[methods[0]], own[other]):
+                row[ratio_name(methods[0], other)] = ratio.mean
         table.append(row)
     return table
 

@@ -91,3 +91,15 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 def measured(value: float | None) -> TypeGuard[float]:
     """Whether a measurement is there and finite."""
     return value is not None and math.isfinite(value)
+
+
+def paired(rows: Iterable[Row], base: Iterable[Row]) -> Spread | None:
+    """The ratio of two methods' FD over training seeds that both have; None where there is none."""
+    own, other = by_training(rows), by_training(base)
+    return spread(own[seed] / other[seed] for seed in own if other.get(seed))
+
+
+def by_training(rows: Iterable[Row]) -> dict[int | None, float]:
+    """The mean FD of each training seed; of None where the rows do not tell theirs."""
+    groups = grouped(rows, lambda r: r.get("training_seed"))
+    return {seed: value.mean for seed, own in groups.items() if (value := spread(r.get("fd") for r in own)) is not None}

@@ -107,7 +107,7 @@ def _scores(paths: Iterable[Path], names: Mapping[Path, str]) -> list[Row]:
 
 
 def score_rows(file: Path) -> list[Row]:
-    """The rows of a file of scores; what an export was checked by, which is called alike, has none."""
+    """The rows of a file of scores that are reported; what an export was checked by, called alike, has none."""
     found = _parsed(file)
     if found is None or (isinstance(found, dict) and "format" in found):
         return []
@@ -118,7 +118,8 @@ def score_rows(file: Path) -> list[Row]:
     for row in found:
         if wrong := [k for k, v in row.items() if not _fits(k, v)]:
             raise InputError(f"{file} is damaged: {wrong[0]} is {str(row[wrong[0]])[:40]!r} in a row of scores")
-    return found
+    # of a comparison: what its spacings were chosen by would flatter what was chosen
+    return [row for row in found if row.get("reported") is not False]
 
 
 def _fits(key: str, value: Any) -> bool:

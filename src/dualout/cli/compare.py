@@ -101,8 +101,8 @@ def _write(rows: list[Row], options: Options, out: Path) -> None:
     from dualout.analysis.figures import scores
     from dualout.analysis.tables import csv_text, grouped, json_text
 
-    best = chosen(rows, options)
-    reported = [row for row in rows if row["seed"] in options.report_seeds]
+    best = chosen(rows)
+    reported = [row for row in rows if row["reported"]]
     table = [{k: v for k, v in row.items() if k != "protocol"} for row in rows]
     text = markdown(best, reported, options)
     for name, content in {
