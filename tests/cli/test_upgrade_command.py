@@ -302,6 +302,31 @@ def test_of_a_pipeline_on_the_hub_the_network_alone_is_downloaded(unet, tmp_path
     assert [file.parent.name for file in (tmp_path / "here").rglob("*.safetensors")] == ["unet"]
 
 
+@pytest.mark.parametrize(
+    ("part", "says", "told"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "LCMScheduler samples networks that were"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "odd"}, "unknown prediction_type"),
+        ("scheduler/scheduler_config.json", {"variance_type": "learned"}, "variance_type 'learned'"),
+        ("unet/config.json", {"_class_name": "Popen"}, "'diffusers.Popen' is not on the allow-list"),
+        ("unet/config.json", {}, "does not say what it was trained on: give --data"),
+    ],
+)
+def test_configurations_are_judged_before_weights_are_downloaded(
+    part, says, told, tmp_path, monkeypatch, capsys
+) -> None:
+    from diffusers import DDPMPipeline
+
+    there, here = tmp_path / "there", tmp_path / "here"
+    DDPMPipeline(build("tiny:width=8", 1, 8, 2), scheduler()).save_pretrained(there)
+    (there / part).write_text(json.dumps(json.loads((there / part).read_text()) | says))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloads(there, here))
+    assert main(["upgrade", "some/pipeline", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert told in capsys.readouterr().err
+    assert (here / part).is_file()
+    assert not list(here.rglob("*.safetensors"))
+
+
 def test_a_pipeline_with_all_of_it_in_one_directory(unet, tmp_path, monkeypatch) -> None:
     # as google/ddpm-cifar10-32 has it, at first with a scheduler of the class that came before DDPMScheduler
     there = tmp_path / "there"

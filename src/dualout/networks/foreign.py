@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from dualout.networks.backbones import Backbone
 from dualout.networks.build import build
 from dualout.networks.outside import ScaledInput, StarterCNN, TimeUNet
 from dualout.networks.scaled import ScaledTime
-from dualout.networks.trained import bounded_otherwise, of_signal, trained_by
+from dualout.networks.trained import bounded_otherwise, of_signal, trained_by, with_defaults
 from dualout.networks.weights import FILES, LORA, find_weights, read_weights
 from dualout.parameterizations import Epsilon, LearnedVariance, Parameterization
 from dualout.registry import Registered
@@ -45,6 +46,16 @@ def load(
 ) -> Denoiser:
     """A denoiser from what somebody trained, wherever it lies; the source is only read.
 
+    Arguments and errors are those of `find`.
+    """
+    return find(source, adapter, parameterization, schedule)()
+
+
+def find(
+    source: str | Path, adapter: str | None = None, parameterization: str | None = None, schedule: str | None = None
+) -> Callable[[], Denoiser]:
+    """What reads a denoiser's weights, and of the Hub downloads them, once its configurations have been judged.
+
     Args:
         source: a dualout checkpoint or run; a directory of diffusers, a pipeline's or a model's; a Hub repository of
             either; or a file of weights.
@@ -58,12 +69,13 @@ def load(
     path = Path(source).expanduser()
     if path.is_file():
         _untold(source, parameterization=parameterization, schedule=schedule)
-        return _from_file(path, adapter)
+        return partial(_from_file, path, _layout(path, adapter))
     if adapter is not None:
         raise InputError(f"--adapter is for files of weights; {str(source)!r} is no file{_files_in(path)}")
     if not path.is_dir() and not hub.is_name(str(source)):
         raise InputError(f"there is no file or directory {str(source)!r}")
-    directory = path if path.is_dir() else _downloaded(str(source))
+    repository = None if path.is_dir() else str(source)
+    directory = path if repository is None else hub.download(repository, ["*.json"])
     if (directory / checkpoint.INDEX).is_file():
         _untold(source, parameterization=parameterization, schedule=schedule)
         if own_pipeline(directory):
@@ -71,11 +83,13 @@ def load(
                 f"{source} was exported by dualout: dualout export --format dualout makes a checkpoint of a directory "
                 f"again, and DualOutputPipeline.from_pretrained(…).denoiser.save_pretrained(…) of the Hub's"
             )
-        return _from_pipeline(directory, str(source))
-    if "_class_name" in _json(directory / checkpoint.CONFIG):
-        return _from_model(directory, parameterization, schedule)
-    _untold(source, parameterization=parameterization, schedule=schedule)
-    return Denoiser.from_pretrained(directory)
+        found = _of_pipeline(directory, str(source))
+    elif "_class_name" in _json(directory / checkpoint.CONFIG):
+        found = _of_model(directory, parameterization, schedule)
+    else:
+        _untold(source, parameterization=parameterization, schedule=schedule)
+        return partial(Denoiser.from_pretrained, source)
+    return partial(_read, found, repository, directory)
 
 
 def trained_on(source: str | Path) -> str | None:
@@ -91,18 +105,29 @@ def own_pipeline(source: str | Path) -> bool:
     return index.is_file() and _json(index).get("_class_name") == "DualOutputPipeline"
 
 
-def _downloaded(source: str) -> Path:
-    """A repository of the Hub; of a pipeline the network alone, not what encodes texts and images."""
-    directory = hub.download(source, ["*.json"])
-    pipeline = (directory / checkpoint.INDEX).is_file()
-    below = _place(directory, _parts(directory)[1]).relative_to(directory) if pipeline else Path()
-    directory = hub.download(source, ["*.json", (below / "*.safetensors").as_posix()])
-    if not any((directory / below).glob("*.safetensors")):
-        raise InputError(
-            f"{source} has no weights in safetensors, and others are not downloaded: get it by hf download {source} "
-            "--local-dir DIRECTORY, and name that directory; its .bin files are read as data"
-        )
-    return directory
+class _Found(NamedTuple):
+    """What configurations say of a model of diffusers."""
+
+    place: Path
+    """The directory of the network."""
+    parameterization: Parameterization
+    schedule: Schedule
+    card: dict[str, Any]
+
+
+def _read(found: _Found, repository: str | None, directory: Path) -> Denoiser:
+    """The network, which of a repository of the Hub is downloaded, without what encodes texts and images."""
+    if repository is not None:
+        below = found.place.relative_to(directory)
+        hub.download(repository, ["*.json", (below / "*.safetensors").as_posix()])
+        if not any(found.place.glob("*.safetensors")):
+            raise InputError(
+                f"{repository} has no weights in safetensors, and others are not downloaded: get it by hf download "
+                f"{repository} --local-dir DIRECTORY, and name that directory; its .bin files are read as data"
+            )
+    denoiser = Denoiser(diffusers_model(found.place), found.parameterization, found.schedule).eval()
+    denoiser.card |= found.card
+    return denoiser
 
 
 def _untold(source: str | Path, **told: str | None) -> None:
@@ -147,13 +172,13 @@ def _place(directory: Path, part: str) -> Path:
     return directory / part if (directory / part).is_dir() else directory
 
 
-def _from_pipeline(directory: Path, named: str) -> Denoiser:
+def _of_pipeline(directory: Path, named: str) -> _Found:
     """A diffusers pipeline: its network, and its scheduler, which says how it was trained."""
     parts, name = _parts(directory)
     config = _json(_place(directory, "scheduler") / "scheduler_config.json")
     parameterization, schedule = trained_by(config)
-    network = diffusers_model(_place(directory, name))
-    read = _with_variance(network, parameterization)
+    place = _place(directory, name)
+    read = _with_variance(place, parameterization)
     if isinstance(read, LearnedVariance) and config.get("variance_type") == "learned":
         raise InputError(
             f"the scheduler of {named} has variance_type 'learned': networks here learn a place between the smallest "
@@ -162,24 +187,35 @@ def _from_pipeline(directory: Path, named: str) -> Denoiser:
     if how := bounded_otherwise(config):
         warnings.warn(
             f"the scheduler of {named} {how}. Samplers here clip pictures to [−1, 1], and with --clip false nothing",
-            stacklevel=3,
+            stacklevel=4,
         )
-    denoiser = Denoiser(network, read, schedule).eval()
     coder = next((k for k in CODERS if k in parts), None)
-    if coder is not None:
-        denoiser.card |= {LATENTS: coder, DECODER: named}
-    return denoiser
+    return _Found(place, read, schedule, {} if coder is None else {LATENTS: coder, DECODER: named})
 
 
-def _from_model(directory: Path, parameterization: str | None, schedule: str | None) -> Denoiser:
+def _of_model(directory: Path, parameterization: str | None, schedule: str | None) -> _Found:
     if parameterization is None or schedule is None:
         raise InputError(
             f"{directory} is a model without its scheduler, which would tell how it was trained: say "
             "--parameterization eps (or x0, velocity) and --schedule linear (or scaledlinear, cosine, …)"
         )
-    network = diffusers_model(directory)
-    read = _with_variance(network, Parameterization.parse(parameterization))
-    return Denoiser(network, read, Schedule.parse(schedule)).eval()
+    read = _with_variance(directory, Parameterization.parse(parameterization))
+    return _Found(directory, read, Schedule.parse(schedule), {})
+
+
+def _class_of(config: Mapping[str, Any]) -> Any:
+    """The class of a network of diffusers."""
+    return checkpoint.allowed(f"diffusers.{config.get('_class_name')}")
+
+
+def _with_variance(directory: Path, parameterization: Parameterization) -> Parameterization:
+    """A network with twice as many channels out as in learned its variance too (IDDPM)."""
+    config = _json(directory / checkpoint.CONFIG)
+    _class_of(config)
+    config = with_defaults(config)
+    takes, gives = config.get("in_channels"), config.get("out_channels")
+    learned = parameterization.channels(3) == 3 and isinstance(takes, int) and gives == 2 * takes > 0
+    return LearnedVariance(parameterization) if learned else parameterization
 
 
 def diffusers_model(directory: Path, **options: Any) -> Any:
@@ -189,7 +225,7 @@ def diffusers_model(directory: Path, **options: Any) -> Any:
         InputError: for what is missing, damaged, or of a class that is not on the allow-list.
     """
     config = _json(directory / checkpoint.CONFIG)
-    cls: Any = checkpoint.allowed(f"diffusers.{config.get('_class_name')}")
+    cls = _class_of(config)
     weights = [p for p in directory.iterdir() if p.suffix in FILES]
     named = [found for p in weights if (found := _WEIGHTS.fullmatch(p.name))]
     # of other weights, as non_ema, what they are is not known
@@ -224,20 +260,17 @@ def diffusers_model(directory: Path, **options: Any) -> Any:
     return network.eval()
 
 
-def _with_variance(network: Any, parameterization: Parameterization) -> Parameterization:
-    """A network with twice as many channels out as in learned its variance too (IDDPM)."""
-    takes, gives = network.config.get("in_channels"), network.config.get("out_channels")
-    single = parameterization.channels(3) == 3
-    return LearnedVariance(parameterization) if single and takes and gives == 2 * takes else parameterization
-
-
-def _from_file(path: Path, adapter: str | None) -> Denoiser:
+def _layout(path: Path, adapter: str | None) -> Layout:
+    """How a file of weights is laid out."""
     if path.suffix not in FILES:
         raise InputError(f"{path} is no file of weights: these end with {', '.join(FILES)}")
     known = ", ".join(Layout.kinds())
     if adapter is None:
         raise InputError(f"{path} holds weights and no network: say which with --adapter; there are {known}")
-    layout = Layout.parse(adapter)
+    return Layout.parse(adapter)
+
+
+def _from_file(path: Path, layout: Layout) -> Denoiser:
     return layout.read(find_weights(read_weights(path), str(path), layout.entry), str(path)).eval()
 
 

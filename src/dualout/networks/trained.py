@@ -29,7 +29,7 @@ def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
         InputError: for a prediction type or a noise schedule that is not known, a scheduler that counts its noise
             otherwise than by β, or one of distilled networks.
     """
-    config = _with_defaults(config)
+    config = with_defaults(config)
     if (name := config.get("_class_name")) in _DISTILLED:
         raise InputError(
             f"{name} samples networks that were distilled into consistency models: these predict where a sampling path "
@@ -56,7 +56,7 @@ def trained_by(config: Mapping[str, Any]) -> tuple[Parameterization, Schedule]:
 
 def bounded_otherwise(config: Mapping[str, Any]) -> str | None:
     """What a scheduler of this configuration does to predicted clean images, where that is not done here, in words."""
-    config = _with_defaults(config)
+    config = with_defaults(config)
     if config.get("thresholding"):
         ratio, most = config.get("dynamic_thresholding_ratio"), config.get("sample_max_value")
         return f"has thresholding (dynamic_thresholding_ratio {ratio}, sample_max_value {most})"
@@ -101,13 +101,13 @@ def of_signal(signal: Tensor) -> FromBetas:
     return FromBetas(1 - signal / torch.cat([signal.new_ones(1), signal[:-1]]))
 
 
-def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler's file leaves out is as in its class, and not alike in all: older files hold less."""
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of diffusers leaves out is as in its class, and not alike in all: older files hold less."""
     return {k: p.default for k, p in _arguments(config).items() if p.default is not p.empty} | dict(config)
 
 
 def _arguments(config: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
-    """Those of the scheduler's class; none where diffusers has no such class any more, or lacks what it needs."""
+    """Those of its class; none where diffusers has no such class any more, or lacks what it needs."""
     import diffusers
 
     cls = getattr(diffusers, str(config.get("_class_name")), None)

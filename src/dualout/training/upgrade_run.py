@@ -159,9 +159,10 @@ class Upgrade:
     def _source(self) -> Denoiser:
         """The original, on its device, once the images are loaded and seen to be of its kind."""
         config = self.config
-        source = foreign.load(config.source, config.adapter, config.parameterization, config.schedule)
+        read = foreign.find(config.source, config.adapter, config.parameterization, config.schedule)
         if config.data is None:
             raise InputError(f"{config.source} does not say what it was trained on: give --data, such as digits")
+        source = read()
         self.conditional = bool(config_of(source.network).get("num_class_embeds"))
         training = config.training(conditional=self.conditional)
         self.dataset = data.load(
