@@ -72,6 +72,18 @@ def test_frechet_of_known_gaussians():
     assert trace_of_singular_root(a, b) == pytest.approx(np.sqrt(va * vb).sum() - math.sqrt(va[2] * vb[2]), rel=1e-9)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_small_eigenvalues_are_not_lost_beside_large_ones(turned):
+    # as those of the pixels of photos: variances over ten orders of magnitude
+    rng, d = np.random.default_rng(0), 120
+    scale = 10.0 ** (-5 * np.arange(d) / d)
+    a, b = (np.cov((rng.normal(size=(n, d)) * scale @ rotation(d, seed)).T) for n, seed in ((300, 0), (400, turned)))
+    root, error = trace_of_root(a, b)
+    expected = trace_of_singular_root(a, b)
+    assert abs(root - expected) <= error <= 1e-9 * root
+    assert root == pytest.approx(expected, rel=1e-12)
+
+
 def _factor(matrix):
     values, vectors = np.linalg.eigh(matrix)
     return vectors * np.sqrt(np.where(values > 1e-10 * max(values[-1], 1e-300), values, 0))
