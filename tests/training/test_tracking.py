@@ -63,6 +63,8 @@ def test_what_is_logged_here_is_logged_there(wandb: Wandb, tmp_path, monkeypatch
     assert wandb.begun["project"] == "dualout"
     assert wandb.begun["dir"].startswith(str(tmp_path / "run"))
     assert wandb.settings["batch_size"] == 4
+    # as in a model card
+    assert wandb.settings["out"] == "run"
     assert [step for _, step in wandb.logged] == [2, 4]
     assert {"loss", "loss/eps", "lr", "images_per_s"} <= wandb.logged[0][0].keys()
     assert wandb.finished

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+from dualout.card import public
 from dualout.errors import InputError, first_line, unknown
 from dualout.files import write_text
 from dualout.training.config import TRACKERS
@@ -55,7 +56,7 @@ def start(name: str | None, directory: Path, config: dict[str, Any], step: int =
     Args:
         name: tensorboard, trackio or wandb, through accelerate; None is off.
         directory: of the run.
-        config: the run's configuration, shown with its metrics.
+        config: the run's configuration, shown with its metrics, and of paths on this machine the last names.
         step: the run goes on from; later ones that are there already are made again.
 
     Raises:
@@ -86,5 +87,7 @@ def start(name: str | None, directory: Path, config: dict[str, Any], step: int =
         # whatever another program says: it is not set up
         raise InputError(f"--track {name} did not start: {first_line(error)}") from error
     write_text(known, identity)
-    tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
+    # others may see it there, as they may a model card; train.yaml has it whole
+    shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in public(config).items()}
+    tracker.store_init_configuration(shown)
     return tracker
