@@ -151,7 +151,7 @@ def test_a_dry_run_decodes_a_few_images(tmp_path, capsys, monkeypatch):
     assert main([*command, "--steps", "2", "--dry_run"]) == 0
     (tmp_path / "images" / "1" / "1.png").unlink()
     assert main([*command, "--steps", "2", "--dry_run"]) == 2
-    assert "a run with other images: images 149 → 148" in capsys.readouterr().err
+    assert "began with other images: images 149 → 148" in capsys.readouterr().err
     # what the training would refuse is refused
     monkeypatch.setattr(cache, "IN_MEMORY", 5000)
     assert main([*arguments, "--out", str(tmp_path / "new"), "--dry_run"]) == 2

@@ -137,6 +137,29 @@ def test_only_the_new_rows_are_trained_and_a_longer_one_goes_on(source, tmp_path
     assert all(row["after"] <= row["before"] for row in table)
 
 
+def test_images_that_have_moved_are_known_again(source, tmp_path, capsys) -> None:
+    images, out = np.random.default_rng(0).integers(0, 255, (80, 8, 8), dtype=np.uint8), tmp_path / "out"
+    for name, content in (("here", images), ("there", images), ("other", images[::-1])):
+        np.save(tmp_path / f"{name}.npy", content)
+
+    def rows(name: str, steps: int) -> int:
+        data = f"arrays:{tmp_path / name}.npy"
+        return upgraded(source, "--scope", "rows", "--check_every", 2, "--steps", steps, "--data", data, out=out)
+
+    assert rows("here", 2) == 0
+    assert rows("other", 4) == 2
+    assert "other.npy, fingerprint" in capsys.readouterr().err
+    assert rows("there", 4) == 0
+    record = json.loads((out / "upgrade.json").read_text())
+    assert [c["step"] for c in record["checks"]] == [0, 0, 2, 4]
+    assert record["config"]["data"].endswith("there.npy")
+    # an earlier version did not say which images they were
+    del record["data"]
+    (out / "upgrade.json").write_text(json.dumps(record))
+    assert rows("here", 4) == 2
+    assert "other settings: data arrays:" in capsys.readouterr().err
+
+
 def test_what_a_killed_upgrade_was_writing_is_removed_and_two_at_once_are_refused(source, tmp_path) -> None:
     torn = tmp_path / "out" / ".model.safetensors.a1b2c3_4.tmp"
     torn.parent.mkdir()

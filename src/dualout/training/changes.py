@@ -29,13 +29,20 @@ def refuse_changes(path: Path, known: dict[str, Any], config: TrainConfig) -> No
         )
 
 
-def refuse_other_images(path: Path, known: dict[str, Any], config: TrainConfig, images: dict[str, Any]) -> None:
-    """Refuse to go on with a run with other images, of which `images` says which they are."""
+def refuse_other_images(path: Path, known: dict[str, Any], data: str, images: dict[str, Any]) -> None:
+    """Refuse to go on with other images.
+
+    Args:
+        path: of the run.
+        known: what it is.
+        data: where the images are now.
+        images: what they are known again by.
+    """
     if known["data"] != images:
-        old, new = known["config"].get("data"), config.data
-        moved = "" if old == new else f"data {old} → {new}, "
+        old = known["config"].get("data")
+        moved = "" if old == data else f"data {old} → {data}, "
         raise InputError(
-            f"--out {path} is a run with other images: {moved}{_first_difference(known['data'], images)}; take another "
+            f"--out {path} began with other images: {moved}{_first_difference(known['data'], images)}; take another "
             "--out"
         )
 

@@ -88,7 +88,7 @@ def assemble(
     check_dataset(dataset)
     if known is not None:
         path = Path(config.out or config.default_out()).expanduser()
-        refuse_other_images(path, known, config, which_images(dataset))
+        refuse_other_images(path, known, config.data, which_images(dataset))
     check_data(config, dataset)
     if denoiser is None:
         # the first weights are in a run's state, whatever they were made from

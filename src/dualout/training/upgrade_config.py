@@ -144,7 +144,9 @@ def refuse_changes(path: Path, known: dict[str, Any] | None, config: UpgradeConf
         refuse_others(path, "an upgrade goes to a new or empty directory")
         return
     now = config.asdict()
-    changed = [k for k, v in known["config"].items() if k not in FREE and now.get(k) != v]
+    # where the images lie may change, if it is told which they are: that shows once they are loaded
+    free = FREE | ({"data"} if known["data"] else set())
+    changed = [k for k, v in known["config"].items() if k not in free and now.get(k) != v]
     if changed:
         listed = ", ".join(f"{k} {known['config'][k]} → {now.get(k)}" for k in changed)
         raise InputError(f"--out {path} is an upgrade with other settings: {listed}; give another --out")

@@ -30,11 +30,12 @@ from dualout.networks.adapter import config_of
 from dualout.networks.device import device
 from dualout.networks.trace import Example, call
 from dualout.training import opening
+from dualout.training.changes import refuse_other_images
 from dualout.training.closed_form import solve
 from dualout.training.estimate import Estimate, estimate
 from dualout.training.noised import Bins, Noised, Stream, shuffled
 from dualout.training.run import Run
-from dualout.training.setup import about_data, assemble, check_data, check_fit, data_on_card
+from dualout.training.setup import about_data, assemble, check_data, check_fit, data_on_card, which_images
 from dualout.training.upgrade import open_gate, set_scope, upgrade, upgraded_of
 from dualout.training.upgrade_config import UpgradeConfig, refuse_changes
 
@@ -168,6 +169,8 @@ class Upgrade:
         self.dataset = data.load(
             config.data, size=config.size, grey=config.grey, cache=config.cache, progress=self.progress
         )
+        if self._known is not None and self._known["data"]:
+            refuse_other_images(self.path, self._known, config.data, which_images(self.dataset))
         check_data(training, self.dataset)
         check_fit(training, source, self.dataset)
         _check_size(config.source, source.network, self.dataset.size)
@@ -318,6 +321,7 @@ class Upgrade:
     def _record(self) -> None:
         content = {
             "config": self.config.asdict() | {"out": None},
+            "data": which_images(self.dataset),
             "checks": [*self.earlier, *(c.short() for c in self.checks)],
             "table": self.table,
         }
@@ -344,7 +348,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = read_json(file)
-        return {k: content[k] for k in ("config", "checks", "table")}
+        # earlier versions did not say which images
+        return {k: content[k] for k in ("config", "checks", "table")} | {"data": content.get("data")}
     except (InputError, KeyError) as error:
         raise InputError(f"{file} is damaged ({error}); take another --out") from error
 
