@@ -88,7 +88,7 @@ def _turn(batches: Iterator[Any], count: int) -> Callable[[], None]:
 
 
 def _loader(dataset: Dataset) -> Iterator[Any]:
-    return data.loader.batches(dataset, BATCH, flip=True, prefetch=0)
+    return data.Loader(dataset, BATCH, flip=True).batches(prefetch=0)
 
 
 def _batches(dataset: Dataset) -> Iterator[Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dualout import InputError
-from dualout.data import Dataset, batches, load, order, pixels
+from dualout.data import Dataset, Loader, load, order, pixels
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +16,10 @@ def colours():
     rng = np.random.default_rng(0)
     stored = rng.integers(0, 256, (70, 3, 6, 5), dtype=np.uint8)
     return Dataset("colours", stored, labels=torch.arange(70) % 7, classes=tuple("abcdefg"))
+
+
+def batches(dataset, batch_size, start=0, stop=None, prefetch=4, workers=1, **options):
+    return Loader(dataset, batch_size, **options).batches(start, stop, prefetch=prefetch, workers=workers)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_refuses_what_cannot_be_shared(colours):
 
 @pytest.mark.parametrize("wrong", [{"rank": 1}, {"rank": -1}, {"start": -1}, {"prefetch": -1}, {"workers": 0}])
 def test_refuses_what_makes_no_sense(colours, wrong):
-    with pytest.raises(ValueError, match="Must have 0 <= rank < world"):
+    with pytest.raises(ValueError, match="Must have "):
         batches(colours, 8, **wrong)
 
 

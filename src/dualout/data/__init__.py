@@ -7,7 +7,7 @@ from dualout.data.digits import Digits
 from dualout.data.folder import Folder
 from dualout.data.hub import Hub
 from dualout.data.idx import Idx
-from dualout.data.loader import Batch, batches
+from dualout.data.loader import Batch, Loader
 from dualout.data.photos import Photos
 from dualout.data.pixels import to_model, to_uint8
 from dualout.data.prepare import load
@@ -22,9 +22,9 @@ __all__ = [
     "Folder",
     "Hub",
     "Idx",
+    "Loader",
     "Photos",
     "Source",
-    "batches",
     "load",
     "open_source",
     "to_model",

@@ -85,19 +85,17 @@ class Batches:
     def after(self, step: int) -> Generator[list[Batch], None, None]:
         """The batches of steps step + 1, step + 2 … `config.steps`, each in `config.accumulate` parts."""
         config = self.config
-        loaded = loader.batches(
+        shown = loader.Loader(
             self.dataset,
             config.batch_size,
             seed=config.seed,
-            start=step,
-            stop=config.steps,
-            rank=self.rank,
-            world=self.processes,
             flip=config.flip,
             # a GPU is sent a quarter of the bytes
             floats=not self.cuda,
-            workers=config.workers,
+            rank=self.rank,
+            world=self.processes,
         )
+        loaded = shown.batches(step, config.steps, workers=config.workers)
         # as in the loader: then threads have ended already, and globals may be gone
         ending = sys.is_finalizing
         pool = ThreadPoolExecutor(1, thread_name_prefix="noise")
