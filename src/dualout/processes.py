@@ -13,9 +13,21 @@ GPU or the network between them hangs, NCCL notices by this alone."""
 
 def count() -> int:
     """How many there are; 1 where this one is alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
     """The number of this one, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
+
+
+def local_rank() -> int | None:
+    """Its number among those of this machine; None where nothing launched them."""
+    number = os.environ.get("LOCAL_RANK")
+    return int(number) if number else None
+
+
+def engine() -> str | None:
+    """What accelerate is configured to share a training out by, of what takes hold of the model; None for nothing."""
+    engines = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    return next((e for e in engines if os.environ.get(f"ACCELERATE_USE_{e}", "").lower() in ("true", "1")), None)

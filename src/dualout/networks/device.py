@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from dualout import processes
 from dualout.errors import InputError, first_line
 
 
@@ -22,9 +22,9 @@ def device(name: str = "auto") -> torch.device:
         InputError: when there is no such device here.
     """
     if name == "auto":
-        local = os.environ.get("LOCAL_RANK")
-        if local is not None and torch.cuda.device_count() > int(local):
-            return _current(torch.device("cuda", int(local)))
+        local = processes.local_rank()
+        if local is not None and torch.cuda.device_count() > local:
+            return _current(torch.device("cuda", local))
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         asked = torch.device(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,12 +124,11 @@ def several_processes(config: TrainConfig) -> Accelerator | None:
                 "torchrun --nproc-per-node 8 -m dualout train …, or leave it out"
             )
         return None
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1"):
-            raise InputError(
-                f"accelerate is configured for {engine}, which would take hold of what training shares out itself: "
-                "launch with accelerate launch --multi_gpu, or torchrun; --fsdp true divides the weights (FSDP2)"
-            )
+    if engine := processes.engine():
+        raise InputError(
+            f"accelerate is configured for {engine}, which would take hold of what training shares out itself: "
+            "launch with accelerate launch --multi_gpu, or torchrun; --fsdp true divides the weights (FSDP2)"
+        )
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
