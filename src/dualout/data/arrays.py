@@ -62,10 +62,6 @@ class Arrays(Source):
         ):
             raise InputError(f"values are those of black and white, as in values=[0+1], got {self.values!r}")
 
-    def splits(self) -> tuple[str, ...]:
-        """Train and all; test where a share is held out."""
-        return ("train", "test", "all") if self.holdout else ("train", "all")
-
     def read(self, reading: Reading) -> Dataset:
         """The arrays as they lie in the file."""
         path = Path(self.path).expanduser()

@@ -104,10 +104,6 @@ class Source(Registered, ABC):
         object.__setattr__(self, "size", _size(self.size))
 
     @abstractmethod
-    def splits(self) -> tuple[str, ...]:
-        """The splits that can be asked for."""
-
-    @abstractmethod
     def read(self, reading: Reading) -> Dataset | Pictures:
         """The images of `split`, before `size` and `grey` are applied.
 

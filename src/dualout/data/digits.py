@@ -24,10 +24,6 @@ class Digits(Source):
     The test split is every sixth image of each digit (296 images), so that every writer and digit is in both.
     """
 
-    def splits(self) -> tuple[str, ...]:
-        """Train, test, all."""
-        return ("train", "test", "all")
-
     def read(self, reading: Reading) -> Dataset:
         """Uint8 (N, 8, 8)."""
         from sklearn.datasets import load_digits

@@ -52,11 +52,6 @@ class Folder(Source):
         super().__post_init__()
         check_holdout(self.holdout)
 
-    def splits(self) -> tuple[str, ...]:
-        """Train and all; test where it is a sub-folder or held out."""
-        has_test = (self._root() / "test").is_dir() if (self._root() / "train").is_dir() else self.holdout > 0
-        return ("train", "test", "all") if has_test else ("train", "all")
-
     def read(self, reading: Reading) -> Pictures:
         """The files; they are decoded later."""
         root = self._root()

@@ -50,11 +50,6 @@ class Hub(Source):
         super().__post_init__()
         check_holdout(self.holdout)
 
-    def splits(self) -> tuple[str, ...]:
-        """Train and all; test where the dataset has one or a share is held out."""
-        test = self.holdout or any(name in self._tables() for name in _TESTS)
-        return ("train", "test", "all") if test else ("train", "all")
-
     def read(self, reading: Reading) -> Pictures:
         """The encoded images; they are decoded later."""
         tables = self._tables()

@@ -41,10 +41,6 @@ class Idx(Source):
     path: str
     prefix: str = ""
 
-    def splits(self) -> tuple[str, ...]:
-        """Those whose files are there, and all."""
-        return (*(s for s, words in (("train", _TRAIN), ("test", _TEST)) if self._file(words, "images")), "all")
-
     def read(self, reading: Reading) -> Dataset:
         """Uint8 (N, H, W), or (N, H, W, C) from files of four dimensions; mapped where it is one uncompressed file."""
         wanted = {"train": [_TRAIN], "test": [_TEST], "all": [_TRAIN, _TEST]}[self.split]

@@ -29,10 +29,6 @@ class Photos(Source):
     split from 0…511: they have no pixel in common. "all" is both.
     """
 
-    def splits(self) -> tuple[str, ...]:
-        """Train, test, all."""
-        return ("train", "test", "all")
-
     def read(self, reading: Reading) -> Dataset:
         """Uint8 (N, H, W, 3)."""
         from sklearn.datasets import load_sample_images
