@@ -48,6 +48,13 @@ def download(repo_id: str, patterns: list[str]) -> Path:
         ) from error
 
 
+def logged_in() -> bool:
+    """Whether there is a login on this machine; nothing is asked of the Hub."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
 def upload(
     directory: str | Path,
     repo_id: str,

@@ -132,6 +132,25 @@ def test_it_can_be_uploaded_at_once(run: Path, tmp_path: Path, monkeypatch: pyte
         assert 'from_pretrained("ann/digits")' in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("form", ["diffusers", "dualout"])
+def test_a_dry_run_tells_and_neither_writes_nor_uploads(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    monkeypatch.setattr("dualout.hub.upload", lambda *_, **__: pytest.fail("it was uploaded"))
+    command = ["export", str(run), "--format", form, "--out", str(tmp_path / "it"), "--push_to_hub", "ann/digits"]
+    for token, told in ((None, "there is none: hf auth login"), ("secret", "there is one\n")):
+        monkeypatch.setattr("huggingface_hub.get_token", lambda token=token: token)
+        assert main([*command, "--private", "true", "--dry_run"]) == 0
+        said = capsys.readouterr().out
+        assert f"# writes     {form} to {tmp_path / 'it'}\n" in said
+        assert "# uploads    all of that to ann/digits (private, if it is new), in one commit\n" in said
+        assert f"# login      {told}" in said
+        assert "secret" not in said
+    assert main(["export", str(run), "--sampler", "heun", "--dry_run"]) == 2
+    assert "has no counterpart among diffusers' schedulers" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

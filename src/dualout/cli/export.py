@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dualout.card import AS_THEY_ARE, public
 from dualout.cli import console
@@ -69,6 +69,8 @@ class Options:
     """Also upload it to this repository of the Hugging Face Hub, NAME/REPOSITORY"""
     private: bool | None = None
     """With --push_to_hub, whether a new repository is private"""
+    dry_run: bool = False
+    """Print the options, and what would be written and uploaded, and stop"""
 
 
 def run(arguments: list[str]) -> int | None:
@@ -89,6 +91,8 @@ def run(arguments: list[str]) -> int | None:
         from dualout.export.onnx import NEEDS, require
 
         require(*NEEDS)
+    if options.dry_run:
+        return _dry_run(options, out)
     if options.format == "dualout":
         record = _checkpoint(options, out)
     else:
@@ -123,6 +127,40 @@ def _check_told(options: Options) -> None:
         raise InputError("--format dualout writes the model as it is: leave out --route and --calibrated")
 
 
+def _dry_run(options: Options, out: Path) -> None:
+    """Refuse what would be refused before anything is written, and say what would be."""
+    from dualout import hub
+    from dualout.export import DualOutputPipeline
+    from dualout.networks import foreign
+
+    if options.format == "dualout":
+        if not foreign.own_pipeline(options.run):
+            foreign.find(options.run, options.adapter, options.parameterization, options.schedule)
+        told = f"{options.run} can be read, as far as is known without its weights"
+    else:
+        program = _read(options, out)
+        if options.format == "diffusers":
+            DualOutputPipeline.from_denoiser(program.denoiser, program.sampler, calibration=program.calibration)
+        size = sum(p.nbytes for p in program.denoiser.parameters())
+        told = f"{program.model.denoiser.parameterization.spec}, {size / 2**20:,.1f} MiB of weights"
+    rows = {"model": told, "writes": f"{options.format} to {out}"}
+    if (repository := options.push_to_hub) is not None:
+        new = "" if options.private is None else f" ({'private' if options.private else 'public'}, if it is new)"
+        rows["uploads"] = f"all of that to {repository}{new}, in one commit"
+        rows["login"] = "there is one" if hub.logged_in() else "there is none: hf auth login, or set HF_TOKEN"
+    console.dry_run(vars(options), rows)
+
+
+class _Read(NamedTuple):
+    """A model, and how it is to be sampled elsewhere."""
+
+    model: Model
+    denoiser: Denoiser
+    """By the route that was asked for."""
+    sampler: Sampler
+    calibration: Calibration | None
+
+
 def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
     """What somebody trained, as a checkpoint."""
     from dualout.checkpoint import CONFIG
@@ -151,6 +189,14 @@ def _checkpoint(options: Options, out: Path) -> dict[str, Any]:
 
 def _program(options: Options, out: Path) -> dict[str, Any]:
     """A model for another program, of the formats that sample."""
+    program = _read(options, out)
+    write = _pipeline if options.format == "diffusers" else _onnx
+    return {"format": options.format, "model": program.model.protocol(), "route": options.route} | write(
+        options, program, out
+    )
+
+
+def _read(options: Options, out: Path) -> _Read:
     from dualout.evaluation.model import Model
     from dualout.evaluation.sampling import Sampling, build_sampler, parse_route
 
@@ -160,14 +206,10 @@ def _program(options: Options, out: Path) -> dict[str, Any]:
     sampling = Sampling(model, sampler, route, calibrated=True) if options.calibrated else None
     denoiser = model.denoiser.route(route)
     denoiser.card = model.denoiser.card | {"path": options.push_to_hub or out.name}
-    write = _pipeline if options.format == "diffusers" else _onnx
-    results = write(options, model, denoiser, sampler, sampling and sampling.calibration, out)
-    return {"format": options.format, "model": model.protocol(), "route": options.route, **results}
+    return _Read(model, denoiser, sampler, sampling and sampling.calibration)
 
 
-def _pipeline(
-    options: Options, model: Model, denoiser: Denoiser, sampler: Sampler, calibration: Calibration | None, out: Path
-) -> dict[str, Any]:
+def _pipeline(options: Options, program: _Read, out: Path) -> dict[str, Any]:
     import torch
     from diffusers.utils import logging
 
@@ -176,6 +218,7 @@ def _pipeline(
     from dualout.export.directory import whole
     from dualout.randomness import noise
 
+    model, denoiser, sampler, calibration = program
     logging.disable_progress_bar()
     pipeline = DualOutputPipeline.from_denoiser(denoiser, sampler, calibration=calibration)
     t = denoiser.schedule.steps // 2
@@ -199,12 +242,11 @@ def _pipeline(
             "difference": {"x0": difference}, "tolerance": options.tolerance}  # fmt: skip
 
 
-def _onnx(
-    options: Options, model: Model, denoiser: Denoiser, sampler: Sampler, calibration: Calibration | None, out: Path
-) -> dict[str, Any]:
+def _onnx(options: Options, program: _Read, out: Path) -> dict[str, Any]:
     from dualout.export import write_onnx
     from dualout.export.onnx import MODEL
 
+    model, denoiser, _, calibration = program
     console.say("translating, which takes a minute or so …")
     checked = write_onnx(
         denoiser, out, model.shape, calibration=calibration, opset=options.opset, tolerance=options.tolerance
