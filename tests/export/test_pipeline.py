@@ -15,6 +15,7 @@ from torch import nn
 import dualout
 from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, Karras, LearnedVariance, Velocity, samplers
 from dualout.calibrated import Calibrated, Calibration
+from dualout.denoiser import tensor_of
 from dualout.export import DualOutputPipeline
 from dualout.guidance import ClassifierFree
 from dualout.networks import Positional, widen
@@ -110,7 +111,10 @@ def test_a_widened_network_is_an_ordinary_one_afterwards(tmp_path: Path) -> None
     pipe(denoiser, samplers.DDIM(5)).save_pretrained(tmp_path)
     again = loaded(tmp_path)
     assert type(again.unet.conv_out) is nn.Conv2d
-    torch.testing.assert_close(out(again), samplers.DDIM(5).sample(denoiser, start()), **CLOSE)
+    torch.testing.assert_close(tensor_of(again.unet(start(), 5)), tensor_of(network(start(), 5)), **CLOSE)
+    # one convolution in place of two rounds otherwise, which eps' route multiplies by sigma / alpha, 157 at first
+    sampled = samplers.DDIM(5).sample(denoiser, start())
+    torch.testing.assert_close(out(again), sampled, rtol=1e-3, atol=1e-3)
 
 
 CALIBRATION = Calibration(
