@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from dualout import bounded, checkpoint, hub
 from dualout.card import public
 from dualout.errors import InputError
-from dualout.levels import HALF, Level
+from dualout.levels import HALF, Level, lasting
 from dualout.parameterizations.base import Parameterization, Route, check_channels
 from dualout.prediction import Prediction
 from dualout.schedules import Schedule
@@ -62,8 +63,6 @@ class Denoiser(nn.Module):
         self.network = network
         self.parameterization = parameterization
         self.schedule = schedule
-        # its tables are checked, and made before anything is traced, which making them is not for
-        schedule.level(0)
         self.head = parameterization.head(schedule)
         self.card: dict[str, Any] = {}
         """What is written on the model card: how it was trained, and its metrics with their protocols."""
@@ -72,8 +71,11 @@ class Denoiser(nn.Module):
         self.register_buffer("times", torch.arange(schedule.steps, device=device), persistent=False)
         if self.head is not None:
             self.head.to(device)
+        # its tables are checked, and made before anything is traced, which making them is not for
+        schedule.scalars(0)
+        schedule.level(self.times[:1])
         self._rows: tuple[Any, dict[int, Tensor]] = None, {}
-        self._note_dtype()
+        self._note_weight()
 
     def forward(self, x_t: Tensor, t: int | Tensor, **conditions: Any) -> Prediction:
         """Predict the clean images, and the noise, from noisy images.
@@ -112,8 +114,8 @@ class Denoiser(nn.Module):
         """
         scale = self.parameterization.input_scale(level)
         x_in = x_t if scale is None else x_t * scale
-        if self._dtype not in (None, x_t.dtype):
-            x_in = x_in.to(self._dtype)
+        if self._weight and self._weight[0].dtype != x_t.dtype:
+            x_in = x_in.to(self._weight[0].dtype)
         # quicker than the attribute, which a module looks for in several dictionaries
         network = self._modules.get("network")
         if network is None:  # a function
@@ -253,7 +255,7 @@ class Denoiser(nn.Module):
         parameterization = Parameterization.from_config(config["parameterization"])
         denoiser = cls(network, parameterization, Schedule.from_config(config["schedule"]))
         checkpoint.load_weights(directory, denoiser, as_saved=own_class)
-        denoiser._note_dtype()
+        denoiser._note_weight()
         denoiser.card = checkpoint.read_card(config)
         return denoiser.eval()
 
@@ -262,12 +264,13 @@ class Denoiser(nn.Module):
         # to_empty leaves them without values, and no checkpoint has them
         with torch.inference_mode(False):
             self.times = torch.arange(self.schedule.steps, device=self.times.device)
-        self._note_dtype()
+        self._note_weight()
         return self
 
-    def _note_dtype(self) -> None:
+    def _note_weight(self) -> None:
         parameters = self.network.parameters() if isinstance(self.network, nn.Module) else iter(())
-        self._dtype = next((p.dtype for p in parameters if p.dtype.is_floating_point), None)
+        # a weight itself, since network.half() is nothing that a denoiser hears of
+        self._weight = tuple(islice((p for p in parameters if p.dtype.is_floating_point), 1))
 
     def _time(self, t: int, x_t: Tensor) -> Tensor:
         """`t` for each image, where the images are."""
@@ -277,7 +280,9 @@ class Denoiser(nn.Module):
             self._rows = here, rows
         row = rows.get(t)
         if row is None:
-            row = rows[t] = self.times[t].to(x_t.device).expand(x_t.shape[0])
+            row = self.times[t].to(x_t.device).expand(x_t.shape[0])
+            if lasting(row):
+                rows[t] = row
         return row
 
 

@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 from typing_extensions import TypeVar
 
 Scalar = Tensor | float
@@ -35,11 +36,17 @@ def number(value: Scalar, like: Tensor) -> Tensor:
         # on the CPU, from where a kernel on any device takes it as an argument
         with torch.inference_mode(False):
             found = torch.tensor(value, dtype=like.dtype, device="cpu")
-        if type(found) is Tensor:  # and not a tracer's
+        if lasting(found):
             if len(_numbers) >= 10_000:
                 _numbers.clear()
             _numbers[key] = found
     return found
+
+
+def lasting(x: Tensor) -> bool:
+    """Whether a tensor may be kept for later calls: those of a tracer, or of a transformation (`torch.func.jvp`), end
+    with it."""
+    return type(x) is Tensor and (torch.compiler.is_compiling() or debug_unwrap(x) is x)
 
 
 class Posterior(NamedTuple, Generic[Number]):

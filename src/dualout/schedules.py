@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dualout.errors import InputError
-from dualout.levels import Level, Posterior
+from dualout.levels import Level, Posterior, lasting
 from dualout.registry import Registered
 
 _MOST = 100_000
@@ -165,7 +165,7 @@ class Schedule(Registered, ABC):
             # Apple's GPUs have no float64; elsewhere the tables keep it until they are used
             dtype = torch.float32 if device.type == "mps" else torch.float64
             found = torch.stack([*level, *level.posterior], 1).to(device, dtype)
-            if type(found) is Tensor:  # and not a tracer's
+            if lasting(found):
                 self._on_device[device] = found
         return found
 

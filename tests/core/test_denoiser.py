@@ -282,6 +282,16 @@ def test_half_precision_networks_are_given_their_own() -> None:
     assert denoiser.float()(images().double(), 3).x0.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_that_changes_its_precision_later_is_given_its_own(dtype: torch.dtype) -> None:
+    network, x = Net(), images()
+    denoiser = Denoiser(network, Dual(), Cosine(T))
+    copied = copy.deepcopy(denoiser)
+    for changed, own in ((denoiser, network), (copied, copied.network)):
+        own.to(dtype)
+        assert torch.equal(changed(x, 7).x0, Denoiser(own, Dual(), Cosine(T))(x, 7).x0)
+
+
 def test_images_of_any_size_and_colour() -> None:
     for channels, height, width in ((1, 5, 7), (3, 8, 4), (4, 1, 1)):
         x = torch.randn(2, channels, height, width)
@@ -326,6 +336,25 @@ def test_what_was_made_on_the_way_is_copied_and_pickled_whole() -> None:
             assert torch.equal(again.x_next, moment.x_next)
             assert torch.equal(again.prediction.eps, moment.prediction.eps)
             assert again.prediction.level.posterior == moment.prediction.level.posterior
+
+
+def test_nothing_of_a_transformation_outlives_it() -> None:
+    x, t = images(), torch.tensor([0, 7, 49])
+    for differentiated in (lambda x: DDIM(steps=3).sample(denoiser, x), lambda x: denoiser(x, t).x0):
+        # another alpha than other tests', of which numbers are kept too
+        denoiser = Denoiser(Net(2), Epsilon(), Linear(T, 1.7e-4, 0.03))
+        torch.func.functionalize(differentiated)(x)
+        torch.func.jvp(differentiated, (x,), (x,))
+        again = pickle.loads(pickle.dumps(copy.deepcopy(denoiser)))
+        assert torch.equal(again(x, t).x0, denoiser(x, t).x0)
+        assert torch.equal(DDIM(steps=3).sample(again, x), DDIM(steps=3).sample(denoiser, x))
+
+
+def test_a_denoiser_is_compiled_whole_before_it_was_called() -> None:
+    denoiser, x, t = Denoiser(Net(), Dual(), Cosine(T)), images(), torch.tensor([0, 7, 49])
+    whole = torch.compile(lambda x, t: denoiser(x, t).x0, backend="eager", fullgraph=True)
+    for times in (t, 7):
+        torch.testing.assert_close(whole(x, times), denoiser(x, times).x0)
 
 
 def test_weights_move_with_the_denoiser() -> None:
