@@ -36,9 +36,12 @@ class ClassifierFree(nn.Module):
         super().__init__()
         if not null:
             raise InputError("guidance needs to know what stands for no condition, say class_labels=10")
+        for name, value in null.items():
+            if not isinstance(value, Tensor | int | float):
+                raise InputError(f"what stands for no {name} is a number or a tensor of one row; got {value!r}")
         self.schedule = schedule_of(denoiser, "guidance wraps")
         self.denoiser = denoiser
-        self.scale = float(scale)
+        self.scale = _number(scale)
         self.interval = None if interval is None else _checked(interval)
         self.null = null
 
@@ -68,7 +71,7 @@ class ClassifierFree(nn.Module):
             if not self.doubles(t):
                 return self.denoiser(x_t, t, **conditions)
             scale = 1.0
-        both = {name: self._beside(name, value) for name, value in conditions.items()}
+        both = {name: self._beside(name, value, len(x_t)) for name, value in conditions.items()}
         twice = torch.cat([t, t]) if isinstance(t, Tensor) and t.numel() > 1 else t
         doubled = torch.cat([x_t, x_t])
         p = self.denoiser(doubled, twice, **both)
@@ -91,20 +94,39 @@ class ClassifierFree(nn.Module):
         low, high = self.interval or (0.0, math.inf)
         return (noise > low) & (noise <= high)
 
-    def _beside(self, name: str, value: Any) -> Any:
+    def _beside(self, name: str, value: Any, images: int) -> Any:
         if name in self.null and not (isinstance(value, Tensor) and value.ndim):
             raise InputError(f"guidance doubles the batch, so {name} is a tensor with a row an image; got {value!r}")
         if not isinstance(value, Tensor) or not value.ndim:
             return value
+        if len(value) != images:
+            if name in self.null:
+                raise InputError(f"{name} has a row for each of {images} images; got {tuple(value.shape)}")
+            return value
         null = self.null.get(name, value)
-        # a number is filled in where the others are: nothing is copied to the device
-        null = null.to(value).expand_as(value) if isinstance(null, Tensor) else torch.full_like(value, null)
+        try:
+            # a number is filled in where the others are: nothing is copied to the device
+            null = null.to(value).expand_as(value) if isinstance(null, Tensor) else torch.full_like(value, null)
+        except RuntimeError as error:
+            raise InputError(
+                f"what stands for no {name}, {tuple(null.shape)}, is one row of {tuple(value.shape)}"
+            ) from error
         return torch.cat([value, null])
 
 
 def _guided(both: Tensor, scale: Tensor | float) -> Tensor:
     given, none = both.chunk(2)
     return torch.lerp(none, given, scale)
+
+
+def _number(scale: Any) -> float:
+    try:
+        value = float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"the scale of guidance is a number, 1 for none; got {scale!r}")
+    return value
 
 
 def _checked(interval: Sequence[float]) -> tuple[float, float]:

@@ -205,6 +205,27 @@ def test_a_condition_that_cannot_be_left_out_is_not_taken_for_guided() -> None:
     torch.testing.assert_close(p.x0, guided(x, 7, label=label, strength=0.5).x0)
 
 
+def test_conditions_have_a_row_an_image_or_are_for_all() -> None:
+    denoiser, x, label = both()
+    guided = ClassifierFree(denoiser, 3.0, label=NULL)
+    for one in (label[:1], label[:2], label.repeat(2)):
+        with pytest.raises(InputError, match="label has a row for each of 3 images"):
+            guided(x, 7, label=one)
+    # a row for all images
+    strength = torch.full((1, 1, 1, 1), 0.5)
+    torch.testing.assert_close(
+        guided(x, 7, label=label, strength=strength).x0, guided(x, 7, label=label, strength=0.5).x0
+    )
+    with pytest.raises(InputError, match=r"no label, \(2,\), is one row of \(3,\)"):
+        ClassifierFree(denoiser, 3.0, label=torch.tensor([NULL, NULL]))(x, 7, label=label)
+    for nothing in (None, "none"):
+        with pytest.raises(InputError, match="no label is a number or a tensor"):
+            ClassifierFree(denoiser, 3.0, label=nothing)  # type: ignore[arg-type]
+    for scale in ("x", float("nan"), float("inf"), torch.tensor([1.0, 2.0])):
+        with pytest.raises(InputError, match="the scale of guidance is a number"):
+            ClassifierFree(denoiser, scale, label=NULL)  # type: ignore[arg-type]
+
+
 def test_one_time_step_for_all_may_be_a_tensor_of_one() -> None:
     denoiser, x, label = both()
     guided = ClassifierFree(denoiser, 3.0, label=NULL)
