@@ -338,16 +338,18 @@ def test_what_was_made_on_the_way_is_copied_and_pickled_whole() -> None:
             assert again.prediction.level.posterior == moment.prediction.level.posterior
 
 
-def test_nothing_of_a_transformation_outlives_it() -> None:
-    x, t = images(), torch.tensor([0, 7, 49])
-    for differentiated in (lambda x: DDIM(steps=3).sample(denoiser, x), lambda x: denoiser(x, t).x0):
-        # another alpha than other tests', of which numbers are kept too
-        denoiser = Denoiser(Net(2), Epsilon(), Linear(T, 1.7e-4, 0.03))
-        torch.func.functionalize(differentiated)(x)
-        torch.func.jvp(differentiated, (x,), (x,))
-        again = pickle.loads(pickle.dumps(copy.deepcopy(denoiser)))
-        assert torch.equal(again(x, t).x0, denoiser(x, t).x0)
-        assert torch.equal(DDIM(steps=3).sample(again, x), DDIM(steps=3).sample(denoiser, x))
+@pytest.mark.parametrize("times", [None, torch.tensor([0, 7, 49])], ids=["trajectory", "times"])
+def test_nothing_of_a_transformation_outlives_it(times: Tensor | None) -> None:
+    # another alpha than other tests', of which numbers are kept too
+    denoiser, x = Denoiser(Net(2), Epsilon(), Linear(T, 1.7e-4, 0.03)), images()
+
+    def made(x: Tensor) -> Tensor:
+        return DDIM(steps=3).sample(denoiser, x) if times is None else denoiser(x, times).x0
+
+    torch.func.functionalize(made)(x)
+    torch.func.jvp(made, (x,), (x,))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(denoiser)))
+    assert torch.equal(again(x, 7).x0, denoiser(x, 7).x0)
 
 
 def test_a_denoiser_is_compiled_whole_before_it_was_called() -> None:

@@ -71,6 +71,15 @@ def test_other_names(file):
         load(f"{spec}:images=x_train:labels=y")
 
 
+def test_arrays_that_are_not_read_are_told_of_where_there_are_no_classes(file):
+    (note,) = load(file(images=COLOUR, y=LABELS)).notes
+    assert "no array 'labels', but y; name one by labels=y" in note
+    assert load(file(images=COLOUR, labels=LABELS, y=LABELS)).notes == ()
+    (note,) = load(file((GREY > 99).astype(np.uint8))).notes
+    assert "from 0 to 1, where 0 is black and 255 white" in note
+    assert load(file((GREY > 99).astype(np.float32))).notes == ()
+
+
 def test_a_share_held_out(file):
     spec = file(images=COLOUR.repeat(20, 0), labels=LABELS.repeat(20)) + ":holdout=0.25"
     train, test, everything = (load(spec, split=s) for s in ("train", "test", "all"))

@@ -69,6 +69,29 @@ def test_images_beside_the_splits_are_told_of(tmp_path):
     assert note.startswith("3 images lie outside train and test (car, plane) and are left out")
 
 
+def test_what_is_left_out_of_a_folder_is_told(tmp_path):
+    for name in ("cat/1.png", "dog/2.png"):
+        picture(tmp_path / name)
+    assert load(f"folder:{tmp_path}").notes == ()
+    picture(tmp_path / "loose.png")
+    for name in ("cat/3.heic", "cat/4.heic", "dog/5"):
+        (tmp_path / name).write_text("x")
+    others, loose = load(f"folder:{tmp_path}").notes
+    assert "left out: 2 files with .heic, 1 files with no ending" in others
+    assert "1 images lie in no sub-folder (loose.png), so there are no classes" in loose
+    # a file beside many images is none that was meant to be one
+    assert len(load(f"folder:{tmp_path}:strict=0.6").notes) == 1
+
+
+@pytest.mark.parametrize(("most", "told"), [(4095, True), (65535, False)])
+def test_images_that_fill_little_of_the_range_are_told_of(tmp_path, most, told):
+    twelve_bits = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(twelve_bits).save(tmp_path / "a.png")
+    notes = load(f"folder:{tmp_path}").notes
+    assert len(notes) == told
+    assert not told or "from 0 to 16, where 0 is black and 255 white" in notes[0]
+
+
 def test_a_share_can_be_held_out_and_stays_out(tmp_path):
     for i in range(200):
         picture(tmp_path / f"{i}.png", np.full((2, 2), i, np.uint8))

@@ -38,6 +38,14 @@ def test_merging_parts_is_one_pass(features):
     assert torch.equal(whole.features, features[:50])
 
 
+def test_features_far_from_zero_lose_nothing(features):
+    far = features.double() + 1e7
+    parts = gathered(far[:30])
+    parts.merge(gathered(far[30:]))
+    for found in (gathered(far), parts):
+        torch.testing.assert_close(found.moments[1], torch.cov(far.T), rtol=1e-7, atol=1e-8)
+
+
 def test_what_was_known_is_brought_up_to_date(features):
     statistics = gathered(features[:50])
     before = statistics.moments[0]
@@ -66,3 +74,5 @@ def test_refusals(features):
         Statistics().add(torch.zeros(2, 5, 1, 1))
     with pytest.raises(InputError, match="length 4 came after some of length 5"):
         gathered(features).add(torch.zeros(2, 4))
+    with pytest.raises(InputError, match="length 4 came after some of length 5"):
+        gathered(features).merge(gathered(torch.zeros(2, 4)))

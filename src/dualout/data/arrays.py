@@ -68,7 +68,7 @@ class Arrays(Source):
         if not path.is_file():
             missing = f"no file at {self.path}{looked_for(self.path)}"
             raise InputError(f"{self.path} is no file" if path.exists() else missing)
-        images, values = self._npz(path) if path.suffix == ".npz" else (npy_array(path), None)
+        images, values, unread = self._npz(path) if path.suffix == ".npz" else (npy_array(path), None, [])
         if not images.size:
             raise InputError(f"{self.path} holds no images: an array of shape {images.shape}")
         layout, scale = self._found_layout(images), self._scale(images)
@@ -79,9 +79,16 @@ class Arrays(Source):
         rows = held_out(len(images), self.holdout, self.split)
         if labels is not None:
             labels = torch.from_numpy(labels if rows is None else labels[rows])
-        return Dataset("arrays", images, layout, rows, labels, classes, scale)
+        notes = ()
+        if unread and labels is None:
+            notes = (
+                f"there are no classes: {self.path} has no array {self.labels!r}, but {', '.join(unread)}; name "
+                f"one by labels={unread[0]}",
+            )
+        return Dataset("arrays", images, layout, rows, labels, classes, scale, notes)
 
-    def _npz(self, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    def _npz(self, path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+        """Images, labels, and the names of the other arrays."""
         members = npz_arrays(path)
         names = {"images": self.images, "labels": self.labels}
         if (self.images, self.labels) == ("images", "labels") and "images" not in members and "arr_0" in members:
@@ -94,7 +101,8 @@ class Arrays(Source):
         if self.labels != "labels" and self.labels not in members:
             raise InputError(f"{self.path} has no array {self.labels!r}, but {', '.join(members)}")
         labels = npz_array(path, members[names["labels"]]) if names["labels"] in members else None
-        return npz_array(path, members[names["images"]]), labels
+        unread = [name for name in members if name not in names.values()]
+        return npz_array(path, members[names["images"]]), labels, unread
 
     def _found_layout(self, images: np.ndarray) -> str:
         shape = images.shape

@@ -72,7 +72,7 @@ class Folder(Source):
             classes=classes,
             identity=f"folder {index.digest(rows)} {_glimpse(root, names)}",
             whole=f"the folder {self.path}",
-            notes=_outside(tops) if has_splits else (),
+            notes=(*_left_out(index, self.strict), *(_outside(tops) if has_splits else _loose(names))),
         )
 
     def _root(self) -> Path:
@@ -123,6 +123,22 @@ def _glimpse(root: Path, names: list[str]) -> str:
     return state.hexdigest()
 
 
+def _left_out(index: Index, share: float) -> tuple[str, ...]:
+    """A note on files that end otherwise than images do, where they are more than a share of all."""
+    others = sum(index.others.values())
+    if others <= share * (others + len(index.names)):
+        return ()
+    return (f"files that do not end as images do are left out: {_kinds(index)}",)
+
+
+def _loose(names: list[str]) -> tuple[str, ...]:
+    """A note on images beside sub-folders, which keep those from being classes."""
+    loose = [name for name in names if "/" not in name]
+    if not loose or len(loose) == len(names):
+        return ()
+    return (f"{len(loose)} images lie in no sub-folder ({some([shown(n) for n in loose])}), so there are no classes",)
+
+
 def _outside(tops: list[str]) -> tuple[str, ...]:
     """A note on images beside ``train`` and ``test``: "train" may be the name of a class."""
     outside = Counter(top for top in tops if top not in ("train", "test"))
@@ -154,5 +170,9 @@ def _held(index: Index) -> str:
     if not index.others:
         below = len(index.directories) - 1
         return f" (it is empty{f', and so are its {below} sub-folders' if below else ''})"
+    return f" (it holds {_kinds(index)})"
+
+
+def _kinds(index: Index) -> str:
     kinds = sorted(index.others.items(), key=lambda item: (-item[1], item[0]))
-    return f" (it holds {', '.join(f'{count} files with {ending}' for ending, count in kinds[:5])})"
+    return ", ".join(f"{count} files with {ending}" for ending, count in kinds[:5])

@@ -18,7 +18,7 @@ from dualout.data.cache import Job, glimpse, listed_bad, materialize, quiet, wor
 from dualout.data.dataset import Dataset, evenly
 from dualout.errors import InputError
 
-_LOOKED_AT = 512
+_LOOKED_AT, _COMPARED = 512, 64
 
 
 def load(
@@ -58,8 +58,26 @@ def load(
     reading = Reading(None if cache is None else Path(cache).expanduser(), progress, few)
     found = source.read(reading)
     if isinstance(found, Pictures):
-        return _decoded(source, found, reading)
-    return _fitted(source, dataclasses.replace(found, name=source.spec), reading)
+        made = _decoded(source, found, reading)
+    else:
+        made = _fitted(source, dataclasses.replace(found, name=source.spec), reading)
+    note = _narrow(made)
+    return dataclasses.replace(made, notes=(*made.notes, note)) if note else made
+
+
+def _narrow(found: Dataset) -> str | None:
+    """A note on images that use less than half of the range: their values were perhaps meant for another."""
+    if found.latents:
+        return None
+    pixels = found.gather(evenly(len(found), _COMPARED))
+    low, high = int(pixels.min()), int(pixels.max())
+    if high - low >= 128:
+        return None
+    return (
+        f"all pixels of {len(pixels)} images looked at are from {low} to {high}, where 0 is black and 255 white: if "
+        "that is not how the images look, say which values are black and white (arrays: values=[0+1] of floats), or "
+        "convert them; 16-bit files are read as 0 to 65535"
+    )
 
 
 def _fitted(source: Source, found: Dataset, reading: Reading) -> Dataset:
@@ -85,7 +103,7 @@ def _fitted(source: Source, found: Dataset, reading: Reading) -> Dataset:
         progress=reading.progress,
     )
     stored, rows, _ = _made(job, reading)
-    return Dataset(source.spec, stored, rows=rows, labels=found.labels, classes=found.classes)
+    return Dataset(source.spec, stored, rows=rows, labels=found.labels, classes=found.classes, notes=found.notes)
 
 
 def _state_of(found: Dataset) -> str:

@@ -24,7 +24,7 @@ from dualout.evaluation.statistics import KEPT, Statistics
 from dualout.files import cache_directory, explained
 from dualout.networks.device import exact
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class Reference:
         if len(dataset) <= NEIGHBOURS:
             raise InputError(f"a comparison needs more than {NEIGHBOURS} images, {dataset.name} has {len(dataset)}")
         path = cache_file(dataset, features)
-        kept = _read(path, ("count", "limit", "total", "outer", "features"))
+        kept = _read(path, ("count", "limit", "mean", "scatter", "features"))
         if kept is not None:
             statistics = Statistics.from_tensors(kept)
         else:

@@ -17,8 +17,9 @@ KEPT = 10_000
 class Statistics:
     """The mean and the covariance of features (float64), and the features of the first images.
 
-    Sums of x and of x·xᵀ are kept, so that those of two sets merge by addition: however the images are divided among
-    processes, merging in their order gives the same as one pass, to rounding.
+    The mean and the sum of (x − mean)·(x − mean)ᵀ are kept, of which those of two sets give those of both (Chan et al.
+    1979): however the images are divided among processes, merging in their order gives the same as one pass, to
+    rounding, and features far from 0 lose nothing by that.
 
     Args:
         kept: how many images' features to keep, at most.
@@ -27,7 +28,7 @@ class Statistics:
     def __init__(self, kept: int = KEPT) -> None:
         self.limit = kept
         self.count = 0
-        self._sums: tuple[Tensor, Tensor] | None = None
+        self._gathered: tuple[Tensor, Tensor] | None = None
         self._features: list[Tensor] = []
 
     def add(self, features: Tensor) -> None:
@@ -39,34 +40,43 @@ class Statistics:
         if not isinstance(features, Tensor) or features.ndim != 2:
             shape = getattr(features, "shape", None)
             raise InputError(f"features are a tensor (B, D), got a {type(features).__name__} of shape {shape}")
-        if self._sums is not None and features.shape[1] != len(self._sums[0]):
-            raise InputError(f"features of length {features.shape[1]} came after some of length {len(self._sums[0])}")
+        self._check_length(features.shape[1])
         x = double(features.detach())
         if not torch.isfinite(x).all():
             raise InputError(f"the features of images {self.count} to {self.count + len(x) - 1} hold NaN or infinity")
-        if self._sums is None:
-            self._sums = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
-        total, outer = self._sums
-        total += x.sum(0)
-        outer.addmm_(x.T, x)
+        if not len(x):
+            return
+        mean = x.mean(0)
+        from_it = x - mean
+        self._count_in(len(x), mean, from_it.T @ from_it)
         missing = self.limit - sum(map(len, self._features))
         if missing > 0:
             self._features.append(features[:missing].detach().float().cpu())
-        self.count += len(x)
-        self.__dict__.pop("moments", None)
 
     def merge(self, other: Statistics) -> None:
         """Count in what was gathered elsewhere, as if its images came after these."""
-        if other._sums is None:
+        if other._gathered is None:
             return
-        if self._sums is None:
-            self._sums = other._sums[0].clone(), other._sums[1].clone()
-        else:
-            for own, added in zip(self._sums, other._sums, strict=True):
-                own += added.to(own.device)
+        self._check_length(len(other._gathered[0]))
+        self._count_in(other.count, *other._gathered)
         missing = self.limit - sum(map(len, self._features))
         self._features.append(other.features[: max(missing, 0)])
-        self.count += other.count
+
+    def _check_length(self, length: int) -> None:
+        if self._gathered is not None and length != len(self._gathered[0]):
+            raise InputError(f"features of length {length} came after some of length {len(self._gathered[0])}")
+
+    def _count_in(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if self._gathered is None:
+            self._gathered = mean.clone(), scatter.clone()
+        else:
+            own_mean, own_scatter = self._gathered
+            share = count / (self.count + count)
+            apart = mean.to(own_mean.device) - own_mean
+            own_scatter += scatter.to(own_scatter.device)
+            own_scatter.addr_(apart, apart, alpha=self.count * share)
+            own_mean += share * apart
+        self.count += count
         self.__dict__.pop("moments", None)
 
     @property
@@ -79,20 +89,19 @@ class Statistics:
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """The mean (D,) and the unbiased covariance (D, D), float64 on the CPU."""
-        if self.count < 2 or self._sums is None:
+        if self.count < 2 or self._gathered is None:
             raise InputError(f"a covariance needs at least 2 images, got {self.count}")
-        total, outer = (s.cpu() for s in self._sums)
-        mean = total / self.count
-        covariance = (outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return mean, (covariance + covariance.T) / 2
+        mean, scatter = self._gathered
+        # not what further images are counted into
+        return mean.cpu().clone(), ((scatter + scatter.T) / (2 * (self.count - 1))).cpu()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, to be written down."""
-        if self._sums is None:
+        if self._gathered is None:
             raise InputError("no images have been counted")
         return {
             "count": torch.tensor(self.count), "limit": torch.tensor(self.limit),
-            "total": self._sums[0], "outer": self._sums[1], "features": self.features,
+            "mean": self._gathered[0], "scatter": self._gathered[1], "features": self.features,
         }  # fmt: skip
 
     @classmethod
@@ -100,6 +109,6 @@ class Statistics:
         """What `tensors` wrote."""
         found = cls(int(tensors["limit"]))
         found.count = int(tensors["count"])
-        found._sums = tensors["total"], tensors["outer"]
+        found._gathered = tensors["mean"], tensors["scatter"]
         found._features = [tensors["features"]]
         return found
