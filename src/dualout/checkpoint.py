@@ -117,7 +117,8 @@ def construct(description: Any) -> nn.Module:
         raise InputError(f"a network is written {{'class': …, 'arguments': {{…}}}}, got {description!r}")
     cls = allowed(description["class"])
     arguments, layers = description.get("arguments", {}), description.get("layers", {})
-    if not isinstance(arguments, dict) or not isinstance(layers, dict):
+    unread = description.keys() - {"class", "arguments", "layers", COUNT}
+    if unread or not isinstance(arguments, dict) or not isinstance(layers, dict):
         raise InputError(f"a network is written {{'class': …, 'arguments': {{…}}}}, got {description!r}")
     try:
         inner = {k: construct(v) for k, v in arguments.items() if isinstance(v, dict) and "class" in v}

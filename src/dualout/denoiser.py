@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
             InputError: for images that are not floats, a `t` that is none of the schedule's or of another number, or
                 an output of another shape than the parameterization reads.
         """
-        if x_t.dtype is not torch.float32:
+        if getattr(x_t, "dtype", None) is not torch.float32:
             x_t = _in_full_precision(x_t)
         if not isinstance(t, Tensor):
             level, time = self.schedule.scalars(t), self._time(t, x_t)
@@ -141,13 +141,13 @@ class Denoiser(nn.Module):
         Raises:
             InputError: when the shapes do not agree, or as `forward` does.
         """
+        if getattr(x0, "dtype", None) is not torch.float32:
+            x0 = _in_full_precision(x0)
         if (given := getattr(noise, "shape", None)) != x0.shape:
             raise InputError(
                 f"each image has noise of its own, say torch.randn_like(x0): got {given and tuple(given)} for "
                 f"{tuple(x0.shape)}"
             )
-        if x0.dtype is not torch.float32:
-            x0 = _in_full_precision(x0)
         if isinstance(t, Tensor):
             _check_times(t, x0)
             alpha, sigma = self.schedule.level_for(x0, t)

@@ -310,6 +310,9 @@ def test_wrong_arguments_are_refused() -> None:
         denoiser(images(), 50)
     with pytest.raises(InputError, match=r"torch\.from_numpy\(x\); got ndarray"):
         denoiser.loss(images().numpy(), 3, images())  # type: ignore[arg-type]
+    for look in (lambda: denoiser(None, 3), lambda: denoiser.loss(None, 3, images())):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="images are tensors .* got NoneType"):
+            look()
     for draw, got in ((images(), "function of the step k, .* got Tensor"), (lambda k: None, "got NoneType")):
         with pytest.raises(InputError, match=got):
             DDIM(steps=2, eta=1.0).sample(denoiser, images(), draw)  # type: ignore[arg-type]

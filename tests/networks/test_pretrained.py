@@ -164,6 +164,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: change(p, network={"class": "diffusers.UNet2DModel", "arguments": [1]}),
         "a network is written",
     ),
+    "arguments by another name": (
+        lambda p: change(p, network={"class": "diffusers.UNet2DModel", "args": {"in_channels": 1}}),
+        "a network is written .*'args'",
+    ),
     "unknown argument": (lambda p: arguments(p, depth=3), "cannot be built: .*'depth'"),
     "wrong argument": (lambda p: arguments(p, block_out_channels="wide"), "cannot be built"),
     "another width": (

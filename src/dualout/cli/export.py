@@ -125,6 +125,13 @@ def _check_told(options: Options) -> None:
         raise InputError(f"--{told[0]} is for --format dualout, whose checkpoint is then exported to {options.format}")
     if options.format == "dualout" and (options.calibrated or options.route != "mix"):
         raise InputError("--format dualout writes the model as it is: leave out --route and --calibrated")
+    if options.format == "onnx" and not options.calibrated:
+        sampling = [k for k in ("sampler", "steps", "spacing", "clip") if getattr(options, k) != getattr(Options, k)]
+        if sampling:
+            raise InputError(
+                f"an ONNX file is one call of the model, whatever samples with it: leave out --{sampling[0]}, or say "
+                "whose calibration it shall have by --calibrated"
+            )
 
 
 def _dry_run(options: Options, out: Path) -> None:

@@ -244,6 +244,7 @@ def test_few_images_are_refused(source, tmp_path, capsys) -> None:
     [
         (["--adapter", "plain"], "--adapter is for --format dualout"),
         (["--format", "onnx", "--schedule", "linear"], "--schedule is for --format dualout"),
+        (["--format", "onnx", "--steps", "5"], "leave out --steps, or say whose calibration"),
         (["--format", "dualout", "--route", "eps"], "leave out --route and --calibrated"),
         (["--format", "dualout", "--adapter", "plain"], "is no file"),
     ],

@@ -20,7 +20,9 @@ class Backbone(Registered, ABC):
 
     @abstractmethod
     def description(self, image_channels: int, size: Size, out_channels: int, classes: int | None) -> dict[str, Any]:
-        """The network's class and constructor arguments, as `dualout.checkpoint.construct` takes them.
+        """The network's class and its constructor's arguments, JSON values: ``{"class": …, "arguments": {…}}``.
+
+        The class is one that checkpoints may name: of diffusers ("diffusers.UNet2DModel") or of `dualout.networks`.
 
         Args:
             image_channels: C, of the noisy images that go in.
