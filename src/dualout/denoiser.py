@@ -193,10 +193,11 @@ class Denoiser(nn.Module):
             "schedule": self.schedule.config(),
             "parameterization": self.parameterization.config(),
             "network": checkpoint.describe(self.network),
-            **({"image": image} if image else {}),
-            **extra,
         }
-        checkpoint.write(path, config, checkpoint.tensors_of(self), card)
+        if taken := config.keys() & extra.keys():
+            raise InputError(f"config.json has the {min(taken)} of the denoiser itself, which nothing else can be")
+        config |= {"image": image} if image else {}
+        checkpoint.write(path, config | extra, checkpoint.tensors_of(self), card)
 
     def push_to_hub(
         self,

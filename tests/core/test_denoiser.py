@@ -311,7 +311,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(InputError, match=r"torch\.from_numpy\(x\); got ndarray"):
         denoiser.loss(images().numpy(), 3, images())  # type: ignore[arg-type]
     for look in (lambda: denoiser(None, 3), lambda: denoiser.loss(None, 3, images())):  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="images are tensors .* got NoneType"):
+        with pytest.raises(InputError, match="got NoneType"):
             look()
     for draw, got in ((images(), "function of the step k, .* got Tensor"), (lambda k: None, "got NoneType")):
         with pytest.raises(InputError, match=got):

@@ -121,7 +121,8 @@ def test_left_open_to_the_interpreters_end_it_says_nothing():
 
 
 def test_an_error_in_the_background_is_raised_here(colours):
-    broken = Dataset("broken", colours.stored, rows=np.array([0, 1, 999]))
+    broken = Dataset("broken", colours.stored, rows=np.array([0, 1, 2]))
+    broken.rows[2] = 999
     with pytest.raises(IndexError):
         list(batches(broken, 3, stop=2))
 

@@ -200,6 +200,20 @@ def test_images_are_had_by_number():
     assert digits.batch([]).shape == (0, 1, 8, 8)
 
 
+def test_a_mask_is_no_list_of_numbers():
+    found, mask = load("digits"), np.arange(len(load("digits"))) < 5
+    assert len(found.select(mask)) == 5
+    for numbers in (mask, [1.7, 2.2]):
+        with pytest.raises(InputError, match="images have whole numbers; a mask is for select"):
+            found.batch(numbers)
+    assert len(found.batch([])) == 0
+    for rows in (np.arange(len(found.stored)) < 5, [0, 1], np.array([0, len(found.stored)]), np.array([-1, 0])):
+        with pytest.raises(InputError, match=f"integers from 0 to {len(found.stored) - 1}; a mask is for select"):
+            Dataset("mine", found.stored, "nhw", rows=rows)
+    with pytest.raises(InputError, match="of black and of white"):
+        Dataset("mine", found.stored / 16, "nhw", scale=(1.0, 1.0))
+
+
 def test_some_of_a_dataset():
     digits = load("digits")
     twos = digits.select(digits.labels == 2)

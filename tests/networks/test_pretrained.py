@@ -76,6 +76,12 @@ def test_saved_and_loaded_samples_are_the_same(model: str, tmp_path: Path) -> No
     assert not after.training
 
 
+def test_what_a_denoiser_is_cannot_be_said_otherwise(tmp_path):
+    with pytest.raises(InputError, match=r"config.json has the schedule of the denoiser itself"):
+        denoiser().save_pretrained(tmp_path / "out", schedule="cosine")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_widened_network_comes_back_bit_for_bit(tmp_path: Path) -> None:
     network = build("tiny", 3, 8, 3).eval()
     schedule, noise = dualout.schedules.Linear(), dualout.noise(range(2), (3, 8, 8))

@@ -59,8 +59,20 @@ class Dataset:
             )
         if stored.dtype != np.uint8 and stored.dtype.kind != "f":
             raise InputError(f"{self.name}: images are uint8 or floats, latents are floats; got {stored.dtype}")
+        if self.scale is not None and self.scale[0] == self.scale[1]:
+            raise InputError(f"{self.name}: scale is the values of black and of white, got {self.scale}")
+        if self.rows is not None:
+            self._check_rows(self.rows)
         if self.labels is not None:
             self._check_labels(self.labels)
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        number = isinstance(rows, np.ndarray) and rows.ndim == 1 and rows.dtype.kind in "iu"
+        if not number or (len(rows) and not 0 <= rows.min() <= rows.max() < len(self.stored)):
+            raise InputError(
+                f"{self.name}: rows are an array of images' numbers, integers from 0 to {len(self.stored) - 1}; a mask "
+                f"is for select; got {rows!r}"
+            )
 
     def _check_labels(self, labels: Tensor) -> None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.long or labels.shape != (len(self),):
@@ -117,8 +129,12 @@ class Dataset:
 
         Raises:
             IndexError: for a number outside −N … N − 1; those below 0 count from the end.
+            InputError: for what are no whole numbers, say a mask.
         """
-        return torch.from_numpy(self.gather(np.asarray(indices, dtype=np.int64).reshape(-1)))
+        numbers = np.asarray(indices).reshape(-1)
+        if numbers.size and numbers.dtype.kind not in "iu":
+            raise InputError(f"{self.name}: images have whole numbers; a mask is for select; got {indices!r}")
+        return torch.from_numpy(self.gather(numbers.astype(np.int64)))
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """`batch` for arrays: int64 (B,) -> uint8 (B, C, H, W), which the caller owns."""
