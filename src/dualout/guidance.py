@@ -104,14 +104,14 @@ class ClassifierFree(nn.Module):
                 raise InputError(f"{name} has a row for each of {images} images; got {tuple(value.shape)}")
             return value
         null = self.null.get(name, value)
+        if not isinstance(null, Tensor):
+            # filled in where the others are: nothing is copied to the device
+            return torch.cat([value, torch.full_like(value, null)])
         try:
-            # a number is filled in where the others are: nothing is copied to the device
-            null = null.to(value).expand_as(value) if isinstance(null, Tensor) else torch.full_like(value, null)
+            return torch.cat([value, null.to(value).expand_as(value)])
         except RuntimeError as error:
-            raise InputError(
-                f"what stands for no {name}, {tuple(null.shape)}, is one row of {tuple(value.shape)}"
-            ) from error
-        return torch.cat([value, null])
+            wrong = f"what stands for no {name}, {tuple(null.shape)}, is one row of {tuple(value.shape)}"
+            raise InputError(wrong) from error
 
 
 def _guided(both: Tensor, scale: Tensor | float) -> Tensor:
