@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dualout import hub
 from dualout.card import render as card_text
 from dualout.errors import InputError
-from dualout.files import atomically, explained, read_json, write_json, write_text
+from dualout.files import atomically, explained, json_text, read_json, write_text
 from dualout.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -320,15 +320,26 @@ def read_card(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(path: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Write a checkpoint directory."""
+    """Write a checkpoint directory.
+
+    Raises:
+        InputError: for what cannot be written, before anything is.
+    """
     directory = Path(path).expanduser()
+    config = {"format": FORMAT, "dualout": __version__, **config, "card": card}
+    if nowhere := [name for name, x in tensors.items() if x.is_meta]:
+        raise InputError(f"weights on the meta device have no values to write, such as {nowhere[0]}")
+    try:
+        told = json_text(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.json takes JSON values alone, in what is said besides too: {error}") from error
+    about = card_text(config)
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    config = {"format": FORMAT, "dualout": __version__, **config, "card": card}
     # the configuration comes last: a directory that has one has all
     write_tensors(directory / WEIGHTS, tensors)
-    write_text(directory / CARD, card_text(config))
-    write_json(directory / CONFIG, config)
+    write_text(directory / CARD, about)
+    write_text(directory / CONFIG, told)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
         if getattr(x_t, "dtype", None) is not torch.float32:
             x_t = _in_full_precision(x_t)
         if not isinstance(t, Tensor):
-            level, time = self.schedule.scalars(t), self._time(t, x_t)
+            level, time = self.schedule.scalars(t), self._time(int(t), x_t)
         else:
             _check_times(t, x_t)
             t = t if t.shape == x_t.shape[:1] else t.expand(len(x_t))

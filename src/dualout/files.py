@@ -70,7 +70,12 @@ def read_json(path: Path, kind: type = dict, then: str = "") -> Any:
 
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent))
+
+
+def json_text(value: Any, indent: int = 2) -> str:
+    """What a JSON file of a value holds."""
+    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

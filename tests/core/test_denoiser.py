@@ -251,7 +251,7 @@ def test_one_time_step_may_be_told_in_any_way() -> None:
     # networks that look it up take no small integers, and those that scale it would run over
     told = []
     listening = Denoiser(lambda x, t: (told.append(t.dtype), denoiser.network(x, t))[1], Dual(), Cosine(T))
-    for t in (7, np.int64(7), torch.tensor(7), torch.tensor([7]), *small):
+    for t in (7, np.int64(7), np.array(7), torch.tensor(7), torch.tensor([7]), *small):
         torch.testing.assert_close(listening(x, t).x0, expected)  # type: ignore[arg-type]
     assert set(told) == {torch.int64}
     # a time from 0 to 1 would be t = 0

@@ -180,8 +180,9 @@ def test_all_scores_of_more_images_than_are_kept():
 
 def test_too_few_images_are_refused():
     x = torch.zeros(3, 2)
-    with pytest.raises(InputError, match="more than 3"):
-        precision_recall(x, x)
+    for k, number in ((3, 3), (0, 0), (-1, -1)):
+        with pytest.raises(InputError, match=rf"look at {number} neighbours.*got 3"):
+            precision_recall(x, x, k)
     with pytest.raises(InputError, match="at least 2"):
         kid(x[:1], x)
 

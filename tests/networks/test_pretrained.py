@@ -82,6 +82,21 @@ def test_what_a_denoiser_is_cannot_be_said_otherwise(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_what_cannot_be_written_down_leaves_what_was_there(there: bool, written: dict[str, bytes], tmp_path: Path):
+    path = tmp_path / "out"
+    if there:
+        path.mkdir()
+        for name, content in written.items():
+            (path / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json takes JSON values alone.*set is not JSON"):
+        denoiser().save_pretrained(path, seen={1, 2})
+    with pytest.raises(InputError, match="meta device have no values"):
+        denoiser(build("tiny", 1, 8, 3).to("meta")).save_pretrained(path)
+    assert path.exists() is there
+    assert {p.name: p.read_bytes() for p in path.glob("*")} == (written if there else {})
+
+
 def test_a_widened_network_comes_back_bit_for_bit(tmp_path: Path) -> None:
     network = build("tiny", 3, 8, 3).eval()
     schedule, noise = dualout.schedules.Linear(), dualout.noise(range(2), (3, 8, 8))

@@ -118,3 +118,9 @@ def test_own_steps_are_checked(times: tuple[int, ...]) -> None:
         DDIM(steps=3, spacing=times).timesteps(Cosine(50))
     with pytest.raises(InputError, match="unknown spacing 'trail'"):
         space("trail", Cosine(50), 3)
+
+
+@pytest.mark.parametrize("found", [None, 7, [40.0, 7.0, 2.0]])
+def test_what_a_function_gives_is_checked(found: object) -> None:
+    with pytest.raises(InputError, match="3 strictly decreasing integers from 49 to 0, got"):
+        space(lambda schedule, steps: found, Cosine(50), 3)  # type: ignore[arg-type, return-value]

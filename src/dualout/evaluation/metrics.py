@@ -205,10 +205,10 @@ def _check_lengths(a: int, b: int) -> None:
 
 def _reach(features: Tensor, k: int) -> Tensor:
     """The distance of each image to its k-th neighbour among the others, float64 (N,)."""
-    if len(features) <= k:
+    if k < 1 or len(features) <= k:
         raise InputError(
-            f"precision and recall look at {k} neighbours of every image, so there must be more than {k} on each side; "
-            f"got {len(features)}"
+            f"precision and recall look at {k} neighbours of every image: that is 1 or more, and there must be more "
+            f"images than that on each side; got {len(features)}"
         )
     reach = []
     for i, distances in enumerate(_distances(features, features)):

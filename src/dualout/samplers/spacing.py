@@ -7,7 +7,7 @@ round to even, as in diffusers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -84,7 +84,8 @@ def space(spacing: Spacing, schedule: Schedule, steps: int) -> list[int]:
         if spacing not in SPACINGS:
             raise unknown("spacing", spacing, SPACINGS)
         return SPACINGS[spacing](schedule, steps)
-    given = list(spacing(schedule, steps) if callable(spacing) else spacing)
+    found = spacing(schedule, steps) if callable(spacing) else spacing
+    given = list(found) if isinstance(found, Iterable) else [found]
     times = [operator.index(t) for t in given if hasattr(t, "__index__")]
     ordered = len(times) == len(given) and all(a > b for a, b in pairwise(times))
     if len(times) != steps or not ordered or not 0 <= times[-1] <= times[0] < schedule.steps:
