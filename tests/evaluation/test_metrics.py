@@ -185,6 +185,9 @@ def test_too_few_images_are_refused():
             precision_recall(x, x, k)
     with pytest.raises(InputError, match="at least 2"):
         kid(x[:1], x)
+    for compare in (kid, precision_recall):
+        with pytest.raises(InputError, match=r"features are tensors.*got ndarray"):
+            compare(x.numpy(), x.numpy())
 
 
 def test_features_of_two_networks_are_refused():

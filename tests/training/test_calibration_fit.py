@@ -11,8 +11,8 @@ from dualout import CleanImage, Denoiser, Dual, Epsilon, InputError, noise, samp
 from dualout.calibrated import NEUTRAL, Calibrated
 from dualout.networks.build import build
 from dualout.randomness import mix
+from dualout.training import activations, starts
 from dualout.training import calibrate as calibrating
-from dualout.training import starts
 from dualout.training.calibrate import RACE, Fit, fit, parameters_of
 from dualout.training.comparison import HELD_OUT, PLACES, UPDATES, Comparison
 from dualout.training.distances import SlicedWasserstein
@@ -119,7 +119,7 @@ def test_noises_that_decide_are_none_of_those_that_are_fitted_by_and_follow_the_
 
 
 def test_a_fit_makes_as_many_images_as_it_says(monkeypatch):
-    monkeypatch.setattr(calibrating, "KEPT", -1)
+    monkeypatch.setattr(activations, "KEPT", -1)
     data, looks = MEAN + SPREAD * noise(range(80), (1, 2, 2)), 0
 
     class Counting(Exact):
@@ -155,7 +155,7 @@ def test_activations_that_need_little_memory_are_kept_and_the_numbers_are_the_sa
 
     denoiser.network.register_forward_pre_hook(count)
     for most in (-1, 100_000, 2**30):  # the network keeps some hundreds of kilobytes
-        monkeypatch.setattr(calibrating, "KEPT", most)
+        monkeypatch.setattr(activations, "KEPT", most)
         looks = 0
         found.append([p.calibration.values for p in fit(denoiser, sampler, data, how)][-1])
         kept.append(looks)
@@ -276,6 +276,46 @@ def test_too_few_images():
     denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
     with pytest.raises(InputError, match="64 images"):
         next(fit(denoiser, samplers.DDIM(steps=2), torch.zeros(20, 1, 4, 4), Fit()))
+
+
+IMAGES = torch.zeros(80, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES.to(torch.uint8), r"floats \(N, C, H, W\); got torch.uint8 \(80, 1, 4, 4\)"),
+        (IMAGES[:, 0], r"got torch.float32 \(80, 4, 4\)"),
+        (IMAGES.numpy(), "got ndarray"),
+        (255 * torch.rand(80, 1, 4, 4), r"clip, \(-1.0, 1.0\), .*got 0.* to 25\d.*to_model is for 0 to 255"),
+        (IMAGES / 0, "hold no NaN; got nan"),
+    ],
+)
+def test_images_that_are_none_in_the_samplers_range(images, message):
+    denoiser = Denoiser(Exact(), CleanImage(), SCHEDULE)
+    with pytest.raises(InputError, match=message):
+        next(fit(denoiser, samplers.DDIM(steps=2), images, Fit()))
+
+
+def test_latents_have_no_range_but_are_numbers():
+    denoiser, sampler = Denoiser(Exact(), CleanImage(), SCHEDULE), samplers.DDIM(steps=2, clip=None)
+    how = Fit(iterations=1, batch=4, held_out=16, move_times=0, own_features=False)
+    assert list(fit(denoiser, sampler, 30 * noise(range(64), (1, 4, 4)), how))
+    with pytest.raises(InputError, match=r"no NaN; got -inf"):
+        next(fit(denoiser, sampler, torch.full((64, 1, 4, 4), -torch.inf), how))
+
+
+def test_a_fit_is_of_a_denoiser_by_a_sampler():
+    for denoiser, sampler in ((Exact(), samplers.DDIM(steps=2)), (Denoiser(Exact(), Dual(), SCHEDULE), "ddim")):
+        with pytest.raises(InputError, match=r"what is calibrated is a (denoiser; got Exact|sampler; got str)"):
+            next(fit(denoiser, sampler, IMAGES, Fit()))
+
+
+@pytest.mark.parametrize(("name", "value"), [("iterations", 2.5), ("batch", "96"), ("own_features", 1), ("lr", None)])
+def test_settings_of_another_type(name, value):
+    with pytest.raises(InputError, match=f"{name} of a calibration is .*; got {value!r}"):
+        Fit(**{name: value})
+    assert Fit(batch=np.int64(96)) == Fit(batch=96)
 
 
 @pytest.mark.parametrize(("name", "least"), [("batch", 2), ("held_out", 16), ("move_times", 0)])

@@ -82,7 +82,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
     Also where covariances are singular, because there are fewer images than features or some features never change.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a.moments, b.moments
-    _check_lengths(len(mean_a), len(mean_b))
+    _check_features(mean_a, mean_b)
     enough = min(a.count, b.count) > len(mean_a)
     apart = float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace())
     root, error = trace_of_root(cov_a.numpy(), cov_b.numpy()) if enough else (0.0, math.inf)
@@ -158,9 +158,9 @@ def kid(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
         y: of the other.
         within_y: the kernel's mean over the pairs of y, where it is known.
     """
+    _check_features(x, y)
     if min(len(x), len(y)) < 2:
         raise InputError(f"KID needs at least 2 images on each side, got {len(x)} and {len(y)}")
-    _check_lengths(x.shape[1], y.shape[1])
     within_y = _kernel_within(y) if within_y is None else within_y
     return _kernel_within(x) + within_y - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
@@ -187,7 +187,7 @@ def precision_recall(
         k: how many neighbours an image's surroundings reach to.
         reach: of the real ones, (M,), where it is known.
     """
-    _check_lengths(generated.shape[1], real.shape[1])
+    _check_features(generated, real)
     reach_g, reach_r = _reach(generated, k), _reach(real, k) if reach is None else reach.to(real.device)
     # among images that are there more than k times the reach is 0, and what rounding leaves of a distance of 0 is not
     near = ROUNDING * max(float(x.double().norm(dim=1).max()) for x in (generated, real))
@@ -198,9 +198,13 @@ def precision_recall(
     return float(torch.cat(among_real).double().mean()), float(among_generated.double().mean())
 
 
-def _check_lengths(a: int, b: int) -> None:
-    if a != b:
-        raise InputError(f"features of two sets are compared where one network made both; got lengths {a} and {b}")
+def _check_features(a: Tensor, b: Tensor) -> None:
+    for x in (a, b):
+        if not isinstance(x, Tensor):
+            raise InputError(f"features are tensors, (N, D), say torch.from_numpy(x); got {type(x).__name__}")
+    if a.shape[-1] != b.shape[-1]:
+        got = f"{a.shape[-1]} and {b.shape[-1]}"
+        raise InputError(f"features of two sets are compared where one network made both; got lengths {got}")
 
 
 def _reach(features: Tensor, k: int) -> Tensor:

@@ -1,11 +1,10 @@
 """K-step calibration: fit a few numbers for each step of a K-step trajectory.
 
 The weights stay as they are. The numbers of `dualout.calibrated` are found by gradients through all K steps, against a
-distance between made and real images; where the activations of all steps would take more than `KEPT`, each step is
-recomputed in the backward pass, so that memory does not grow with K. There are two starts: the uncalibrated one, its
-time steps moved, and for samplers of first order that of DPM-Solver++ 2M, for those of higher order the uncalibrated
-one as it is. Which of the two goes on halfway, and when to stop, is decided by noise that the fit never sees and by all
-real images, held-out ones included.
+distance between made and real images; what that takes of memory is bounded (`dualout.training.activations`). There are
+two starts: the uncalibrated one, its time steps moved, and for samplers of first order that of DPM-Solver++ 2M, for
+those of higher order the uncalibrated one as it is. Which of the two goes on halfway, and when to stop, is decided by
+noise that the fit never sees and by all real images, held-out ones included.
 
 Trained samplers of single-output models: DDSS (Watson et al. 2022, arXiv 2202.05830), iDDIM, bespoke solvers (Shaul
 et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
@@ -14,25 +13,23 @@ et al. 2023, arXiv 2310.19075), AMED (Zhou et al. 2024, arXiv 2312.00094).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from dualout.calibrated import NEUTRAL, Calibrated, Calibration
 from dualout.data.dataset import Dataset
 from dualout.data.pixels import to_model
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
-from dualout.levels import Level
 from dualout.networks.precision import Precision
-from dualout.prediction import Prediction
 from dualout.randomness import check_seed, mix
+from dualout.registry import as_python, described, fits
 from dualout.samplers.base import Denoises, Sampler
-from dualout.schedules import Schedule
+from dualout.training.activations import Economical
 from dualout.training.comparison import FEWEST, UPDATES, Comparison, Far
 from dualout.training.distances import Distance
 from dualout.training.starts import Numbers, Start, moved_times
@@ -40,9 +37,6 @@ from dualout.training.told import Told
 
 RACE = 0.5
 """The part of the updates that is made from both starts; then the better goes on."""
-
-KEPT = 2**30
-"""Bytes that the activations of all steps may take; with more, they are computed again in the backward pass."""
 
 
 def way(sampler: Sampler) -> int:
@@ -75,6 +69,10 @@ class Fit:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, value := as_python(getattr(self, name)))
+            if not fits(value, hint):
+                raise InputError(f"{name} of a calibration is {described(hint)}; got {value!r}")
         # of one image, there is no distance between two of a batch
         least = {"iterations": 1, "batch": 2, "held_out": FEWEST, "check_every": 1, "patience": 1, "move_times": 0}
         for name, low in least.items():
@@ -140,14 +138,15 @@ def fit(
         told: the class labels that the denoiser is conditioned on, where it is.
 
     Raises:
-        InputError: for too few images, or numbers that there are not.
+        InputError: for too few images, those of another kind or range, or numbers that there are not.
     """
+    _check(denoiser, sampler, images)
     names = parameters_of(denoiser) if numbers is None else tuple(numbers)
     for name in names:
         if name not in parameters_of(denoiser):
             raise unknown("number of a calibration of this model:", name, parameters_of(denoiser))
     precision = precision or Precision("fp32", images.device, "the default")
-    plain = _Economical(denoiser, precision, sampler.evaluations)
+    plain = Economical(denoiser, precision, sampler.evaluations)
     comparison = Comparison(denoiser, images, how, told)
     uncalibrated = Start(names, sampler.timesteps(denoiser.schedule), moves=how.move_times > 0)
     before = comparison.held_out(plain, sampler)
@@ -182,6 +181,24 @@ def fit(
     finally:
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
+
+
+def _check(denoiser: Denoiser, sampler: Sampler, images: Tensor) -> None:
+    for what, wanted, it in (("denoiser", Denoiser, denoiser), ("sampler", Sampler, sampler)):
+        if not isinstance(it, wanted):
+            raise InputError(f"what is calibrated is a {what}; got {type(it).__name__} {it!r:.60}")
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"a calibration is fitted to a tensor of real images, floats (N, C, H, W); got {got}")
+    least, most = images.aminmax() if images.numel() else (images.sum(), images.sum())
+    low, high = sampler.clip or (-math.inf, math.inf)
+    # what is normalized by its mean and deviation goes beyond by some
+    beyond = 2 * (high - low) if sampler.clip else 0.0
+    if not (low - beyond <= float(least) <= float(most) <= high + beyond and (most - least).isfinite()):
+        raise InputError(
+            f"real images lie in the sampler's clip, {sampler.clip}, and hold no NaN; got {float(least):.4g} to "
+            f"{float(most):.4g}. dualout.data.to_model is for 0 to 255, and clip=None for latents"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,59 +334,6 @@ class _Descent:
         mean = float(torch.stack(self._losses).mean())
         self._losses.clear()
         return mean
-
-
-class _Economical(nn.Module):
-    """A denoiser, computed in a number format, whose activations are kept for the backward pass where those of all
-    looks of a trajectory take no more than `KEPT`, and computed again in it otherwise."""
-
-    def __init__(self, denoiser: Denoises, precision: Precision, looks: int) -> None:
-        super().__init__()
-        self.denoiser, self.precision, self.looks = denoiser, precision, looks
-        self._keeps: bool | None = None
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.denoiser.schedule
-
-    def forward(self, x_t: Tensor, t: int, **conditions: Any) -> Prediction:
-        def look(x: Tensor) -> Prediction:
-            with self.precision.autocast():
-                return self.denoiser(x, t, **conditions)
-
-        if not (torch.is_grad_enabled() and x_t.requires_grad):
-            with torch.no_grad():
-                return look(x_t)
-        if self._keeps is None:
-            self._keeps = self.looks * _kept(lambda: look(x_t)) <= KEPT
-        return look(x_t) if self._keeps else _recomputed(look, x_t)
-
-
-def _kept(run: Callable[[], object]) -> int:
-    """The bytes that a computation keeps for its backward pass."""
-    sizes: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        _alive = run()
-    return sum(sizes.values())
-
-
-def _recomputed(look: Callable[[Tensor], Prediction], x_t: Tensor) -> Prediction:
-    """A look whose activations are computed again in the backward pass, not kept."""
-    level: list[Level] = []
-
-    def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        p = look(x)
-        level[:] = [p.level]
-        return p.x0, dict(p.parts)
-
-    x0, parts = checkpoint(run, x_t, use_reentrant=False)
-    return Prediction(x_t, level[0], x0, parts)
 
 
 def _floats(values: dict[str, Tensor]) -> dict[str, list[float]]:
