@@ -19,22 +19,8 @@ from dualout.guidance import ClassifierFree
 from dualout.parameterizations import CleanImage, Dual, Epsilon, Karras, Parameterization, Velocity
 from dualout.samplers import DDIM
 from dualout.schedules import Cosine, Linear
+from oneconv import Net, T, images
 from variants import parameterizations
-
-T = 50
-
-
-class Net(nn.Module):
-    def __init__(self, channels: int = 5) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.conv(x) * (1 + t.to(x.dtype).view(-1, 1, 1, 1) / T)
-
-
-def images(count: int = 3) -> Tensor:
-    return torch.randn(count, 2, 4, 4)
 
 
 def test_public_names() -> None:

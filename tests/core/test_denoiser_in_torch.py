@@ -13,21 +13,7 @@ from dualout.denoiser import Denoiser
 from dualout.parameterizations import Dual, Epsilon, Parameterization
 from dualout.samplers import DDIM
 from dualout.schedules import Cosine, Linear
-
-T = 50
-
-
-class Net(nn.Module):
-    def __init__(self, channels: int = 5) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.conv(x) * (1 + t.to(x.dtype).view(-1, 1, 1, 1) / T)
-
-
-def images(count: int = 3) -> Tensor:
-    return torch.randn(count, 2, 4, 4)
+from oneconv import Net, T, images
 
 
 def test_what_was_made_on_the_way_is_copied_and_pickled_whole() -> None:

@@ -26,7 +26,7 @@ from dualout.training.upgrade import (
     upgrade,
     upgraded_of,
 )
-from upgrading import CPU, SCHEDULE, SOURCE, noises, noisy, trained
+from upgradable import CPU, SCHEDULE, SOURCE, noises, noisy, trained
 
 
 def errors_of(eps: Tensor, x0: Tensor) -> opening.Errors:

@@ -17,7 +17,7 @@ from dualout.training import noised, readout
 from dualout.training.upgrade import (
     upgrade,
 )
-from upgrading import CPU, SCHEDULE, Toy, noisy, toy_batches
+from upgradable import CPU, SCHEDULE, Toy, noisy, toy_batches
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from dualout.training.upgrade import (
     upgraded_of,
 )
 from dualout.training.upgrade_config import UpgradeConfig
-from upgrading import SCHEDULE, SOURCE, Toy, draw, noises, toy_batches, trained
+from upgradable import SCHEDULE, SOURCE, Toy, draw, noises, toy_batches, trained
 
 
 @SOURCE

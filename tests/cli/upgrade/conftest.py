@@ -9,7 +9,7 @@ import torch
 
 from dualout.cli.main import main
 from dualout.networks import build
-from upgrades import NETWORK, upgraded
+from upgrade_calls import NETWORK, upgraded
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import dualout
 from dualout.cli.main import main
 from dualout.networks import foreign
 from dualout.parameterizations import Epsilon
-from upgrades import NETWORK, digest, first_of, upgraded
+from upgrade_calls import NETWORK, digest, first_of, upgraded
 
 
 def test_weights_that_do_not_fit_are_listed(unet, tmp_path, capsys) -> None:

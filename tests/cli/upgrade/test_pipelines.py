@@ -16,7 +16,7 @@ from dualout.cli.main import main
 from dualout.errors import InputError
 from dualout.networks import build, foreign
 from dualout.parameterizations import Epsilon, LearnedVariance, Velocity
-from upgrades import NETWORK, digest, first_of, upgraded
+from upgrade_calls import NETWORK, digest, first_of, upgraded
 
 
 def scheduler(**options):

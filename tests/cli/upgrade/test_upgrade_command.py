@@ -19,7 +19,7 @@ from dualout.samplers import DDIM
 from dualout.training import opening, readout
 from dualout.training.upgrade_config import UpgradeConfig
 from dualout.training.upgrade_run import Upgrade
-from upgrades import digest, first_of, upgraded
+from upgrade_calls import digest, first_of, upgraded
 
 
 def first(path: Path, **options) -> torch.Tensor:
