@@ -18,6 +18,8 @@ from dualout.export import DualOutputPipeline
 from dualout.schedules import Cosine, Linear, ScaledLinear, Schedule
 from pipelines import CLOSE, SHAPE, denoiser_of, out, pipe, quiet, start
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
 SAME = [
     samplers.DDIM(5),
     samplers.DDIM(5, spacing="leading", clip=None),
