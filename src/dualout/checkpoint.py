@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dualout import hub
 from dualout.card import render as card_text
 from dualout.errors import InputError
-from dualout.files import atomically, explained, json_text, read_json, write_text
+from dualout.files import as_json, atomically, explained, read_json, write_text
 from dualout.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -330,7 +330,7 @@ def write(path: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], 
     if nowhere := [name for name, x in tensors.items() if x.is_meta]:
         raise InputError(f"weights on the meta device have no values to write, such as {nowhere[0]}")
     try:
-        told = json_text(config)
+        told = as_json(config)
     except (TypeError, ValueError) as error:
         raise InputError(f"config.json takes JSON values alone, in what is said besides too: {error}") from error
     about = card_text(config)

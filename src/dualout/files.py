@@ -70,10 +70,10 @@ def read_json(path: Path, kind: type = dict, then: str = "") -> Any:
 
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json_text(value, indent))
+    write_text(path, as_json(value, indent))
 
 
-def json_text(value: Any, indent: int = 2) -> str:
+def as_json(value: Any, indent: int = 2) -> str:
     """What a JSON file of a value holds."""
     return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
 

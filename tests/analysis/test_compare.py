@@ -174,7 +174,7 @@ def test_a_grid_costs_only_what_is_new(grid_file, capsys):
         ({"choose_seeds": []}, "choose_seeds"),
         ({"steps": []}, "names none"),
         ({"calibration": {"iteration": 3}}, "iterations"),
-        ({"calibration": {"iterations": "many"}}, "iterations of the calibration is a whole number"),
+        ({"calibration": {"iterations": "many"}}, "iterations of a calibration is a whole number"),
         ({"calibration": {"iterations": 0}}, "iterations is 1 or more"),
         ({"steps": [5, 2000]}, "from 1 to 1000"),
         ({"train": {"schedule": "linear:steps=8"}, "steps": [10]}, "from 1 to 8"),

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from dualout.denoiser import Denoiser
 from dualout.levels import Level
 from dualout.networks.precision import Precision
 from dualout.prediction import Prediction
-from dualout.samplers.base import Denoises
 from dualout.schedules import Schedule
 
 KEPT = 2**30
@@ -23,7 +24,7 @@ class Economical(nn.Module):
     """A denoiser, computed in a number format, whose activations are kept for the backward pass where those of all
     looks of a trajectory take no more than `KEPT`, and computed again in it otherwise."""
 
-    def __init__(self, denoiser: Denoises, precision: Precision, looks: int) -> None:
+    def __init__(self, denoiser: Denoiser, precision: Precision, looks: int) -> None:
         super().__init__()
         self.denoiser, self.precision, self.looks = denoiser, precision, looks
         self._keeps: bool | None = None
@@ -44,22 +45,31 @@ class Economical(nn.Module):
             with torch.no_grad():
                 return look(x_t)
         if self._keeps is None:
-            self._keeps = self.looks * _kept(lambda: look(x_t)) <= KEPT
+            with (kept := Kept(self.denoiser)):
+                trial = look(x_t)
+            self._keeps = self.looks * kept.bytes <= KEPT
+            del trial
         return look(x_t) if self._keeps else _recomputed(look, x_t)
 
 
-def _kept(run: Callable[[], object]) -> int:
-    """The bytes that a computation keeps for its backward pass."""
-    sizes: dict[int, int] = {}
+class Kept(saved_tensors_hooks):
+    """Counts what passes within it keep for their backward halves, the weights themselves aside."""
 
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return x
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        self._weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
+        self._found: dict[int, int] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        _alive = run()
-    return sum(sizes.values())
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self._found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """How many."""
+        return sum(self._found.values())
 
 
 def _recomputed(look: Callable[[Tensor], Prediction], x_t: Tensor) -> Prediction:

@@ -7,14 +7,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualout.data import pixels
-from dualout.denoiser import Denoiser
 from dualout.networks.device import seconds
+from dualout.training.activations import Kept
 from dualout.training.batches import Batch, Batches
 from dualout.training.learner import Learner
 from dualout.training.loop import Part
@@ -69,14 +67,14 @@ def estimate(job: Job) -> Estimate:
     def timed(some: Batch) -> float:
         return seconds(lambda: part(some, last=True), job.device)
 
-    with (kept := _Kept(denoiser)):
+    with (kept := Kept(denoiser)):
         took = timed(one)
     activations = kept.bytes
     if images > 1:
         # not the first of all, which takes longer
         quick = took if took > _LONG and not compiled else timed(one)
         few = few.cut(0, max(2, min(len(few.samples), int(_SECONDS / quick))))
-        with (kept := _Kept(denoiser)):
+        with (kept := Kept(denoiser)):
             took = timed(few)
         # some is kept once, however many images there are: weights in half precision
         activations += (kept.bytes - activations) * (images - 1) // (len(few.samples) - 1)
@@ -92,26 +90,6 @@ def estimate(job: Job) -> Estimate:
     memory = 4 * (held // processes + parameters if config.fsdp else held) + activations
     step = each * config.batch_size / processes
     return Estimate(parameters, trained, memory, step, each / 3, flops, len(few.samples), compiled)
-
-
-class _Kept(saved_tensors_hooks):
-    """Counts what passes within it keep for their backward halves, the weights themselves aside."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(self._keep, lambda tensor: tensor)
-        self._weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
-        self._found: dict[int, int] = {}
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
-            self._found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        """How many."""
-        return sum(self._found.values())
 
 
 def _flops(job: Job, batch: Batch) -> int:
