@@ -119,7 +119,7 @@ def test_noises_that_decide_are_none_of_those_that_are_fitted_by_and_follow_the_
 
 
 def test_a_fit_makes_as_many_images_as_it_says(monkeypatch):
-    monkeypatch.setattr(activations, "KEPT", -1)
+    monkeypatch.setattr(activations, "MOST_KEPT", -1)
     data, looks = MEAN + SPREAD * noise(range(80), (1, 2, 2)), 0
 
     class Counting(Exact):
@@ -155,7 +155,7 @@ def test_activations_that_need_little_memory_are_kept_and_the_numbers_are_the_sa
 
     denoiser.network.register_forward_pre_hook(count)
     for most in (-1, 100_000, 2**30):  # the network keeps some hundreds of kilobytes
-        monkeypatch.setattr(activations, "KEPT", most)
+        monkeypatch.setattr(activations, "MOST_KEPT", most)
         looks = 0
         found.append([p.calibration.values for p in fit(denoiser, sampler, data, how)][-1])
         kept.append(looks)

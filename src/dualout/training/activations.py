@@ -16,13 +16,13 @@ from dualout.networks.precision import Precision
 from dualout.prediction import Prediction
 from dualout.schedules import Schedule
 
-KEPT = 2**30
+MOST_KEPT = 2**30
 """Bytes that the activations of all steps may take; with more, they are computed again in the backward pass."""
 
 
 class Economical(nn.Module):
     """A denoiser, computed in a number format, whose activations are kept for the backward pass where those of all
-    looks of a trajectory take no more than `KEPT`, and computed again in it otherwise."""
+    looks of a trajectory take no more than `MOST_KEPT`, and computed again in it otherwise."""
 
     def __init__(self, denoiser: Denoiser, precision: Precision, looks: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Economical(nn.Module):
         if self._keeps is None:
             with (kept := Kept(self.denoiser)):
                 trial = look(x_t)
-            self._keeps = self.looks * kept.bytes <= KEPT
+            self._keeps = self.looks * kept.bytes <= MOST_KEPT
             del trial
         return look(x_t) if self._keeps else _recomputed(look, x_t)
 
