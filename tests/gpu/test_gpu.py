@@ -335,3 +335,14 @@ def test_precisions() -> None:
     assert choose("auto", GPU).name in ("bf16", "fp16")
     with choose("bf16", GPU).autocast():
         assert (torch.ones(2, 2, device=GPU) @ torch.ones(2, 2, device=GPU)).dtype == torch.bfloat16
+
+
+def test_a_table_of_times_that_is_too_short_leaves_the_gpu_usable(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    tiny = build("tiny:width=8", *DIGIT[:2], 1)
+    learned = UNet2DModel.from_config(tiny.config, time_embedding_type="learned", num_train_timesteps=50)
+    Denoiser(learned, Epsilon(), Linear(60)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="table of 50 rows, 0 … 49, was asked for 59"):
+        Model.load(tmp_path, GPU)
+    assert float(torch.ones(3, device=GPU).sum()) == 3

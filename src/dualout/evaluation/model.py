@@ -17,6 +17,7 @@ from dualout.evaluation.autoencoder import Autoencoder, named_by
 from dualout.evaluation.output import Decoded, Latents, Output, Pixels
 from dualout.files import file_hash
 from dualout.networks.backends import Chosen
+from dualout.networks.tables import indices_checked
 
 _LARGEST = 16384
 """Channels, and pixels a side."""
@@ -115,7 +116,8 @@ class Model:
         labels = {} if self.classes is None else {"class_labels": torch.zeros(1, dtype=torch.long, device=self.device)}
         try:
             last = self.denoiser.schedule.steps - 1
-            self.denoiser(torch.zeros(1, channels, height, width, device=self.device), last, **labels)
+            with indices_checked(self.denoiser):
+                self.denoiser(torch.zeros(1, channels, height, width, device=self.device), last, **labels)
         except (InputError, MemoryError):
             raise
         except Exception as error:  # networks raise whatever damaged arguments lead them to

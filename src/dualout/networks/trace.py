@@ -16,6 +16,7 @@ from dualout.errors import InputError
 from dualout.networks.adapter import Adapter
 from dualout.networks.output import Interleaved, Output, Plain
 from dualout.networks.positional import Positional
+from dualout.networks.tables import indices_checked
 from dualout.networks.wide import layers_of, rows_of
 
 Example = Sequence[Any]
@@ -243,7 +244,7 @@ def call(network: nn.Module, example: Example) -> Tensor:
     if x_t.is_floating_point() and x_t.dtype != dtype:
         x_t = x_t.to(dtype)
     try:
-        with evaluating(network):
+        with evaluating(network), indices_checked(network):
             output = network(x_t, t, **(rest[0] if rest else {}))
     except Exception as error:  # networks raise whatever unfit arguments lead them to
         named = "".join(f", {name}" for name in (rest[0] if rest else {}))

@@ -1,0 +1,51 @@
+"""Embeddings that are asked for more than they have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dualout.errors import InputError
+from dualout.networks import trace
+from dualout.networks.tables import indices_checked
+
+
+class OnGpu(nn.Embedding):
+    """One that gives something for every index at first, as a GPU does."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index % self.num_embeddings)
+
+
+class Timed(nn.Module):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.times, self.out = OnGpu(steps, 1), nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out(x + self.times(t)[:, :, None, None])
+
+
+@pytest.mark.parametrize("t", [5, 7, -1])
+def test_an_index_beyond_the_table_is_told_before_it_is_looked_up(t: int) -> None:
+    network, x = Timed(5), torch.zeros(1, 1, 4, 4)
+    with indices_checked(network):
+        network(x, torch.tensor([4]))
+        with pytest.raises(IndexError, match=f"table of 5 rows, 0 … 4, was asked for {t} … {t}"):
+            network(x, torch.tensor([t]))
+    network(x, torch.tensor([t]))
+    with pytest.raises(InputError, match=r"cannot be called as \(x_t, t\).*table of 5 rows"):
+        trace.call(network, (x, torch.tensor([t])))
+
+
+def test_shapes_alone_and_no_indices_are_let_through() -> None:
+    with indices_checked(network := Timed(5)):
+        assert network(torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.long)).shape == (0, 1, 4, 4)
+        network.to("meta")(torch.zeros(1, 1, 4, 4, device="meta"), torch.ones(1, dtype=torch.long, device="meta"))
+
+
+def test_a_network_that_is_compiled_as_a_whole_is_left_so() -> None:
+    network = torch.compile(Timed(5), backend="eager", fullgraph=True)
+    x, t = torch.ones(1, 1, 4, 4), torch.tensor([4])
+    assert torch.equal(trace.call(network, (x, t)), network(x, t))
