@@ -8,22 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from dualout.errors import InputError, unknown
-from dualout.evaluation.features import Features
-from dualout.evaluation.sampling import build_sampler, parse_route
-from dualout.evaluation.scoring import check_count
 from dualout.files import portable
-from dualout.networks import backends
-from dualout.networks.device import device as find_device
-from dualout.networks.precision import choose
-from dualout.parameterizations import Parameterization
 from dualout.registry import described, fits
-from dualout.samplers import Sampler
-from dualout.schedules import Schedule
-from dualout.training.calibrate import Fit
 from dualout.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dualout.samplers import Sampler
+    from dualout.schedules import Schedule
 
 
 @dataclass(kw_only=True)
@@ -79,6 +73,16 @@ class Grid:
     """Images sampled at a time"""
 
     def __post_init__(self) -> None:
+        # --help and a flag that cannot be read do not wait for torch
+        from dualout.evaluation.features import Features
+        from dualout.evaluation.sampling import build_sampler
+        from dualout.evaluation.scoring import check_count
+        from dualout.networks import backends
+        from dualout.networks.device import device as find_device
+        from dualout.networks.precision import choose
+        from dualout.schedules import Schedule
+        from dualout.training.calibrate import Fit
+
         if not self.methods:
             raise InputError("a comparison needs methods: eps: eps, dual: dual, …")
         self.baseline = self.baseline or next(iter(self.methods))
@@ -161,6 +165,9 @@ class Grid:
 
     def models(self) -> list[Training]:
         """The models that are trained."""
+        from dualout.evaluation.sampling import parse_route
+        from dualout.parameterizations import Parameterization
+
         known = get_type_hints(TrainConfig)
         found = []
         for (name, method), seed in product(self.methods.items(), self.training_seeds):
@@ -190,6 +197,8 @@ class Part(NamedTuple):
 
     def settings(self, schedule: Schedule, clip: bool) -> Iterator[tuple[Sampler, bool]]:
         """Every sampler, and whether it is calibrated."""
+        from dualout.evaluation.sampling import build_sampler
+
         for spec, spacing, steps, calibrated in product(*self):
             yield build_sampler(spec, steps, spacing, schedule, clip), calibrated
 
