@@ -278,9 +278,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
     problems = _mismatch(module.state_dict(), tensors)
     if problems:
         raise InputError(f"{source} does not fit this architecture, nothing was loaded; {problems}")
-    # of 8-bit floats torch computes nothing
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v.float()).all()]
-    if bad:
+    if bad := _not_finite(tensors):
         raise InputError(f"{source} holds NaN or infinite weights, nothing was loaded; in {_some(bad)}")
     module.load_state_dict(tensors)
 
@@ -297,6 +295,31 @@ def _mismatch(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
         ],
     }
     return "; ".join(f"{what}: {_some(which)}" for what, which in names.items() if which)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those with a value that is NaN or infinite."""
+    floats = {k: v for k, v in tensors.items() if v.is_floating_point() and v.numel()}
+    if not floats:
+        return []
+    # of 8-bit floats torch computes nothing
+    extents = [torch.aminmax(v.detach() if v.element_size() > 1 else v.detach().float()) for v in floats.values()]
+    finite = [torch.stack(extent).isfinite().all() for extent in extents]
+    # a GPU is waited for once, not for each
+    told = torch.stack([each.to(finite[0].device) for each in finite]).tolist()
+    return [name for name, good in zip(floats, told, strict=True) if not good]
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that cannot be written, since no one could load them.
+
+    Raises:
+        InputError: for those without values (on the meta device), or with NaN or infinite ones.
+    """
+    if nowhere := [name for name, x in tensors.items() if x.is_meta]:
+        raise InputError(f"weights on the meta device have no values to write, such as {nowhere[0]}")
+    if bad := _not_finite(tensors):
+        raise InputError(f"weights that are NaN or infinite are not written: none could load them; in {_some(bad)}")
 
 
 def _some(names: list[str], most: int = 6) -> str:
@@ -327,8 +350,7 @@ def write(path: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], 
     """
     directory = Path(path).expanduser()
     config = {"format": FORMAT, "dualout": __version__, **config, "card": card}
-    if nowhere := [name for name, x in tensors.items() if x.is_meta]:
-        raise InputError(f"weights on the meta device have no values to write, such as {nowhere[0]}")
+    check_values(tensors)
     try:
         told = as_json(config)
     except (TypeError, ValueError) as error:

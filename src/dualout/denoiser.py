@@ -182,8 +182,8 @@ class Denoiser(nn.Module):
                 neither clip nor show.
 
         Raises:
-            InputError: when the network's class is not one that can be rebuilt from its configuration, or the
-                directory cannot be written.
+            InputError: when the network's class is not one that can be rebuilt from its configuration, weights are
+                NaN or infinite, or the directory cannot be written.
         """
         self._write(path, self.card, extra)
 

@@ -355,6 +355,10 @@ def test_a_directory_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch:
     assert not any((tmp_path / "it").iterdir())
     with pytest.raises(InputError, match="push_to_hub"):
         pipeline.save_pretrained(tmp_path / "it", push_to_hub=True)
+    pipeline.unet.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(InputError, match=r"NaN or infinite are not written: .*; in conv_out\.bias$"):
+        pipeline.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_loading_takes_no_pickles(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def test_what_cannot_be_written_down_leaves_what_was_there(there: bool, written:
         denoiser().save_pretrained(path, seen={1, 2})
     with pytest.raises(InputError, match="meta device have no values"):
         denoiser(build("tiny", 1, 8, 3).to("meta")).save_pretrained(path)
+    network = build("tiny", 1, 8, 3)
+    for value, dtype in ((float("nan"), torch.float32), (float("-inf"), torch.bfloat16)):
+        network.to(dtype).conv_out.bias.data[1] = value
+        with pytest.raises(InputError, match=r"NaN or infinite are not written: .*; in network\.conv_out\.bias$"):
+            denoiser(network).save_pretrained(path)
     assert path.exists() is there
     assert {p.name: p.read_bytes() for p in path.glob("*")} == (written if there else {})
 

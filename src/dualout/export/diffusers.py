@@ -340,13 +340,14 @@ class DualOutputPipeline(DiffusionPipeline):
         """Write the pipeline in diffusers' layout, and a model card, whole or not at all; options are diffusers' own.
 
         Raises:
-            InputError: when it cannot be written.
+            InputError: when it cannot be written, or has weights that are NaN or infinite.
         """
         if options.pop("push_to_hub", False):
             raise InputError("save_pretrained writes to disk; pipeline.push_to_hub(…) uploads")
         self._write(save_directory, dict(self.config["card"]), options)
 
     def _write(self, directory: str | Path, card: dict[str, Any], options: dict[str, Any]) -> None:
+        checkpoint.check_values(checkpoint.tensors_of(self.unet))
         with whole(directory, last=INDEX) as aside:
             super().save_pretrained(str(aside), **options)
             (aside / "pipeline.py").write_text(_MODULE, encoding="utf-8", newline="\n")
