@@ -101,6 +101,33 @@ def test_floating_images(file, kind, black, white):
     assert np.array_equal(found.batch(range(20)), COLOUR.transpose(0, 3, 1, 2))
 
 
+def test_floats_that_may_be_of_either_range_are_told(file):
+    values = np.linspace(0.25, 1, 20 * 48, dtype=np.float32).reshape(20, 8, 6)
+    found = load(file(values))
+    (note,) = found.notes
+    assert "values from 0.25 to 1, read with 0 for black" in note
+    assert "values=[-1+1]" in note
+    assert found.batch(range(20)).min() == 64
+    said = load(f"{file(values)}:values=[-1+1]")
+    assert (said.batch(range(20)).min(), len(load(f"{file(values)}:values=[0+1]").notes)) == (159, 0)
+    values[7] = 0
+    assert load(file(values)).notes == ()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_one_image_is_not_taken_for_its_rows(file, kind):
+    image = (COLOUR[0] / 255 if kind is np.float32 else COLOUR[0]).astype(kind)
+    for channels, message in [
+        (3, r"\(8, 6, 3\) may be 8 grey images of 6×3, or one image of 3 channels; .*layout=nhw.* array of 1×8×6×3"),
+        (1, r"\(8, 6, 1\) may be 8 grey images of 6×1, or one image of 1 channel; .*layout=nhw.* array of 1×8×6×1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load(file(image[..., :channels]))
+    assert load(f"{file(image)}:layout=nhw").shape == (1, 6, 3)
+    assert load(file(COLOUR[:1])).shape == (3, 8, 6)
+    assert load(f"{file(image.astype(np.float32))}:latents=true").shape == (1, 6, 3)
+
+
 def test_floating_images_of_other_ranges_must_say_so(file):
     values = COLOUR.astype(np.float32)
     spec = file(values)

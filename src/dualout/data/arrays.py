@@ -19,6 +19,8 @@ from dualout.errors import InputError, unknown
 
 _CHANNELS = (1, 3)
 _CHECKED_BYTES = 2**26
+_BLACK = 1 / 255
+"""Below which something is black. Images of which nothing is are perhaps in [−1, 1], and all brighter than grey."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Arrays(Source):
 
     Attributes:
         path: the file.
-        layout: "nhw", "nhwc" or "nchw"; None finds out, where one side only can be 1 or 3 channels.
+        layout: "nhw", "nhwc" or "nchw"; None finds out, where one side only can be 1 or 3 channels. Of three sides the
+            last must be none then: N×H×3 would be one image too.
         values: the values of black and white of floating images; what lies outside is clipped.
         latents: the arrays are no pictures but floats for a model to learn as they are (N×C×H×W where `layout` does not
             say otherwise): nothing is scaled or clipped.
@@ -71,7 +74,7 @@ class Arrays(Source):
         images, values, unread = self._npz(path) if path.suffix == ".npz" else (npy_array(path), None, [])
         if not images.size:
             raise InputError(f"{self.path} holds no images: an array of shape {images.shape}")
-        layout, scale = self._found_layout(images), self._scale(images)
+        layout, (scale, notes) = self._found_layout(images), self._scale(images)
         labels, classes = None, ()
         if values is not None:
             labels = class_labels(values, len(images), self.path)
@@ -79,13 +82,12 @@ class Arrays(Source):
         rows = held_out(len(images), self.holdout, self.split)
         if labels is not None:
             labels = torch.from_numpy(labels if rows is None else labels[rows])
-        notes = ()
         if unread and labels is None:
-            notes = (
+            notes.append(
                 f"there are no classes: {self.path} has no array {self.labels!r}, but {', '.join(unread)}; name "
-                f"one by labels={unread[0]}",
+                f"one by labels={unread[0]}"
             )
-        return Dataset("arrays", images, layout, rows, labels, classes, scale, notes)
+        return Dataset("arrays", images, layout, rows, labels, classes, scale, tuple(notes))
 
     def _npz(self, path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
         """Images, labels, and the names of the other arrays."""
@@ -111,6 +113,14 @@ class Arrays(Source):
                 raise InputError(f"{self.path}: layout={self.layout} does not fit an array of shape {shape}")
             return self.layout
         if images.ndim == 3:
+            if shape[2] in _CHANNELS and not self.latents:
+                rows = "×".join(map(str, shape[1:]))
+                one = "×".join(map(str, (1, *shape)))
+                raise InputError(
+                    f"{self.path}: the shape {shape} may be {shape[0]} grey images of {rows}, or one image of "
+                    f"{shape[2]} channel{'s' * (shape[2] > 1)}; say layout=nhw for the first, and give the other as an "
+                    f"array of {one}"
+                )
             return "nhw"
         if images.ndim != 4:
             raise InputError(f"{self.path} holds an array of shape {shape}; images are N×H×W, N×H×W×C or N×C×H×W")
@@ -122,24 +132,29 @@ class Arrays(Source):
             raise InputError(f"{self.path}: the shape {shape} {what}; say layout=nhwc or layout=nchw")
         return "nchw" if first else "nhwc"
 
-    def _scale(self, images: np.ndarray) -> tuple[float, float] | None:
-        """The values of black and white; None for uint8 and for latents."""
+    def _scale(self, images: np.ndarray) -> tuple[tuple[float, float] | None, list[str]]:
+        """The values of black and white, None for uint8 and for latents, and a note where they are a guess."""
         if images.dtype == np.uint8 and not self.latents:
             if self.values is not None:
                 raise InputError(f"{self.path} holds uint8, 0 is black and 255 white; leave values out")
-            return None
+            return None, []
         if images.dtype.kind != "f":
             need = "latents are floating" if self.latents else "images are uint8 (0…255) or floating"
             raise InputError(f"{self.path} holds values of type {images.dtype}; {need}: convert them")
         low, high = self._extent(images)
         if self.latents:
-            return None
+            return None, []
         if self.values is not None:
-            return float(self.values[0]), float(self.values[1])
+            return (float(self.values[0]), float(self.values[1])), []
         if low >= 0 and high <= 1:
-            return 0.0, 1.0
+            dark = low < _BLACK
+            note = (
+                f"{self.path} holds values from {low:.3g} to {high:.3g}, read with 0 for black and 1 for white; where "
+                "−1 is black, say values=[-1+1]"
+            )
+            return (0.0, 1.0), [] if dark else [note]
         if low >= -1 and high <= 1:
-            return -1.0, 1.0
+            return (-1.0, 1.0), []
         raise InputError(
             f"{self.path} holds floating values from {low:.6g} to {high:.6g}. Images are in [0, 1] or [−1, 1]; for "
             "another range say which values are black and white, such as values=[0+255]; if these are no "
