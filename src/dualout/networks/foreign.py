@@ -37,6 +37,11 @@ CODERS = ("vae", "vqvae", "movq", "vqgan")
 _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(-\d+-of-\d+)?(\.(?P<variant>\w+?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
 )
+_SAFE = (
+    ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-?????-of-?????.safetensors"),
+    ("diffusion_pytorch_model*fp16*.safetensors", "diffusion_pytorch_model*bf16*.safetensors"),
+)
+"""What is downloaded of a network's weights, and what where that is not there: their variants."""
 _LORAS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
 """What diffusers and PEFT call the files of a LoRA."""
 
@@ -118,16 +123,24 @@ class _Found(NamedTuple):
 def _read(found: _Found, repository: str | None, directory: Path) -> Denoiser:
     """The network, which of a repository of the Hub is downloaded, without what encodes texts and images."""
     if repository is not None:
-        below = found.place.relative_to(directory)
-        hub.download(repository, ["*.json", (below / "*.safetensors").as_posix()])
-        if not any(found.place.glob("*.safetensors")):
-            raise InputError(
-                f"{repository} has no weights in safetensors, and others are not downloaded: get it by hf download "
-                f"{repository} --local-dir DIRECTORY, and name that directory; its .bin files are read as data"
-            )
+        _download(repository, found.place.relative_to(directory), directory)
     denoiser = Denoiser(diffusers_model(found.place), found.parameterization, found.schedule).eval()
     denoiser.card |= found.card
     return denoiser
+
+
+def _download(repository: str, below: Path, directory: Path) -> None:
+    """Get the weights in safetensors that `diffusers_model` will read, and no other variants of them."""
+    for names in _SAFE:
+        wanted = [(below / name).as_posix() for name in names]
+        hub.download(repository, wanted)
+        if any(any(directory.glob(name)) for name in wanted):
+            return
+    raise InputError(
+        f"{repository} has no weights in safetensors by the names of diffusers ({_SAFE[0][0]}), and others are not "
+        f"downloaded: get it by hf download {repository} --local-dir DIRECTORY, and name that directory; its .bin "
+        "files are read as data"
+    )
 
 
 def _untold(source: str | Path, **told: str | None) -> None:

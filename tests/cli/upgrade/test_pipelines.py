@@ -6,6 +6,7 @@ import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,39 @@ def test_a_pipeline_without_safetensors(unet, tmp_path, monkeypatch, caplog) -> 
     monkeypatch.setattr(logging.get_logger("diffusers"), "propagate", True)
     assert torch.equal(foreign.load(tmp_path / "there").network.conv_out.weight, unet.conv_out.weight)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("place", ["", "unet"])
+@pytest.mark.parametrize("size", ["10GB", "20KB"])
+def test_of_several_variants_on_the_hub_one_is_downloaded(unet, tmp_path, monkeypatch, size, place) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+
+    def put(name: str, **how: Any) -> None:
+        # on its own first: diffusers removes what it takes for shards of before
+        unet.save_pretrained(tmp_path / name, max_shard_size=size, **how)
+        shutil.copytree(tmp_path / name, there / place, dirs_exist_ok=True)
+
+    def got() -> str:
+        assert torch.equal(foreign.load("some/pipeline").network.conv_out.weight, unet.conv_out.weight)
+        return " ".join(file.name for file in here.rglob("*.*") if file.suffix != ".json")
+
+    put("pickled", safe_serialization=False)
+    for variant in ("fp16", "non_ema"):
+        put(variant, variant=variant)
+    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    (there / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"} | parts))
+    scheduler().save_config(there / "scheduler" if place else there)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloads(there, here))
+    # a variant where there is nothing else in safetensors
+    variant = got()
+    assert "fp16" in variant
+    assert "non_ema" not in variant
+    assert ".bin" not in variant
+    shutil.rmtree(here)
+    put("plain")
+    plain = got()
+    assert "diffusion_pytorch_model" in plain
+    assert not any(other in plain for other in ("fp16", "non_ema", ".bin"))
 
 
 @pytest.mark.parametrize("size", ["10GB", "20KB"])
