@@ -47,6 +47,21 @@ def refuse_other_images(path: Path, known: dict[str, Any], data: str, images: di
         )
 
 
+def refuse_other_source(path: Path, known: dict[str, Any], source: str, fingerprint: str) -> None:
+    """Refuse to go on with an upgrade of another model.
+
+    Args:
+        path: of the upgrade.
+        known: what it is.
+        source: where the model is now.
+        fingerprint: what it is known again by.
+    """
+    if known["source"] not in (None, fingerprint):
+        old = known["config"]["source"]
+        what = f"the weights of {source} have changed" if old == source else f"{source} has other weights than {old}"
+        raise InputError(f"--out {path} began with another source: {what}; take another --out")
+
+
 def refuse_other_network(path: Path, known: dict[str, Any], described: dict[str, Any]) -> None:
     """Refuse to go on with a run with another network, as it is described now."""
     if known["denoiser"] != described:

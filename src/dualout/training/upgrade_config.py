@@ -144,8 +144,8 @@ def refuse_changes(path: Path, known: dict[str, Any] | None, config: UpgradeConf
         refuse_others(path, "an upgrade goes to a new or empty directory")
         return
     now = config.asdict()
-    # where the images lie may change, if it is told which they are: that shows once they are loaded
-    free = FREE | ({"data"} if known["data"] else set())
+    # where images and source lie may change, if it is told which they are: that shows once they are loaded
+    free = FREE | {name for name in ("data", "source") if known[name]}
     changed = [k for k, v in known["config"].items() if k not in free and now.get(k) != v]
     if changed:
         listed = ", ".join(f"{k} {known['config'][k]} → {now.get(k)}" for k in changed)

@@ -8,6 +8,7 @@ training/                                      the run that fine-tunes, which go
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from dualout.networks.adapter import config_of
 from dualout.networks.device import device
 from dualout.networks.trace import Example, call
 from dualout.training import opening
-from dualout.training.changes import refuse_other_images
+from dualout.training.changes import refuse_other_images, refuse_other_source
 from dualout.training.closed_form import solve
 from dualout.training.estimate import Estimate, estimate
 from dualout.training.noised import Bins, Noised, Stream, shuffled
@@ -164,6 +165,9 @@ class Upgrade:
         if config.data is None:
             raise InputError(f"{config.source} does not say what it was trained on: give --data, such as digits")
         source = read()
+        self._original = _fingerprint(source)
+        if self._known is not None:
+            refuse_other_source(self.path, self._known, config.source, self._original)
         self.conditional = bool(config_of(source.network).get("num_class_embeds"))
         training = config.training(conditional=self.conditional)
         self.dataset = data.load(
@@ -322,6 +326,7 @@ class Upgrade:
         content = {
             "config": self.config.asdict() | {"out": None},
             "data": which_images(self.dataset),
+            "source": self._original,
             "checks": [*self.earlier, *(c.short() for c in self.checks)],
             "table": self.table,
         }
@@ -348,10 +353,20 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = read_json(file)
-        # earlier versions did not say which images
-        return {k: content[k] for k in ("config", "checks", "table")} | {"data": content.get("data")}
+        # earlier versions did not say which images and which source
+        told = {k: content.get(k) for k in ("data", "source")}
+        return {k: content[k] for k in ("config", "checks", "table")} | told
     except (InputError, KeyError) as error:
         raise InputError(f"{file} is damaged ({error}); take another --out") from error
+
+
+def _fingerprint(source: Denoiser) -> str:
+    """A hash of a model's weights, and of how they are read, wherever it comes from."""
+    state = hashlib.sha256(repr((source.parameterization.config(), source.schedule.config())).encode())
+    for name, tensor in checkpoint.tensors_of(source).items():
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def _check_size(source: str, network: Any, size: tuple[int, int]) -> None:

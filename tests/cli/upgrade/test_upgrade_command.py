@@ -120,6 +120,34 @@ def test_images_that_have_moved_are_known_again(source, tmp_path, capsys) -> Non
     assert "other settings: data arrays:" in capsys.readouterr().err
 
 
+def test_a_source_that_has_moved_is_known_again(source, tmp_path, capsys) -> None:
+    out, moved, other = tmp_path / "out", tmp_path / "moved", tmp_path / "other"
+
+    def rows(of: Path, steps: int) -> int:
+        return upgraded(of, "--scope", "rows", "--check_every", 2, "--steps", steps, out=out)
+
+    assert rows(source, 2) == 0
+    shutil.copytree(source, moved)
+    denoiser = dualout.Denoiser.from_pretrained(source)
+    denoiser.network.conv_out.bias.data += 1e-3
+    denoiser.save_pretrained(other, image={"channels": 1, "size": [8, 8]})
+    assert rows(other, 4) == 2
+    assert f"began with another source: {other} has other weights than {source}" in capsys.readouterr().err
+    assert rows(moved, 4) == 0
+    record = json.loads((out / "upgrade.json").read_text())
+    assert [c["step"] for c in record["checks"]] == [0, 0, 2, 4]
+    assert record["config"]["source"] == str(moved)
+    # what came to lie in its place is another source too
+    shutil.copy(other / "model.safetensors", moved)
+    assert rows(moved, 6) == 2
+    assert f"the weights of {moved} have changed" in capsys.readouterr().err
+    # an earlier version did not say which source it was
+    del record["source"]
+    (out / "upgrade.json").write_text(json.dumps(record))
+    assert rows(source, 6) == 2
+    assert "other settings: source " in capsys.readouterr().err
+
+
 def test_what_a_killed_upgrade_was_writing_is_removed_and_two_at_once_are_refused(source, tmp_path) -> None:
     torn = tmp_path / "out" / ".model.safetensors.a1b2c3_4.tmp"
     torn.parent.mkdir()
