@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import dualout
+import oneconv
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
 from dualout.networks import build
@@ -95,8 +96,15 @@ def test_two_outputs_are_not_upgraded_again(source) -> None:
 
 def test_a_learned_variance_is_no_more_channels_of_images() -> None:
     network = trained(LearnedVariance()).network
-    with pytest.raises(InputError, match=r"takes 1 channels and gives 2, .* LearnedVariance\(Epsilon\(\)\)"):
+    with pytest.raises(InputError, match=r"gives 2 channels for images of 1, .* LearnedVariance\(Epsilon\(\)\)"):
         upgrade(Denoiser(network, Epsilon(), SCHEDULE))
+    # of one without a configuration it is seen by its first layer, or by the example
+    own = Told()
+    own.out, example = nn.Conv2d(1, 2, 3, padding=1), (noises(), torch.tensor([1, 2, 3]), {"text": torch.zeros(3)})
+    with pytest.raises(InputError, match="gives 2 channels for images of 1"):
+        upgrade(Denoiser(own, Epsilon(), SCHEDULE), example=example)
+    with pytest.raises(InputError, match="gives 4 channels for images of 2"):
+        upgrade(Denoiser(oneconv.Net(4), Epsilon(), SCHEDULE))
     with pytest.raises(InputError, match="one that learned a variance too is read by LearnedVariance"):
         Denoiser(network, Epsilon(), SCHEDULE)(noises(), 3)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dualout.denoiser import tensor_of
 from dualout.errors import InputError
-from dualout.networks.adapter import Adapter
+from dualout.networks.adapter import Adapter, config_of, innermost
 from dualout.networks.output import Interleaved, Output, Plain
 from dualout.networks.positional import Positional
 from dualout.networks.tables import indices_checked
@@ -209,6 +209,17 @@ def guess(network: nn.Module, called: nn.Module | None = None) -> Example:
     t = torch.ones(1, dtype=torch.long, device=weight.device)
     further = _further(network if called is None else called)
     return (x, t, dict.fromkeys(further, torch.zeros_like(t))) if further else (x, t)
+
+
+def has_variance(network: nn.Module, count: int, example: Example | None = None) -> bool:
+    """Whether so many output channels are one output and a learned variance: twice those of the images.
+
+    Where there is no example, a network's configuration says how many these have, or else its first layer.
+    """
+    if example is not None:
+        return count == 2 * example[0].shape[1]
+    takes = config_of(network).get("in_channels") or guess(innermost(network), network)[0].shape[1]
+    return count == 2 * takes
 
 
 def _further(network: nn.Module) -> list[str]:

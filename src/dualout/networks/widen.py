@@ -16,7 +16,7 @@ from dualout.networks.adapter import Adapter, innermost
 from dualout.networks.device import double
 from dualout.networks.diffusers import check_shaped, elsewhere
 from dualout.networks.output import Output, Plain, named, output_of
-from dualout.networks.trace import Example, call, folded, guess, listed, trace
+from dualout.networks.trace import Example, call, folded, guess, has_variance, listed, trace
 from dualout.networks.wide import KINDS, Wide, layers_of, partial, rows_of, wider
 from dualout.registry import as_python
 
@@ -74,8 +74,12 @@ def widen(
     _check_present(inner, output.layer)
     before = None if example is None else call(network, example)
     count = output.channels(inner)
-    if places is None:
-        _check_variance(network, inner, count, channels, example)
+    if places is None and channels == count + 1 and has_variance(network, count, example):
+        raise InputError(
+            f"this {type(inner).__name__} has {count} output channels for images of {count // 2}, as networks of ε and "
+            "a learned variance have: dualout.training.upgrade.upgrade(Denoiser(network, LearnedVariance(Epsilon()), "
+            f"schedule)) gives those their second output. Where they are ε and x0, say places=range({count})"
+        )
     if before is not None and before.shape[1:2] != (count,):
         raise InputError(
             f"layer {output.layer!r} makes {count} channels, and this {type(inner).__name__} gives an output of shape "
@@ -196,19 +200,6 @@ def _output(
         # one derived from the class may do more than that
         example = _callable(network, inner)
     return output, example
-
-
-def _check_variance(network: nn.Module, inner: nn.Module, count: int, channels: int, example: Example | None) -> None:
-    """Refuse to make x0 of a learned variance, where 2C channels shall become 2C + 1."""
-    if count % 2 or channels != count + 1:
-        return
-    seen = (guess(inner, network) if example is None else example)[0].shape[1]
-    if count == 2 * seen:
-        raise InputError(
-            f"this {type(inner).__name__} has {count} output channels for images of {seen}, as networks of ε and a "
-            "learned variance have: dualout.training.upgrade.upgrade(Denoiser(network, LearnedVariance(Epsilon()), "
-            f"schedule)) gives those their second output. Where they are ε and x0, say places=range({count})"
-        )
 
 
 def _under_lora(network: nn.Module, layer: str) -> InputError:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError, unknown
-from dualout.networks.adapter import config_of, innermost
+from dualout.networks.adapter import innermost
 from dualout.networks.output import output_of
-from dualout.networks.trace import Example, call, guess, watching
+from dualout.networks.trace import Example, call, guess, has_variance, watching
 from dualout.networks.wide import Wide, row_dim, rows_of
 from dualout.networks.widen import widen
 from dualout.parameterizations import Upgraded
@@ -62,11 +62,10 @@ def upgrade(denoiser: Denoiser, *, layer: str | None = None, example: Example | 
         raise InputError(f"a model of {base.spec} has two outputs already: it is trained on with dualout train --init")
     count = _channels(network, example)
     c, left = divmod(count, parameterization.channels(1))
-    takes = config_of(network).get("in_channels")
-    if takes and c == 2 * takes:
+    if has_variance(network, c, example):
         raise InputError(
-            f"this {type(innermost(network)).__name__} takes {takes} channels and gives {c}, as networks that learned "
-            f"a variance do: say Denoiser(network, LearnedVariance({parameterization!r}), schedule)"
+            f"this {type(innermost(network)).__name__} gives {c} channels for images of {c // 2}, as networks that "
+            f"learned a variance do: say Denoiser(network, LearnedVariance({parameterization!r}), schedule)"
         )
     if left:
         raise InputError(f"{parameterization.spec} has two outputs a channel, but the network has {count} in all")
