@@ -96,7 +96,7 @@ def _step(
 ) -> Callable[[], None]:
     """Forward and backward; `apart` keeps attention in float32."""
     batch = BATCHES[name]
-    network.to(memory_format=layout)
+    network.to(memory_format=layout)  # type: ignore[call-overload]
     x, t = subjects.images(batch).contiguous(memory_format=layout), torch.randint(0, 1000, (batch,), device=PLACE)
     target = torch.randn(x.shape, device=PLACE)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dualout
 from dualout.errors import InputError
+from dualout.levels import CLEAN
 from dualout.networks.backends.fused import Fused
 from dualout.networks.backends.graph import RecordedTrajectory
 
@@ -96,7 +97,7 @@ def cases(peers: list[ModuleType], batch: int, steps: int) -> dict[str, Callable
         for _ in range(steps):
             network(noise, t)
 
-    levels = [*(schedule.scalars(t) for t in sampler.timesteps(schedule)), dualout.schedules.CLEAN]
+    levels = [*(schedule.scalars(t) for t in sampler.timesteps(schedule)), CLEAN]
     found = {
         "bare": bare,
         "by hand, single": by_hand(network, noise, levels),

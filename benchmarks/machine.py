@@ -40,9 +40,8 @@ def processor() -> str:
     name, flags = platform.processor() or platform.machine(), ""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1)) for line in info.read_text().splitlines() if ":" in line
-        )
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        fields = {key.strip(): value.strip() for key, _, value in lines}
         name, flags = fields.get("model name", name), fields.get("flags", "")
         if "family" not in name and "cpu family" in fields:
             name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ from dualout.networks.device import device
 KL_WEIGHT = 1e-4
 
 
-def encoded(network: AutoencoderKL, images: Tensor) -> Tensor:
+def encoded(network: Any, images: Tensor) -> Tensor:
     """The means of images' latents, (N, C, H/4, W/4), not scaled."""
     with torch.no_grad():
         return torch.cat([network.encode(some).latent_dist.mode() for some in images.split(500)])
 
 
-def error(network: AutoencoderKL, images: Tensor) -> float:
+def error(network: Any, images: Tensor) -> float:
     """Root mean square of what is lost on the way there and back, in units of the range of images."""
     with torch.no_grad():
         back = torch.cat([network.decode(z).sample for z in encoded(network, images).split(500)])
@@ -58,7 +59,7 @@ def main() -> None:
 
     torch.manual_seed(chosen.seed)
     generator = torch.Generator().manual_seed(chosen.seed)
-    network = AutoencoderKL(
+    network: Any = AutoencoderKL(
         in_channels=train.channels, out_channels=train.channels, latent_channels=chosen.channels,
         block_out_channels=(chosen.width, 2 * chosen.width, 2 * chosen.width), norm_num_groups=8, layers_per_block=1,
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, sample_size=train.size[0],

@@ -141,7 +141,7 @@ def image_of(dataset: Dataset) -> dict[str, Any]:
 def errors(denoiser: Denoiser, test: Dataset, o: argparse.Namespace) -> torch.Tensor:
     """|x0 − p.x0|² of unseen images in each bin of t, (bins, images), x0 not clipped."""
     rows = noised.shuffled(len(test), 0)[: o.judged]
-    stream = noised.Stream(test, rows, denoiser.schedule.steps, o.bins, 12345, o.device)
+    stream = noised.Stream(test, rows, noised.Bins(denoiser.schedule.steps, o.bins, 12345), o.device)
     found: list[list[torch.Tensor]] = [[] for _ in range(o.bins)]
     for batch in stream:
         level = denoiser.schedule.level(batch.t).like(batch.x0)

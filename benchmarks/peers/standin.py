@@ -28,7 +28,9 @@ class Anything:
 class Standin(ModuleType):
     """A module in which every name is there."""
 
-    __path__: Sequence[str] = ()
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
