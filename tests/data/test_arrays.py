@@ -297,6 +297,16 @@ def test_damaged_files_give_an_error_or_an_array(tmp_path, how):
     assert all(str(path) in message for message in refused)
 
 
+def test_latents_far_from_unit_variance_are_told_of(file):
+    latents = np.random.default_rng(0).normal(size=(20, 4, 8, 8)).astype(np.float32)
+    assert load(f"{file(latents)}:latents=true").notes == ()
+    for scales in ([1, 1, 1, 6], [0.1] * 4):
+        given = latents * np.array(scales, np.float32)[:, None, None]
+        (note,) = load(f"{file(given)}:latents=true").notes
+        spread = ", ".join(f"{s:.3g}" for s in given.std((0, 2, 3), dtype=np.float64))
+        assert f"standard deviations of {spread}, where" in note
+
+
 def test_a_header_that_promises_too_much(tmp_path):
     head = np.lib.format.header_data_from_array_1_0(COLOUR) | {"shape": (10**9, 10**4, 10**3, 3)}
     for packing in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

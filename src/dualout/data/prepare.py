@@ -16,7 +16,7 @@ from dualout.data import decode
 from dualout.data.base import Names, Pictures, Progress, Reading, Source, open_source
 from dualout.data.cache import Job, glimpse, listed_bad, materialize, quiet, workers
 from dualout.data.dataset import Dataset, evenly
-from dualout.errors import InputError
+from dualout.errors import InputError, some
 
 _LOOKED_AT, _COMPARED = 512, 64
 
@@ -61,14 +61,12 @@ def load(
         made = _decoded(source, found, reading)
     else:
         made = _fitted(source, dataclasses.replace(found, name=source.spec), reading)
-    note = _narrow(made)
+    note = _scaled(made) if made.latents else _narrow(made)
     return dataclasses.replace(made, notes=(*made.notes, note)) if note else made
 
 
 def _narrow(found: Dataset) -> str | None:
     """A note on images that use less than half of the range: their values were perhaps meant for another."""
-    if found.latents:
-        return None
     pixels = found.gather(evenly(len(found), _COMPARED))
     low, high = int(pixels.min()), int(pixels.max())
     if high - low >= 128:
@@ -77,6 +75,18 @@ def _narrow(found: Dataset) -> str | None:
         f"all pixels of {len(pixels)} images looked at are from {low} to {high}, where 0 is black and 255 white: if "
         "that is not how the images look, say which values are black and white (arrays: values=[0+1] of floats), or "
         "convert them; 16-bit files are read as 0 to 65535"
+    )
+
+
+def _scaled(found: Dataset) -> str | None:
+    """A note on latents of which a channel is far from unit variance, where noise hides it first or last."""
+    spread = found.gather(evenly(len(found), _COMPARED)).std((0, 2, 3), dtype=np.float64)
+    if spread.min() >= 0.25 and spread.max() <= 4:
+        return None
+    told = some([f"{s:.3g}" for s in spread], 8)
+    return (
+        f"the latents' channels have standard deviations of {told}, where schedules are made for about 1: multiply "
+        "latents by their autoencoder's scaling_factor, or each channel by a number of its own"
     )
 
 
