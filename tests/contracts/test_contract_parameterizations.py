@@ -138,10 +138,8 @@ def taught(parameterization: Parameterization, channels: int) -> dict[str, set[i
         heads = {"x0": new, "eps": old} if parameterization.trained == "x0" else {names[0]: old, "x0": new}
         return heads | ({"mu": {2 * channels}} if parameterization.ratio == "pixel" else {})
     if not isinstance(parameterization, Dual):
-        (part,) = around(torch.zeros(1, total, 2, 2), parameterization, Cosine(T))(
-            torch.ones(1, channels, 2, 2), 3
-        ).parts
-        return {part: set(range(total))}
+        parts = [*_any_belief(parameterization, channels)[0].parts]
+        return _several(parameterization, channels) if len(parts) > 1 else {parts[0]: set(range(total))}
     first, second = parameterization.first.symbol, parameterization.second.symbol
     heads = {first: set(range(channels)), second: set(range(channels, 2 * channels))}
     if parameterization.blend_weight:
@@ -152,6 +150,17 @@ def taught(parameterization: Parameterization, channels: int) -> dict[str, set[i
         one = {0.0: heads[first], 1.0: heads[second]}.get(parameterization.ratio)  # type: ignore[arg-type]
         return heads | {"mu": one or set(range(total))}
     return heads | ({"mu": ratio} if parameterization.ratio in LEARNED else {})
+
+
+def _several(parameterization: Parameterization, channels: int) -> dict[str, set[int]]:
+    """Of a class with outputs that nothing is known of: each loss teaches some, and together they teach all."""
+    raw, x0, noise, t = batch(parameterization, channels)
+    losses = around(raw.requires_grad_(), parameterization, Cosine(T)).loss(x0, t, noise).parts
+    slopes = {name: torch.autograd.grad(part.sum(), raw, retain_graph=True)[0] for name, part in losses.items()}
+    found = {name: set(slope.abs().sum((0, 2, 3)).nonzero().flatten().tolist()) for name, slope in slopes.items()}
+    assert all(found.values())
+    assert set.union(*found.values()) == set(range(raw.shape[1]))
+    return found
 
 
 @EVERY

@@ -214,11 +214,39 @@ def test_the_reference_shows_what_there_is() -> None:
         assert {f"{module.__name__}.{name}" for name in hidden} <= names
 
 
+_PAIR = """
+from dataclasses import dataclass
+
+from dualout.parameterizations import Parameterization
+from dualout.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class Pair(Parameterization):
+    def channels(self, image_channels):
+        return 2 * image_channels
+
+    def read(self, raw, x_t, level):
+        x0, eps = raw.chunk(2, 1)
+        level = level.over(x_t)
+        return Prediction(x_t, level, (x0 + (x_t - level.sigma * eps) / level.alpha) / 2, {"x0": x0, "eps": eps})
+
+    def losses(self, prediction, x0, eps):
+        truth = {"x0": x0, "eps": eps}
+        return {name: (part - truth[name]).square().flatten(1).mean(1) for name, part in prediction.parts.items()}
+"""
+
+
 def test_the_contract_tests_take_the_classes_of_the_guide(tmp_path: Path) -> None:
-    mine = next(block for block in blocks(HOME / "docs" / "guide" / "extend.md") if block.file == "mine.py")
-    (tmp_path / "mine.py").write_text(mine.text, encoding="utf-8")
+    for block in blocks(HOME / "docs" / "guide" / "extend.md"):
+        if block.file in ("mine.py", "own.py"):
+            (tmp_path / block.file).write_text(block.text, encoding="utf-8")
+    (tmp_path / "pair.py").write_text(_PAIR, encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = '-m pytest -n 0 -p no:cacheprovider -p mine tests/contracts -k "score or twostep"'
+    command = (
+        "-m pytest -n 0 -p no:cacheprovider -p mine -p own -p pair tests/contracts "
+        "-k 'score or twostep or even-diffusers or even-ddim or (pair and loss)'"
+    )
     found = subprocess.run(
         [sys.executable, *shlex.split(command)], cwd=HOME, env=os.environ | {"PYTHONPATH": path},
         capture_output=True, text=True, check=False,
