@@ -15,7 +15,7 @@ from dualout import bounded, checkpoint, hub
 from dualout.card import public
 from dualout.errors import InputError
 from dualout.levels import HALF, Level, lasting
-from dualout.parameterizations.base import Parameterization, Route, check_channels
+from dualout.parameterizations.base import Parameterization, Route, check_channels, check_losses
 from dualout.prediction import Prediction
 from dualout.schedules import Schedule
 
@@ -97,7 +97,11 @@ class Denoiser(nn.Module):
             _check_times(t, x_t)
             t = t if t.shape == x_t.shape[:1] else t.expand(len(x_t))
             level, time = self.schedule.level_for(x_t, t), t.long()
-        return self.parameterization.read(self.raw(x_t, time, level, **conditions), x_t, level)
+        prediction = self.parameterization.read(self.raw(x_t, time, level, **conditions), x_t, level)
+        if not isinstance(prediction, Prediction):
+            name, got = self.parameterization.name, type(prediction).__name__
+            raise InputError(f"read() of parameterization {name!r} returns a Prediction; got {got}")
+        return prediction
 
     def extra_repr(self) -> str:
         """What `repr` says besides the network."""
@@ -155,6 +159,7 @@ class Denoiser(nn.Module):
             alpha, sigma = self.schedule.scalars(t)
         prediction = self(alpha * x0 + sigma * noise, t, **conditions)
         parts = self.parameterization.losses(prediction, x0, noise)
+        check_losses(parts, len(x0), self.parameterization.name)
         weights = self.parameterization.weights(self.schedule)
         total = torch.stack([weights.get(name, 1.0) * part.mean() for name, part in parts.items()]).sum()
         return Loss(total, parts)

@@ -14,7 +14,7 @@ import os
 import pkgutil
 import re
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
@@ -52,16 +52,20 @@ class Registered:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__.lower()
+        if not cls.__module__.startswith(_OURS):
+            _check_name(cls)
 
     @classmethod
     def kinds(cls) -> dict[str, type[Self]]:
         """Every concrete class of this family, by name."""
-        found: dict[str, type[Self]] = {}
+        return {sub.name: sub for sub in cls._concrete()}
+
+    @classmethod
+    def _concrete(cls) -> Iterator[type[Self]]:
         for sub in cls.__subclasses__():
             if not _abstract(sub) and dataclasses.is_dataclass(sub):
-                found[sub.name] = sub
-            found.update(sub.kinds())
-        return found
+                yield sub
+            yield from sub._concrete()
 
     @classmethod
     def named(cls, name: str, **fields: Any) -> Self:
@@ -183,6 +187,21 @@ class Registered:
 
 class _Unknown(InputError):
     """A name that no class of a family has."""
+
+
+_OURS = f"{__name__.partition('.')[0]}."
+
+
+def _check_name(cls: type[Registered]) -> None:
+    """Refuse a class of somebody else by the name of one of ours, which specs and checkpoints would mean by it then."""
+    family = [base for base in cls.__mro__ if issubclass(base, Registered)][-2]
+    for other in family._concrete():
+        names = (other.name, other.__name__.lower(), *other.aliases, *other.presets)
+        if other.__module__.startswith(_OURS) and cls.name in names:
+            raise InputError(
+                f"{cls.kind} {cls.name!r} is dualout's own {other.__name__}: give {cls.__qualname__} another name, or "
+                "a class attribute `name`"
+            )
 
 
 def _abstract(cls: type) -> bool:

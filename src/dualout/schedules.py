@@ -67,12 +67,13 @@ class Schedule(Registered, ABC):
         """Every t at once: tables of shape (T,), float64."""
         with torch.device("cpu"):  # whatever torch.set_default_device says
             # of a class of one's own they may be arrays, or float32
-            alpha, sigma = (torch.as_tensor(table, dtype=torch.float64) for table in self.tables())
-        if not alpha.shape == sigma.shape == (self.steps,):
+            tables = [torch.as_tensor(table, dtype=torch.float64) for table in self.tables()]
+        if [table.shape for table in tables] != [(self.steps,)] * 2:
             raise InputError(
-                f"the tables of schedule {self.name!r} have one number for each of its {self.steps} steps; got "
-                f"{tuple(alpha.shape)} and {tuple(sigma.shape)}"
+                f"the two tables of schedule {self.name!r} have one number for each of its {self.steps} steps; got "
+                f"{' and '.join(str(tuple(table.shape)) for table in tables[:3])}"
             )
+        alpha, sigma = tables
         bad = ~((alpha > 0) & (sigma > 0) & alpha.isfinite() & sigma.isfinite())
         if bad.any():
             t = int(bad.nonzero()[0])

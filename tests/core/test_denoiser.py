@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -341,3 +342,30 @@ def test_what_is_printed_in_a_notebook_is_a_line():
     loss, prediction = denoiser.loss(x0.requires_grad_(), t, noise), denoiser(noise, 500)
     assert re.fullmatch(r"Loss\([\d.]+: eps [\d.]+, x0 [\d.]+, mu [\d.e-]+\)", repr(loss))
     assert repr(prediction) == "Prediction(2×1×4×4 of eps, x0, ratio)"
+
+
+def test_what_a_parameterization_of_ones_own_gives_is_looked_at() -> None:
+    """The mean of a batch or a map of errors would pass for a number an image, and be averaged as one."""
+
+    given: list[Any] = []
+
+    class Own(Epsilon):
+        def losses(self, prediction, x0, eps):
+            return given[-1]
+
+    denoiser = Denoiser(lambda x, t: x, Own(), Linear())
+    x = torch.rand(4, 1, 8, 8)
+    wrong = {"eps": x.mean()}, {"eps": x.square()}, {"eps": 0.5}, {}, None, x.flatten(1).mean(1)
+    for losses, says in zip(wrong, (r"\(\)", r"\(4, 1, 8, 8\)", r"\(\)", "dict", "NoneType", "Tensor"), strict=True):
+        given.append(losses)
+        with pytest.raises(InputError, match=rf"losses\(\) of parameterization 'own' .* of shape \(4,\).*{says}"):
+            denoiser.loss(x, 3, x)
+    given.append({"eps": x.flatten(1).mean(1)})
+    assert denoiser.loss(x, 3, x).total == x.flatten(1).mean(1).mean()
+
+    class Plain(Epsilon):
+        def read(self, raw, x_t, level):
+            return raw
+
+    with pytest.raises(InputError, match=r"read\(\) of parameterization 'plain' returns a Prediction; got Tensor"):
+        Denoiser(lambda x, t: x, Plain(), Linear())(x, 3)

@@ -201,6 +201,25 @@ def test_a_new_class_is_known_by_being_written() -> None:
         Animal.parse("dog")
 
 
+@pytest.mark.parametrize("name", ["ddim", "2m"])
+def test_nobody_takes_the_name_of_a_class_that_is_there(name: str) -> None:
+    """By a checkpoint's `linear`, or `--sampler ddim`, another's class would be meant from then on."""
+
+    class Known(Registered):
+        kind = "sampler"
+        __module__ = "dualout.somewhere"
+
+    @dataclasses.dataclass(frozen=True)
+    class DDIM(Known):
+        __module__ = "dualout.somewhere"
+        aliases = ("2m",)
+
+    with pytest.raises(InputError, match=f"sampler '{name}' is dualout's own DDIM: give .*Mine another name"):
+        type("Mine", (Known,), {"__module__": "mine", "name": name})
+    type("Mine", (Known,), {"__module__": "mine"})
+    assert Known.parse("2m") == DDIM()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_are_what_a_spec_can_hold(family: type[Registered]) -> None:
     assert len(family.kinds()) >= 6

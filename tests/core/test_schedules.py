@@ -198,6 +198,9 @@ def test_tables_of_ones_own() -> None:
     np.testing.assert_array_equal(levels.sigma, np.sqrt(s).astype(np.float64))
     with pytest.raises(InputError, match=r"each of its 30 steps; got \(20,\) and \(20,\)"):
         Own(30).level(3)
+    made = (np.sqrt(s),)
+    with pytest.raises(InputError, match=r"the two tables of schedule 'own' .* got \(20,\)$"):
+        Own(20).level(3)
     # upside down, with and without a signal that falls
     for made in ((np.sqrt(s), np.sqrt(1 - s)), (np.ones(20), 80 * (1 - s))):  # noqa: B007
         with pytest.raises(InputError, match="schedule 'own' has less noise at some t than at t − 1"):

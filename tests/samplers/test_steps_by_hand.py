@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,3 +275,13 @@ def test_fresh_noise_is_for_each_image(sampler: Sampler) -> None:
     denoiser = constant_denoiser(Linear(), torch.zeros(1, 1, 2, 2))
     with pytest.raises(InputError, match=r"for each image, \(2, 1, 2, 2\); got \(1, 1, 2, 2\)"):
         sampler.sample(denoiser, torch.randn(2, 1, 2, 2), lambda k: torch.randn(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("made", [[1.0], (k for k in (1.0, 1.0)), None])
+def test_a_plan_has_an_entry_for_each_step(made: Any) -> None:
+    class Own(DDIM):
+        def plan(self, schedule, times):
+            return made
+
+    with pytest.raises(InputError, match=r"plan\(\) of sampler 'own' gives a list, an entry for each of 2 steps; got"):
+        Own(steps=2).sample(constant_denoiser(Linear(), torch.zeros(1, 1, 2, 2)), torch.randn(1, 1, 2, 2))

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -174,3 +174,22 @@ def check_channels(raw: Tensor, x_t: Tensor, allowed: tuple[int, ...], name: str
             f"got {tuple(shape)}; {what}"
         )
     return shape[1]
+
+
+def check_losses(parts: Any, count: int, name: str) -> None:
+    """Refuse losses that are not one number an image: the mean of a batch, or a map, would pass for them.
+
+    Args:
+        parts: what `Parameterization.losses` gave.
+        count: B.
+        name: of the parameterization.
+
+    Raises:
+        InputError: unless `parts` is one or more of (B,), by name.
+    """
+    shapes = {key: tuple(getattr(part, "shape", ())) for key, part in parts.items()} if isinstance(parts, dict) else {}
+    if not shapes or any(shape != (count,) for shape in shapes.values()):
+        raise InputError(
+            f"losses() of parameterization {name!r} gives by name a number for each of {count} images, of shape "
+            f"({count},), as error.square().flatten(1).mean(1) is; got {shapes or type(parts).__name__}"
+        )

@@ -243,7 +243,13 @@ def planned(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[A
 
 def _plan(sampler: Sampler, schedule: Schedule) -> tuple[list[int], Sequence[Any]]:
     times = sampler.timesteps(schedule)
-    return times, sampler.plan(schedule, times)
+    plan = sampler.plan(schedule, times)
+    if not isinstance(plan, Sequence) or len(plan) != len(times):
+        got = len(plan) if isinstance(plan, Sequence) else type(plan).__name__
+        raise InputError(
+            f"plan() of sampler {sampler.name!r} gives a list, an entry for each of {len(times)} steps; got {got}"
+        )
+    return times, plan
 
 
 _plan_kept = lru_cache(maxsize=32)(_plan)
