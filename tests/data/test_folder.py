@@ -83,6 +83,21 @@ def test_what_is_left_out_of_a_folder_is_told(tmp_path):
     assert len(load(f"folder:{tmp_path}:strict=0.6").notes) == 1
 
 
+@pytest.mark.parametrize("split", ["", "train/", "test/"])
+def test_a_sub_folder_without_images_is_told_of(tmp_path, split):
+    for name in ("cat/1.png", "dog/a/2.png"):
+        picture(tmp_path / ("train/" if split else "") / name)
+    (tmp_path / split / "emu" / "young").mkdir(parents=True)
+    (note,) = load(f"folder:{tmp_path}").notes
+    assert note == "1 of 3 sub-folders hold no images, and are no classes: emu"
+    picture(tmp_path / split / "emu" / "young" / "3.png")
+    assert load(f"folder:{tmp_path}").notes == ()
+    # where there are no classes, nothing is missing
+    (tmp_path / split / "fox").mkdir()
+    picture(tmp_path / "train/0.png" if split else tmp_path / "0.png")
+    assert not any("fox" in note for note in load(f"folder:{tmp_path}").notes)
+
+
 @pytest.mark.parametrize(("most", "told"), [(4095, True), (65535, False)])
 def test_images_that_fill_little_of_the_range_are_told_of(tmp_path, most, told):
     twelve_bits = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)

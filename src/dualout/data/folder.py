@@ -65,6 +65,7 @@ class Folder(Source):
         # of both splits, so that a class has the same number in each
         known = [n for n, top in zip(index.names, tops, strict=True) if not has_splits or top in ("train", "test")]
         labels, classes = _classes(names, known, depth=int(has_splits))
+        empty = _empty(index, classes, depth=int(has_splits))
         return Pictures(
             names=Names(len(names), lambda i: shown(names[i])),
             open=partial(_open, root, names),
@@ -72,7 +73,7 @@ class Folder(Source):
             classes=classes,
             identity=f"folder {index.digest(rows)} {_glimpse(root, names)}",
             whole=f"the folder {self.path}",
-            notes=(*_left_out(index, self.strict), *(_outside(tops) if has_splits else _loose(names))),
+            notes=(*_left_out(index, self.strict), *(_outside(tops) if has_splits else _loose(names)), *empty),
         )
 
     def _root(self) -> Path:
@@ -149,6 +150,16 @@ def _outside(tops: list[str]) -> tuple[str, ...]:
         f"{sum(outside.values())} images lie outside train and test ({where}) and are left out: a sub-folder train "
         "makes a split. Where it is a class, give it another name",
     )
+
+
+def _empty(index: Index, classes: tuple[str, ...], depth: int) -> tuple[str, ...]:
+    """A note on sub-folders beside classes that hold no images: they have no number among the classes."""
+    paths = [below.split("/") for below in index.directories if below.count("/") == depth]
+    beside = {shown(path[depth]) for path in paths if path[0] and (not depth or path[0] in ("train", "test"))}
+    empty = sorted(beside - {*classes})
+    if not (empty and classes):
+        return ()
+    return (f"{len(empty)} of {len(beside)} sub-folders hold no images, and are no classes: {some(empty)}",)
 
 
 def _classes(names: list[str], known: list[str], depth: int) -> tuple[np.ndarray | None, tuple[str, ...]]:
