@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dualout import hub
 from dualout.card import render as card_text
 from dualout.errors import InputError
-from dualout.files import as_json, atomically, explained, read_json, write_text
+from dualout.files import as_json, atomically, explained, read_json, text_path, write_text
 from dualout.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -356,6 +356,7 @@ def write(path: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], 
     except (TypeError, ValueError) as error:
         raise InputError(f"config.json takes JSON values alone, in what is said besides too: {error}") from error
     about = card_text(config)
+    text_path(directory)
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
     # the configuration comes last: a directory that has one has all

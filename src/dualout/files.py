@@ -81,7 +81,8 @@ def as_json(value: Any, indent: int = 2) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomically(path) as aside:
-        aside.write_text(text, encoding="utf-8", newline="\n")
+        # of a path that is no UTF-8, Python reads a byte as a surrogate; JSON writes it so too, and reads it back
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def file_hash(path: Path) -> str:
@@ -155,6 +156,21 @@ def writable(directory: Path) -> None:
             if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
                 raise InputError(f"cannot write in {path}: it is read-only, or not yours")
             return
+
+
+def text_path(directory: Path) -> None:
+    """See that the path of a directory for weights is text: safetensors writes to others, and does not read from them.
+
+    Raises:
+        InputError: when bytes of it are no UTF-8, or none in the locale.
+    """
+    try:
+        os.fspath(directory).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"cannot write weights in {directory}: the path is no UTF-8, and they could not be read from there; take "
+            "another, or a locale that has its letters"
+        ) from error
 
 
 @contextmanager

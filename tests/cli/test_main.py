@@ -203,6 +203,14 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
     assert err == ""
 
 
+@pytest.mark.parametrize(("arguments", "expected"), [(["--version"], 0), (["nothing"], 2)])
+def test_closed_outputs_are_no_error(arguments: list[str], expected: int, monkeypatch) -> None:
+    """As by >&- in a shell, or of a service without a console."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(arguments) == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -12,8 +12,25 @@ from pathlib import Path
 import pytest
 
 from dualout import files
+from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.files import ASIDE, alone, atomically, cache_directory, explained, read_json, sweep, writable, write_text
+from dualout.files import (
+    ASIDE,
+    alone,
+    atomically,
+    cache_directory,
+    explained,
+    read_json,
+    sweep,
+    text_path,
+    writable,
+    write_json,
+    write_text,
+)  # fmt: skip
+from dualout.networks import build
+from dualout.parameterizations import Epsilon
+from dualout.schedules import Linear
+from dualout.training.checkpoint import RunDirectory
 
 WRITING = """
 import sys, time
@@ -73,6 +90,22 @@ def test_places_that_cannot_be_written_in_are_told(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path or not mode & os.W_OK)
     with pytest.raises(InputError, match=f"cannot write in {tmp_path}: it is read-only"):
         writable(tmp_path / "new")
+
+
+def test_a_path_that_is_no_utf8_is_written_down_and_holds_no_weights(tmp_path: Path) -> None:
+    name = os.fsdecode(b"lat\xe9in")
+    write_json(tmp_path / "x.json", {"data": f"folder:{name} ☂"})
+    assert read_json(tmp_path / "x.json") == {"data": f"folder:{name} ☂"}
+    write_text(tmp_path / "page.html", name)
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "lat\\udce9in"
+    text_path(tmp_path / "é")
+    with pytest.raises(InputError, match=r"cannot write weights in .*: the path is no UTF-8"):
+        text_path(tmp_path / name)
+    network = build("tiny:width=8", image_channels=1, size=8, out_channels=1)
+    for write in (RunDirectory, Denoiser(network, Epsilon(), Linear()).save_pretrained):
+        with pytest.raises(InputError, match="cannot write weights"):
+            write(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["page.html", "x.json"]
 
 
 def test_one_process_is_alone_in_a_directory(tmp_path: Path) -> None:

@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     for name, value in _NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started this, as by >&- or a service without a console
+            setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # as standard error has it: a → is written \u2192 where the encoding has none, in a pipe on Windows for one
         sys.stdout.reconfigure(errors="backslashreplace")

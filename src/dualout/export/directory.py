@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dualout.files import ASIDE, explained, holding, sweep, take_place, writable
+from dualout.files import ASIDE, explained, holding, sweep, take_place, text_path, writable
 
 
 @contextmanager
@@ -23,6 +23,7 @@ def whole(directory: str | Path, *, last: str) -> Iterator[Path]:
         InputError: when the file system refuses.
     """
     directory = Path(directory).expanduser()
+    text_path(directory)
     writable(directory)
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from dualout.files import (
     refuse_others,
     sweep,
     take_place,
+    text_path,
     write_json,
     write_text,
 )
@@ -124,6 +125,7 @@ class RunDirectory:
         from filelock import FileLock, Timeout
 
         self.path = Path(path).expanduser()
+        text_path(self.path)
         self._refuse_foreign()
         self._new = not self.path.exists()
         with explained(self.path / STATE):

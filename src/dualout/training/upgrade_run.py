@@ -25,7 +25,7 @@ from dualout.data.base import Progress
 from dualout.data.dataset import Dataset
 from dualout.denoiser import Denoiser
 from dualout.errors import InputError
-from dualout.files import alone, explained, read_json, sweep, writable, write_json
+from dualout.files import alone, explained, read_json, sweep, text_path, writable, write_json
 from dualout.networks import foreign
 from dualout.networks.adapter import config_of
 from dualout.networks.device import device
@@ -230,6 +230,7 @@ class Upgrade:
         Raises:
             InputError: when the directory cannot be written in, or another process upgrades in it.
         """
+        text_path(self.path)
         writable(self.path)
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
