@@ -203,6 +203,17 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
     assert err == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+@pytest.mark.parametrize("arguments", ["--version", "info"])
+def test_a_full_disk_that_the_output_goes_to_is_told(arguments: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dualout", arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    told = f"dualout {arguments}: the disk is full that its output goes to; make room and run again\n"
+    assert (done.returncode, done.stderr) == (2, told)
+
+
 @pytest.mark.parametrize(("arguments", "expected"), [(["--version"], 0), (["nothing"], 2)])
 def test_closed_outputs_are_no_error(arguments: list[str], expected: int, monkeypatch) -> None:
     """As by >&- in a shell, or of a service without a console."""

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import io
 import os
@@ -98,9 +99,18 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\ndualout {arguments[0]}: stopped", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:
-        # nothing more can be said to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _hush()
+        return _wrong(f"dualout {arguments[0]}: the disk is full that its output goes to; make room and run again")
+
+
+def _hush() -> None:
+    # nothing more can be said there, also not as Python ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _wrong(message: str) -> int:
