@@ -16,7 +16,9 @@ def indices_checked(network: nn.Module) -> Iterator[None]:
 
     By itself a GPU notices it later, in an operation that has nothing to do with it, and computes nothing from then on.
     """
-    handles = [m.register_forward_pre_hook(_check) for m in network.modules() if isinstance(m, nn.Embedding)]
+    # a class of its own may look up something else than it is given, as positions of words
+    tables = [m for m in network.modules() if isinstance(m, nn.Embedding) and type(m).forward is nn.Embedding.forward]
+    handles = [table.register_forward_pre_hook(_check, with_kwargs=True) for table in tables]
     try:
         yield
     finally:
@@ -24,8 +26,8 @@ def indices_checked(network: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _check(table: nn.Embedding, arguments: tuple[Any, ...]) -> None:
-    index = arguments[0]
+def _check(table: nn.Embedding, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    (index,) = arguments or named.values()
     # what is being traced has no values yet
     if torch.compiler.is_compiling() or index.is_meta or not index.numel():
         return
