@@ -7,6 +7,7 @@ flushed to disk and renamed.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
@@ -224,6 +225,14 @@ def _hint(path: Path) -> str:
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's state, by the names that it has where torch.compile wraps nothing."""
     return {k.replace("_orig_mod.", ""): v for k, v in module.state_dict().items()}
+
+
+def content_hash(said: str, tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of tensors by name, and of what is said of them."""
+    state = hashlib.sha256(said.encode())
+    for name, tensor in tensors.items():
+        state.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ training/                                      the run that fine-tunes, which go
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -363,11 +362,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def _fingerprint(source: Denoiser) -> str:
     """A hash of a model's weights, and of how they are read, wherever it comes from."""
-    state = hashlib.sha256(repr((source.parameterization.config(), source.schedule.config())).encode())
-    for name, tensor in checkpoint.tensors_of(source).items():
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    tensors = checkpoint.tensors_of(source)
+    kinds = [(x.dtype, tuple(x.shape)) for x in tensors.values()]
+    return checkpoint.content_hash(repr((source.parameterization.config(), source.schedule.config(), kinds)), tensors)
 
 
 def _check_size(source: str, network: Any, size: tuple[int, int]) -> None:

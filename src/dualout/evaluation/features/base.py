@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dualout.checkpoint import content_hash
 from dualout.errors import InputError
 from dualout.registry import Registered
 
@@ -93,10 +94,7 @@ class NetworkFeatures(Features, ABC):
 
     @cached_property
     def _digest(self) -> str:
-        state = hashlib.sha256(repr(self.network).encode())
-        for name, value in self.network.state_dict().items():
-            state.update(name.encode() + value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return state.hexdigest()
+        return content_hash(repr(self.network), self.network.state_dict())
 
     def details(self) -> dict[str, Any]:
         """A hash of the layers and their weights."""
