@@ -168,6 +168,24 @@ def test_a_signal_amid_the_first_imports_ends_quietly(number: int, code: int) ->
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_torch_is_imported_is_not_lost(number: int, code: int) -> None:
+    # torch's C code imports numpy, and goes on without it whatever is raised there
+    program = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Stops:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'numpy' and 'torch' in sys.modules:\n"
+        f"            os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Stops())\n"
+        "from dualout.cli.main import main\n"
+        "sys.exit(main(['info']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
 def test_warnings_are_lines_without_a_place_in_a_program(monkeypatch, capsys) -> None:
     def command() -> int:
         warnings.warn("the scheduler\x1b[2J clips", stacklevel=1)

@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            with _terminable():
+            with _stoppable():
                 return _run(arguments)
         finally:
             # a reader that has gone (… | head) is noticed here at the latest
@@ -124,22 +124,35 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """End at SIGTERM as at Ctrl-C: what is half written is removed on the way. A second one ends at once."""
+def _stoppable() -> Iterator[None]:
+    """End at SIGTERM as at Ctrl-C: what is half written is removed on the way. A second SIGTERM ends at once, and so
+    does either while torch is imported: its C code drops what is raised amid an import of its own, or aborts."""
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if _imported("torch"):
+            os._exit(128 + number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)
         raise _Terminated
 
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        # whoever started this decides
-        yield
-        return
-    signal.signal(signal.SIGTERM, handle)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    # otherwise whoever started this decides
+    ours = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for number in ours:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, usual[number])
+
+
+def _imported(module: str) -> bool:
+    """Whether a module is being imported at this moment."""
+    return getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False)
 
 
 _NO_MEMORY = (
