@@ -48,6 +48,8 @@ SETTINGS = {
     "plain": {},
     "eta": {"eta": 0.5},
     "solver": {"sampler": "dpmsolver", "spacing": "linspace"},
+    "solver with noise": {"sampler": "dpmsolver", "eta": 1.0},
+    "no noise to have": {"sampler": "unipc", "eta": 1.0},
     "route": {"route": "x0 only"},
     "fixed": {"route": "fixed r", "ratio": 0.25},
     "calibrated": {"calibrated": True},

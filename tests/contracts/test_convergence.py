@@ -133,4 +133,5 @@ def test_stochastic_samplers_converge_in_mean_and_variance(sampler: Sampler) -> 
     for error in zip(*found, strict=True):
         assert error[-1] < 0.02 * 0.3
         if error[0] > 1e-9:  # a mean may be exact
-            assert -np.polyfit(np.log(counts), np.log(error), 1)[0] > 0.9
+            # in distribution 3M has order 2, which its class says
+            assert -np.polyfit(np.log(counts), np.log(error), 1)[0] > min(sampler.order, 2) - 0.1

@@ -111,6 +111,13 @@ def test_ancestral_sampling_draws_what_diffusers_draws(variance: str, clip: Any)
     torch.testing.assert_close(got, sampler.sample(denoiser, start(1), drawn(7)), **CLOSE)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_sde_dpmsolver_draws_what_diffusers_draws(order: int) -> None:
+    denoiser, sampler = denoiser_of(), samplers.DPMSolver(5, order=order, eta=1.0)
+    got = out(pipe(denoiser, sampler), latents=start(1), generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(got, sampler.sample(denoiser, start(1), drawn(7)), **CLOSE)
+
+
 def test_learned_variance_is_sampled_with() -> None:
     denoiser = denoiser_of(LearnedVariance(Dual()))
     sampler = samplers.DDPM(5, spacing="leading", variance="learned")
@@ -247,6 +254,8 @@ def test_eta_is_for_schedulers_that_take_it() -> None:
                                                  snr_shift_scale=1.0), "needs old_pred_original_sample"),
         (lambda: "DDIMSheduler", "did you mean 'DDIMScheduler'"),
         (lambda: samplers.Heun(5), "has no counterpart"),
+        (lambda: samplers.DPMSolver(5, eta=0.5), "eta 0, or 1 with"),
+        (lambda: samplers.DPMSolver(5, order=3, eta=1.0), "order 1 or 2"),
         (lambda: samplers.DDIM(5, spacing="quadratic"), "have the spacings"),
         (lambda: samplers.DDIM(5, clip=(0.0, 1.0)), "symmetric range"),
     ],

@@ -98,6 +98,22 @@ def test_dpmsolver(order: int, steps: int) -> None:
     torch.testing.assert_close(ours(sampler).float(), native(theirs, steps, start()).float(), **CLOSE)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 20])
+@pytest.mark.parametrize("order", [1, 2])
+def test_sde_dpmsolver(order: int, steps: int) -> None:
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        **LINEAR,
+        timestep_spacing="trailing",
+        solver_order=order,
+        final_sigmas_type="zero",
+        algorithm_type="sde-dpmsolver++",
+    )
+    draw = SeededDraw(SEEDS, SHAPE, dtype=torch.float64)
+    expected = native(theirs, steps, start(), each=lambda k: {"variance_noise": draw(k)})
+    sampler = DPMSolver(steps=steps, order=order, eta=1.0, clip=None)
+    torch.testing.assert_close(ours(sampler, draw).float(), expected.float(), **CLOSE)
+
+
 @pytest.mark.parametrize("steps", [10, 16])
 def test_published_3m_follows_x0_over_long_steps_too(steps: int) -> None:
     # with even steps in t the last but one, to t = 0, is longer in λ than the two before it together

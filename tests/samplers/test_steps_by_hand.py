@@ -95,12 +95,15 @@ def test_ddpm(schedule: Schedule, clip: tuple[float, float] | None, variance: st
     same(walk.run(DDPM(variance=variance, **walk.options()), z.__getitem__), states)
 
 
-def test_eta_1_is_ddpm_with_small_variance() -> None:
-    walk, z = Walk(Cosine(T), None), torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
-    same(
-        walk.run(DDIM(eta=1.0, **walk.options()), z.__getitem__),
-        walk.run(DDPM(variance="small", **walk.options()), z.__getitem__),
-    )
+@ON_EACH
+@CLIPS
+def test_eta_1_is_ddpm_with_small_variance(schedule: Schedule, clip: tuple[float, float] | None) -> None:
+    walk, z = Walk(schedule, clip), torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    ddpm = walk.run(DDPM(variance="small", **walk.options()), z.__getitem__)
+    same(walk.run(DPMSolver(order=1, eta=1.0, **walk.options()), z.__getitem__), ddpm)
+    # DDIM's eps is of the x0 before clipping
+    if clip is None:
+        same(walk.run(DDIM(eta=1.0, **walk.options()), z.__getitem__), ddpm)
 
 
 def half(level: Level[float]) -> float:
@@ -124,10 +127,35 @@ def test_dpmsolver_2m(schedule: Schedule, clip: tuple[float, float] | None) -> N
 
 
 @ON_EACH
-def test_dpmsolver_3m_integrates_the_parabola(schedule: Schedule) -> None:
-    # four steps, of which the third is of order 3: the integral of e^(u−h)·x0(λ + u) by quadrature
+@CLIPS
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_dpmsolver_2m_with_noise(schedule: Schedule, clip: tuple[float, float] | None, eta: float) -> None:
+    # as k-diffusion writes it, for x/alpha: sigma is sigma/alpha there
+    walk, z = Walk(schedule, clip), torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    x, states, before = walk.start, [], None
+    for k, (t, s) in enumerate(pairwise(walk.levels)):
+        x0 = walk.predicted(x, k)
+        if s.sigma == 0:
+            x = x0
+        else:
+            h = half(s) - half(t)
+            share = -math.expm1(-h - eta * h)
+            y = (s.sigma / s.alpha) / (t.sigma / t.alpha) * math.exp(-h * eta) * x / t.alpha + share * x0
+            if before is not None:
+                y = y + 0.5 * share * h / (half(t) - half(walk.levels[k - 1])) * (x0 - before)
+            x = s.alpha * y + s.sigma * math.sqrt(1 - math.exp(-2 * h * eta)) * z[k]
+        before = x0
+        states.append(x)
+    same(walk.run(DPMSolver(eta=eta, **walk.options()), z.__getitem__), states)
+
+
+@ON_EACH
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_dpmsolver_3m_integrates_the_parabola(schedule: Schedule, eta: float) -> None:
+    # four steps, of which the third is of order 3: the integral of (1+η)·e^((1+η)(u−h))·x0(λ + u) by quadrature
     walk = Walk(schedule, None, (45, 35, 22, 9))
-    moments = list(DPMSolver(order=3, **walk.options()).trajectory(walk.denoiser, walk.noise))
+    sampler, nothing = DPMSolver(order=3, eta=eta, **walk.options()), torch.zeros_like(walk.noise)
+    moments = list(sampler.trajectory(walk.denoiser, walk.noise, lambda k: nothing))
     t, s = walk.levels[2], walk.levels[3]
     h = half(s) - half(t)
     nodes = torch.tensor([half(level) - half(t) for level in walk.levels[:3]], dtype=torch.float64)
@@ -138,8 +166,8 @@ def test_dpmsolver_3m_integrates_the_parabola(schedule: Schedule) -> None:
     for point, weight in zip(torch.tensor(places + 1) * h / 2, weights * h / 2, strict=True):
         basis = point**powers @ interpolate
         x0 = sum(c * m.prediction.x0 for c, m in zip(basis, moments[:3], strict=True))
-        integral = integral + weight * torch.exp(point - h) * x0
-    expected = s.sigma / t.sigma * moments[2].x_t + s.alpha * integral
+        integral = integral + weight * (1 + eta) * torch.exp((1 + eta) * (point - h)) * x0
+    expected = s.sigma / t.sigma * math.exp(-eta * h) * moments[2].x_t + s.alpha * integral
     torch.testing.assert_close(moments[2].x_next, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -240,6 +268,9 @@ def test_order_1_of_every_solver_is_ddim() -> None:
     [
         (lambda: DDIM(eta=1.5), "eta is from 0"),
         (lambda: DDIM(eta=-0.1), "got -0.1"),
+        (lambda: DPMSolver(eta=1.1), "1 (SDE-DPM-Solver++); got 1.1"),
+        (lambda: DPMSolver(eta=-0.1), "got -0.1"),
+        (lambda: DPMSolver(order=3, published=True, eta=1.0), "adds no noise"),
         (lambda: DDPM(variance="medium"), "unknown variance 'medium'"),
         (lambda: DPMSolver(order=4), "orders 1, 2 and 3; got 4"),
         (lambda: UniPC(order=0), "orders 1, 2 and 3; got 0"),

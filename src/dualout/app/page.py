@@ -15,7 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from dualout.analysis import canvas
-from dualout.app.studio import MOST_IMAGES, Made, Progress, Request, Setting, Studio, archive, samplers
+from dualout.app.studio import MOST_IMAGES, Made, Progress, Request, Setting, Studio, archive, samplers, takes_eta
 from dualout.errors import InputError
 from dualout.samplers import SPACINGS
 
@@ -141,7 +141,7 @@ def _controls(studio: Studio, letter: str) -> Controls:
         spacing = gr.Dropdown(list(SPACINGS), value="trailing", label="Spacing", min_width=120)
     most = min(100, model.denoiser.schedule.steps)
     steps = gr.Slider(1, most, min(10, most), step=1, label="Steps K", elem_id=f"steps-{letter}")
-    eta = gr.Slider(0, 1, 0, step=0.05, label="η: fresh noise of DDIM's steps")
+    eta = gr.Slider(0, 1, 0, step=0.05, label="η: fresh noise of each step")
     routes = studio.routes(runs[0])
     route = gr.Radio(routes, value=routes[0], label="Route", elem_id=f"route-{letter}")
     ratio = gr.Slider(0, 1, 0.5, step=0.01, label="r: 0 is eps only, 1 is x0 only", visible=False)
@@ -149,7 +149,7 @@ def _controls(studio: Studio, letter: str) -> Controls:
     classes = model.classes is not None
     guidance = gr.Slider(0, 8, 1, step=0.25, label="Guidance; 1 is none", visible=classes)
     label = gr.Dropdown(_classes(studio, runs[0]), value=_ALL, label="Class", visible=classes)
-    sampler.change(lambda name: gr.update(visible=name == "ddim"), sampler, eta, queue=False, show_progress="hidden")
+    sampler.change(lambda name: gr.update(visible=takes_eta(name)), sampler, eta, queue=False, show_progress="hidden")
     route.change(lambda name: gr.update(visible=name == "fixed r"), route, ratio, queue=False, show_progress="hidden")
 
     def changed(name: str, asked: float) -> list[Any]:

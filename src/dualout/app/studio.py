@@ -10,7 +10,7 @@ import math
 import shlex
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Setting:
     @property
     def spec(self) -> str:
         """The sampler with its options."""
-        return f"{self.sampler}:eta={self.eta:g}" if self.sampler == "ddim" and self.eta else self.sampler
+        return f"{self.sampler}:eta={self.eta:g}" if self.eta and takes_eta(self.sampler) else self.sampler
 
     @property
     def sampling_route(self) -> Route:
@@ -281,6 +281,12 @@ def _only(seen: Frame, image: int) -> Frame:
         return x[image : image + 1].cpu() if isinstance(x, torch.Tensor) else x
 
     return Frame(*map(one, seen))
+
+
+def takes_eta(sampler: str) -> bool:
+    """Whether a sampler has a number that says how much fresh noise a step adds."""
+    kind = Sampler.kinds().get(sampler)
+    return kind is not None and any(f.name == "eta" for f in fields(kind))
 
 
 def samplers() -> list[str]:
