@@ -23,6 +23,7 @@ from dualout.schedules import Cosine, Linear, Schedule
 CHOICES: dict[str, tuple[Any, ...]] = {
     "order": tuple(range(1, 9)),
     "eta": (0.0, 0.5, 1.0),
+    "reach": (None, 1.5),
     "variance": VARIANCES,
     "ratio": ("closed", *RATIOS, 0.0, 0.3, 1.0),
     "gate": GATES,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dualout.analysis.trajectories import exact_variances
 from dualout.samplers import DPMSolver, FromDiffusers, Sampler
 from dualout.schedules import Linear, Schedule
 from oracles import GAUSSIAN, MIXTURE, Mixture, even_in_log_snr
@@ -95,6 +96,18 @@ def test_3m_does_not_follow_a_polynomial_further_than_it_was_fitted_over(steps: 
         errors(DPMSolver(order=order, clip=None), MIXTURE, Linear(), "linspace", (steps,))[0] for order in (2, 3)
     )
     assert third < 1.3 * second
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_reach_keeps_the_contrast_of_data(steps: int, spacing: str) -> None:
+    # where the last step but one is three to five times as long as the one before, 2M overshoots
+    data = torch.tensor([0.5], dtype=torch.float64) ** 2
+    plain, bounded = (
+        exact_variances(DPMSolver(steps, reach=reach, spacing=spacing, clip=None), Linear(), data) or []
+        for reach in (None, 2.0)
+    )
+    assert abs(bounded[-1] ** 0.5 / 0.5 - 1) < 0.1 < 0.5 * plain[-1] ** 0.5 / 0.5 - 0.4
 
 
 def test_the_oracles_solve_the_equation() -> None:

@@ -127,6 +127,34 @@ def test_dpmsolver_2m(schedule: Schedule, clip: tuple[float, float] | None) -> N
 
 
 @ON_EACH
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_reach_bounds_how_far_x0_is_followed(schedule: Schedule, eta: float) -> None:
+    # the second step is 1.9 to 6 times as long as the first
+    walk, z = Walk(schedule, None, (45, 41, 20)), torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    a, b, c, _ = walk.levels
+    longer = (half(c) - half(b)) / (half(b) - half(a))
+    plain, bounded, unbounded = (
+        walk.run(DPMSolver(eta=eta, reach=reach, **walk.options()), z.__getitem__) for reach in (None, 1.5, longer * 2)
+    )
+    same(unbounded, plain)
+    torch.testing.assert_close(bounded[0], plain[0], rtol=0, atol=0)
+    second = walk.look(plain[0], 1).x0
+    followed = second - walk.look(walk.start, 0).x0
+    straight = walk.run(DPMSolver(eta=eta, reach=1e-12, **walk.options()), z.__getitem__)
+    share = -c.alpha * math.expm1(-(1 + eta) * (half(c) - half(b)))
+    for states, far in ((plain, longer), (bounded, 1.5)):
+        torch.testing.assert_close(states[1] - straight[1], share * 0.5 * far * followed, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine()], ids=lambda s: s.name)
+def test_reach_2_changes_no_trailing_step(schedule: Schedule) -> None:
+    for steps in range(2, 101):
+        bounded, plain = DPMSolver(steps, reach=2.0), DPMSolver(steps)
+        times = plain.timesteps(schedule)
+        assert bounded.plan(schedule, times) == plain.plan(schedule, times)
+
+
+@ON_EACH
 @CLIPS
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_dpmsolver_2m_with_noise(schedule: Schedule, clip: tuple[float, float] | None, eta: float) -> None:
@@ -270,7 +298,10 @@ def test_order_1_of_every_solver_is_ddim() -> None:
         (lambda: DDIM(eta=-0.1), "got -0.1"),
         (lambda: DPMSolver(eta=1.1), "1 (SDE-DPM-Solver++); got 1.1"),
         (lambda: DPMSolver(eta=-0.1), "got -0.1"),
-        (lambda: DPMSolver(order=3, published=True, eta=1.0), "adds no noise"),
+        (lambda: DPMSolver(order=3, published=True, eta=1.0), "no eta and no reach"),
+        (lambda: DPMSolver(order=3, published=True, reach=2.0), "no eta and no reach"),
+        (lambda: DPMSolver(order=1, reach=2.0), "got 2.0 for order 1"),
+        (lambda: DPMSolver(reach=0), "reach is above 0, for orders 2 and 3, or null; got 0"),
         (lambda: DDPM(variance="medium"), "unknown variance 'medium'"),
         (lambda: DPMSolver(order=4), "orders 1, 2 and 3; got 4"),
         (lambda: UniPC(order=0), "orders 1, 2 and 3; got 0"),

@@ -44,11 +44,15 @@ class DPMSolver(Sampler):
     2M is the paper's. Its 3M, in the authors' code and wherever that was copied, adds the second divided difference of
     x0 where the expansion has the second derivative, which is twice that, and so converges with order 2; here it has
     order 3. `published` takes theirs, and with it their rule that below 15 steps the last but one is of order 2.
+
+    2M follows x0 by h/2h₋ of its last change, h₋ the step before, however long a step is. `reach` bounds h/h₋ there:
+    2 changes one or two steps of spacings that are even in t, and none of trailing ones.
     """
 
     order: int = 2
     published: bool = False
     eta: float = 0.0
+    reach: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,8 +60,10 @@ class DPMSolver(Sampler):
             raise InputError(f"DPM-Solver++ has orders 1, 2 and 3; got {self.order!r}")
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta is from 0 (deterministic) to 1 (SDE-DPM-Solver++); got {self.eta}")
-        if self.eta and self.published:
-            raise InputError(f"published is the authors' 3M, which adds no noise; got it with eta {self.eta}")
+        if self.reach is not None and not (self.reach > 0 and self.order > 1):
+            raise InputError(f"reach is above 0, for orders 2 and 3, or null; got {self.reach} for order {self.order}")
+        if self.published and (self.eta or self.reach is not None):
+            raise InputError("published is the authors' solver without noise, which has no eta and no reach")
 
     @property
     def stochastic(self) -> bool:
@@ -88,6 +94,7 @@ class DPMSolver(Sampler):
         if order == 3 and not self.published and h > lam[k] - lam[k - 2]:
             order = 2
         if order == 2:
+            r0 = r0 if self.reach is None else max(r0, 1 / self.reach)
             return _Coefficients(decay, noise, (phi * (1 + 0.5 / r0), -phi * 0.5 / r0))
         r1 = (lam[k - 1] - lam[k - 2]) / h
         # h·x0' and h²·x0''/2 at t, from divided differences
