@@ -256,6 +256,7 @@ def test_eta_is_for_schedulers_that_take_it() -> None:
         (lambda: samplers.Heun(5), "has no counterpart"),
         (lambda: samplers.DPMSolver(5, eta=0.5), "eta 0, or 1 with"),
         (lambda: samplers.DPMSolver(5, order=3, eta=1.0), "order 1 or 2"),
+        (lambda: samplers.DPMSolver(5, reach=2.0), "without reach"),
         (lambda: samplers.DDIM(5, spacing="quadratic"), "have the spacings"),
         (lambda: samplers.DDIM(5, clip=(0.0, 1.0)), "symmetric range"),
     ],

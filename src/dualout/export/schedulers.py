@@ -50,10 +50,10 @@ def _class_and_settings(sampler: Sampler) -> tuple[str, dict[str, Any]]:
         case DDPM(variance=variance):
             kinds = {"large": "fixed_large", "small": "fixed_small", "learned": "learned_range"}
             return "DDPMScheduler", {"variance_type": kinds[variance]} | clip_settings(sampler.clip)
-        case DPMSolver(order=order, eta=0):
+        case DPMSolver(order=order, eta=0, reach=None):
             # their third order is the published one, whatever `published` says
             return "DPMSolverMultistepScheduler", {"solver_order": order, "final_sigmas_type": "zero"}
-        case DPMSolver(order=1 | 2 as order, eta=1):
+        case DPMSolver(order=1 | 2 as order, eta=1, reach=None):
             # their third order with noise does not converge: the coefficient of the second difference has a wrong sign
             settings = {"solver_order": order, "final_sigmas_type": "zero", "algorithm_type": "sde-dpmsolver++"}
             return "DPMSolverMultistepScheduler", settings
@@ -61,7 +61,7 @@ def _class_and_settings(sampler: Sampler) -> tuple[str, dict[str, Any]]:
             return "UniPCMultistepScheduler", {"solver_order": order, "final_sigmas_type": "zero"}
     raise InputError(
         f"the sampler {sampler.spec} has no counterpart among diffusers' schedulers; ddim, ddpm, unipc and "
-        "dpmsolver do, the last with eta 0, or 1 with order 1 or 2"
+        "dpmsolver do, the last without reach, and with eta 0, or 1 with order 1 or 2"
     )
 
 
