@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from functools import partial
 
 import numpy as np
@@ -83,6 +85,13 @@ def test_the_precision_is_that_of_the_network_and_of_nothing_else(tmp_path, caps
         fp32, bf16 = (v["protocol"][when] for v in found.values())
         assert fp32 != bf16
         assert fp32 == pytest.approx(bf16, rel=0.02)
+
+
+def test_the_options_that_it_names_use_it(run, tmp_path, capsys):
+    options = ["--sampler", "dpmsolver:reach=2", "--spacing", "leading"]
+    assert main(["calibrate", str(run), *COMMAND, *options]) == 0
+    (told,) = re.findall(r"use it with (.*)\)", capsys.readouterr().out)
+    assert main(["sample", str(run), *shlex.split(told), "--images", "2", "--out", str(tmp_path / "out")]) == 0
 
 
 def test_a_calibration_is_of_its_sampler_and_weights(run, tmp_path, capsys):

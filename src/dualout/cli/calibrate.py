@@ -110,7 +110,8 @@ def run(arguments: list[str]) -> int | None:
     )
     if after >= before:
         console.say("nothing better than the uncalibrated sampler was found; the numbers change nothing")
-    console.wrote(path, f"use it with --sampler {options.sampler} --steps {options.steps} --calibrated")
+    spacing = "" if options.spacing == Options.spacing else f" --spacing {options.spacing}"
+    console.wrote(path, f"use it with --sampler {options.sampler} --steps {options.steps}{spacing} --calibrated")
     return None
 
 

@@ -49,7 +49,7 @@ class Options:
     images: int = 2000
     """How many to make for each row; scores of fewer than 10,000 compare only among themselves"""
     samplers: str = "ddim"
-    """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in ddim:eta=0.5 or ddim:clip=null"""
+    """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in dpmsolver:reach=2 or ddim:clip=null"""
     steps: str = "10"
     """Numbers of steps; comma-separated, like samplers, spacings, routes, seeds, features and guidance"""
     spacings: str = "trailing"

@@ -30,7 +30,7 @@ class Options:
     images: int = 64
     """How many images to make"""
     sampler: str = "ddim"
-    """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in ddim:eta=0.5"""
+    """ddim, ddpm, dpmsolver, unipc, ipndm, heun, diffusers; with options as in dpmsolver:reach=2"""
     steps: int = 20
     """Number of steps, from 1 to the length of the model's schedule"""
     spacing: str = "trailing"
