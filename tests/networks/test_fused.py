@@ -50,7 +50,8 @@ def quick(monkeypatch):
 def samplers() -> list[Sampler]:
     found = [kind(steps=4) for name, kind in Sampler.kinds().items() if name != "diffusers"]
     found = [sampler for sampler in found if sampler.evaluations == sampler.steps]
-    return [*found, dualout.samplers.DDIM(steps=4, eta=0.7, clip=None)]
+    noisy = dualout.samplers.DPMSolver(steps=4, eta=1.0, reach=1.5)
+    return [*found, dualout.samplers.DDIM(steps=4, eta=0.7, clip=None), noisy]
 
 
 @pytest.mark.parametrize("sampler", samplers(), ids=lambda sampler: sampler.spec)
