@@ -129,7 +129,7 @@ def _stoppable() -> Iterator[None]:
     does either while torch is imported: its C code drops what is raised amid an import of its own, or aborts."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if _imported("torch"):
+        if _importing("torch"):
             os._exit(128 + number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -150,7 +150,7 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, usual[number])
 
 
-def _imported(module: str) -> bool:
+def _importing(module: str) -> bool:
     """Whether a module is being imported at this moment."""
     return getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False)
 
