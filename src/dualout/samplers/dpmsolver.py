@@ -46,7 +46,7 @@ class DPMSolver(Sampler):
     order 3. `published` takes theirs, and with it their rule that below 15 steps the last but one is of order 2.
 
     2M follows x0 by h/2h₋ of its last change, h₋ the step before, however long a step is. `reach` bounds h/h₋ there:
-    2 changes one or two steps of spacings that are even in t, and none of trailing ones.
+    2 changes the last step but one of spacings that are even in t, and no trailing one (docs/results/few-steps.md).
     """
 
     order: int = 2
