@@ -4,24 +4,20 @@ Before anything else is imported, Ctrl-C and SIGTERM are given their exit codes.
 """
 
 import os
-import signal
 import sys
 import warnings
 from types import FrameType
 from typing import TextIO
 
+from dualout.signals import handled
+
 
 def main() -> int:
     """Run a command; returns the exit code."""
-    # nothing is begun, so that nothing has to be put away; and who started this may have had them ignored
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
-    for number in ours:
-        signal.signal(number, _leave)
-    from dualout.cli.main import main as command
+    # nothing is begun, so that nothing has to be put away
+    with handled(_leave):
+        from dualout.cli.main import main as command
 
-    for number in ours:
-        signal.signal(number, usual[number])
     shown = warnings.showwarning
     warnings.showwarning = _told
     try:

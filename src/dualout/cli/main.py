@@ -16,15 +16,13 @@ import io
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from dualout import processes
 from dualout.cli import _processes
 from dualout.errors import InputError, first_line, printable, unknown
+from dualout.signals import handled
 from dualout.version import __version__
 
 _ORDER = (
@@ -80,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            with _stoppable():
+            with handled(_stop):
                 return _run(arguments)
         finally:
             # a reader that has gone (… | head) is noticed here at the latest
@@ -123,31 +121,15 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
+def _stop(number: int, frame: FrameType | None) -> None:
     """End at SIGTERM as at Ctrl-C: what is half written is removed on the way. A second SIGTERM ends at once, and so
     does either while torch is imported: its C code drops what is raised amid an import of its own, or aborts."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if _importing("torch"):
-            os._exit(128 + number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        signal.signal(number, signal.SIG_DFL)
-        raise _Terminated
-
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    # otherwise whoever started this decides
-    ours = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
-    if threading.current_thread() is not threading.main_thread():
-        ours = []
-    for number in ours:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, usual[number])
+    if _importing("torch"):
+        os._exit(128 + number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    signal.signal(number, signal.SIG_DFL)
+    raise _Terminated
 
 
 def _importing(module: str) -> bool:
